@@ -1,0 +1,228 @@
+"""The tables of a report, as plain rows that the page and the terminal text are both written from."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from analysis import forgetting, routing, tables
+from analysis.load import Run
+from analysis.plots.style import number
+from analysis.summary import KEYS, Summary
+from analysis.words import MEASURES
+
+Array = NDArray[np.float64]
+Value = str | int | float | None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One table cell: what is written, and what it sorts by (None: by its text)."""
+
+    text: str
+    sort: float | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table: a key for its place on the page, a heading, columns, rows, and a note under it."""
+
+    key: str
+    title: str
+    columns: list[str]
+    rows: list[list[Cell]]
+    note: str = ""
+    numeric: list[bool] = field(default_factory=list)
+
+
+def cell(value: Value, digits: int = 2) -> Cell:
+    """Return ``value`` as a cell; a missing value is a dash that sorts last."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return Cell("–", -math.inf)
+    if isinstance(value, str):
+        return Cell(value)
+    if isinstance(value, int):
+        return Cell(f"{value:,}", float(value))
+    text = number(value) if digits == 2 or abs(value) >= 100 else f"{value:.{digits}f}".replace("-", "−")
+    return Cell(text, value)
+
+
+def _table(key: str, title: str, columns: list[str], rows: list[list[Cell]], note: str = "") -> Table:
+    numeric = [any(row[place].sort is not None for row in rows) for place in range(len(columns))]
+    return Table(key, title, columns, rows, note, numeric)
+
+
+def all_numbers(summary: Summary) -> Table:
+    """Every key of summary.json with its value, interval, direction and definition."""
+    rows = []
+    for key in KEYS:
+        measure, value = MEASURES[key], summary.values.get(key)
+        span = summary.intervals.get(key)
+        between = f"{number(span[0])} to {number(span[1])}" if span else "–"
+        meaning = measure.definition if value is not None else f"{measure.definition} Not shown: {summary.reasons[key]}."
+        digits = 3 if key in ("route_drift", "kl_separation", "routing_entropy_nats") else 2
+        rows.append([Cell(measure.name), cell(value, digits), Cell(between), Cell(measure.better), Cell(meaning)])
+    note = "Intervals (95 %): the test rows redrawn 1,000 times, the same rows at every stage. They hold neither the spread "
+    note += "over seeds nor that over stage orders, which one run cannot show."
+    if "intervals" in summary.reasons:
+        note = f"No intervals: {summary.reasons['intervals']}."
+    return _table("numbers", "All numbers", ["measure", "value", "95 % interval", "better", "definition"], rows, note)
+
+
+def matrix_table(summary: Summary) -> Table:
+    """R itself: a row a stage, a column a task."""
+    names = ["untrained", *summary.run.learnt]
+    rows = [
+        [Cell(f"{stage} {names[stage]}", stage), *(cell(float(score), 3) for score in scores)]
+        for stage, scores in enumerate(summary.matrix)
+    ]
+    note = "R[i, j]: row i after stage i (0: untrained), column j by task; headline metric of each task, higher is better."
+    return _table("matrix", "The score matrix in numbers", ["after stage", *summary.run.stages], rows, note)
+
+
+def task_table(summary: Summary) -> Table:
+    """Each task's way through the run: untrained, best constant answer, just trained, final, forgotten."""
+    run, matrix = summary.run, summary.matrix
+    learnt = len(run.learnt)
+    lost = forgetting.forgetting_by_task(summary.learnt_matrix) if learnt else np.empty(0)
+    rows = []
+    for index, task in enumerate(run.stages):
+        facts = run.tasks.get(task) or {}
+        known = len(matrix) > 0
+        rows.append(
+            [
+                Cell(str(index + 1), index + 1),
+                Cell(task),
+                Cell(str(facts.get("metric", "–"))),
+                cell(float(matrix[0, index]) if known else None, 3),
+                cell(_maybe_float(facts.get("constant_score")), 3),
+                cell(float(matrix[index + 1, index]) if index < learnt else None, 3),
+                cell(float(matrix[-1, index]) if known and index < learnt else None, 3),
+                cell(float(lost[index]) if index < len(lost) else None, 3),
+            ]
+        )
+    columns = ["stage", "task", "metric", "untrained", "best constant", "just trained", "final", "forgetting"]
+    note = "Best constant: what always giving the one best answer earns. Forgetting: the best score after an earlier stage "
+    note += "(untrained left out) minus the final one; negative where the task improved."
+    return _table("tasks", "Task by task", columns, rows, note)
+
+
+def _maybe_float(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) else None
+
+
+def trust_table(run: Run) -> Table:
+    """How much each task's rows can show: counts, rows cut, and the smallest difference that 95 % certainty allows."""
+    rows = []
+    for task in run.stages:
+        facts = run.tasks.get(task) or {}
+        num_rows = facts.get("test_rows")
+        share = facts.get("metric") in ("accuracy", "score")
+        smallest = 1.96 * math.sqrt(0.5 / num_rows) if num_rows and share else None
+        counts = [cell(facts.get(key)) for key in ("train_rows", "test_rows", "cut_rows")]
+        rows.append([Cell(task), Cell(str(facts.get("kind", "–"))), *counts, cell(smallest, 3)])
+    columns = ["task", "kind", "training rows", "test rows", "rows cut", "smallest difference"]
+    note = "Rows cut: inputs whose context was too long and was shortened. Smallest difference: 1.96 √(0.5 / test rows), what "
+    note += "two unpaired scores near one half must differ by to be told apart at 95 %; it is given for shares only."
+    return _table("trust", "How much the rows can show", columns, rows, note)
+
+
+def other_metrics(summary: Summary) -> Table | None:
+    """What stands beside the headline scores (RMSE beside R2, say), or None when nothing does."""
+    run = summary.run
+    scores = run.tables["scores"]
+    rows = []
+    for index, task in enumerate(run.stages):
+        own = scores[(scores["task"] == task) & (scores["metric"] != run.metric(task))]
+        for metric, values in own.groupby("metric", sort=True):
+            by_stage = values.drop_duplicates("stage", keep="last").set_index("stage")["value"]
+            trained = by_stage.get(index + 1) if index < len(run.learnt) else None
+            final = by_stage.get(run.finished_stage) if index < len(run.learnt) else None
+            shown = [cell(_maybe_float(value), 3) for value in (by_stage.get(0), trained, final)]
+            rows.append([Cell(task), Cell(str(metric)), *shown, Cell(str(values["direction"].iloc[0]))])
+    if not rows:
+        return None
+    columns = ["task", "metric", "untrained", "just trained", "final", "better"]
+    return _table("beside", "Beside the headline scores", columns, rows)
+
+
+def routing_story(summary: Summary) -> Table | None:
+    """For each task: the atoms it uses most, the task it shares most with, and where its routes moved most since."""
+    run, usage = summary.run, tables.usage_array(summary.run)
+    if usage is None:
+        return None
+    now, names = usage[-1].mean(axis=1), run.stages
+    common = 1 - routing.pairwise(usage[-1], routing.total_variation)
+    frame = tables.drift(run)
+    moved = tables.drift_matrix(frame, run.finished_stage)
+    rows = []
+    for index, task in enumerate(names):
+        if np.isnan(now[index]).any():
+            continue
+        atoms = ", ".join(f"{atom} ({number(now[index, atom])})" for atom in np.argsort(-now[index], kind="stable")[:3])
+        others = [other for other in range(len(names)) if other != index and not np.isnan(common[index, other])]
+        nearest = max(others, key=lambda other: common[index, other], default=None)
+        later = moved[index + 1 :, index]
+        largest = None if not later.size or np.isnan(later).all() else int(np.nanargmax(later))
+        where = "–" if largest is None else f"{index + 2 + largest} {names[index + 1 + largest]}"
+        null = frame[(frame["task"] == task) & (frame["stage"] == index + 2 + (largest or 0)) & (frame["metric"] == "js")]["null"]
+        shared = [Cell("–"), cell(None)] if nearest is None else [Cell(names[nearest]), cell(float(common[index, nearest]))]
+        drifted = [cell(None)] * 2 if largest is None else [cell(float(later[largest]), 4), cell(_first(null), 4)]
+        rows.append([Cell(task), Cell(atoms), *shared, Cell(where), *drifted])
+    columns = ["task", "uses most", "shares most with", "in common", "moved most at stage", "by JS (nats)", "null"]
+    note = f"After stage {run.finished_stage}, over blocks. In common: 1 − total variation. Moved: stages after the task's own; "
+    note += "the null is the split-half JS of the same rows, below which a move is not to be told from chance."
+    return _table("story", "The routing story, task by task", columns, rows, note)
+
+
+def _first(values: object) -> float | None:
+    numbers = np.asarray(values, dtype=float)
+    return float(numbers[0]) if numbers.size else None
+
+
+def information_table(summary: Summary) -> Table | None:
+    """Whether routing uses the input or only the task, after the last stage."""
+    run, usage = summary.run, tables.usage_array(summary.run)
+    if usage is None or not run.learnt:
+        return None
+    now = usage[-1, : len(run.learnt)]
+    entropies = tables.entropies(run)
+    last = entropies[(entropies["stage"] == run.finished_stage) & entropies["task"].isin(run.learnt)]
+    means = last.groupby("metric")["value"].mean()
+    within = means["usage_entropy_nats"] - means["token_entropy_nats"] if "token_entropy_nats" in means else None
+    most = math.log(now.shape[-1])
+    lines = [
+        ("I(atom; task)", routing.task_information_nats(now), "what the task alone says of the atom, over an even mix of tasks"),
+        ("I(atom; token | task)", _maybe_float(within), "what the input says of it once the task is known"),
+        ("entropy of a task's usage", float(routing.entropy_nats(now).mean()), f"at most ln M = {most:.2f}"),
+        ("entropy of a token's weights", _maybe_float(means.get("token_entropy_nats")), "mean over tokens and tasks"),
+    ]
+    rows = [[Cell(name), cell(value, 3), Cell(meaning)] for name, value, meaning in lines]
+    note = "Learnt tasks after the last stage, means over blocks. Where the second is near 0, routing does not look at the input."
+    return _table("information", "Does routing use the input, or only the task?", ["measure", "nats", "meaning"], rows, note)
+
+
+def stage_table(run: Run) -> Table:
+    """The stages in order, with their instruction and the time they took."""
+    seconds = run.manifest.get("stage_seconds") or {}
+    rows = [[Cell("0", 0), Cell("untrained"), Cell("–"), cell(_maybe_float(seconds.get("0")), 1)]]
+    for index, task in enumerate(run.stages):
+        text = str((run.tasks.get(task) or {}).get("instruction") or "–")
+        spent = cell(_maybe_float(seconds.get(str(index + 1))), 1)
+        rows.append([Cell(str(index + 1), index + 1), Cell(task), Cell(text), spent])
+    return _table("stages", "Stages", ["stage", "task", "instruction", "seconds"], rows)
+
+
+def fact_table(run: Run) -> Table:
+    """The model and the machine, from the manifest."""
+    facts = {"run": run.name, "seed": run.manifest.get("seed"), **run.model, **(run.manifest.get("environment") or {})}
+    rows = [[Cell(str(key).replace("_", " ")), Cell(_fact(value))] for key, value in facts.items() if value is not None]
+    return _table("facts", "Model and machine", ["fact", "value"], rows)
+
+
+def _fact(value: object) -> str:
+    grouped = isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10_000
+    return f"{value:,}" if grouped else str(value)

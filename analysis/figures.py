@@ -1,0 +1,200 @@
+"""Which figures a run's report has: each with its caption, its alternative text, or the reason why it cannot be drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from analysis import plots, tables
+from analysis.load import Run
+from analysis.plots.scores import correlation_text, score_name
+from analysis.plots.style import number
+from analysis.routing import EPSILON
+from analysis.summary import Summary, why_no_routes
+
+Draw = Callable[[], Figure]
+_FRAMED = "The framed row is the stage that trained the task."
+_KL = f"KL(p′ ‖ q′) with p′ = (p + ε) / (1 + M ε), ε = {EPSILON:.0e}".replace("1e-06", "10⁻⁶")
+
+
+@dataclass(frozen=True)
+class Plate:
+    """One figure of the report; ``draw`` is None where the run cannot show it, and ``missing`` then says why."""
+
+    name: str
+    section: str
+    title: str
+    caption: str
+    alt: str
+    draw: Draw | None
+    missing: str = ""
+
+
+def plates(summary: Summary) -> list[Plate]:
+    """Return the report's figures, in order."""
+    return [*_scores(summary), *_routes(summary), *_training(summary.run)]
+
+
+def _scores(summary: Summary) -> list[Plate]:
+    run, scores = summary.run, summary.scores
+    why = run.problems.get("scores") or ("" if len(scores) else "nothing is scored yet")
+    name = score_name(scores)
+    final = [number(value) for value in (summary.matrix[-1] if len(summary.matrix) else [])]
+    finals = ", ".join(f"{task} {value or 'not scored'}" for task, value in zip(run.stages, final, strict=False))
+    clipped = " Colours are cut off at 0 and 1; the numbers are not." if "r2" in set(scores["metric"]) else ""
+    return [
+        Plate(
+            *("score_matrix", "scores", "The score matrix"),
+            f"{name[0].upper()}{name[1:]} (higher is better) of every task after every stage; framed: just trained. Above a "
+            f"frame the task was not trained yet; below it, later stages may have cost it something.{clipped}",
+            f"Heat map of {name} by stage and task. Last row: {finals}.",
+            *_unless(why, lambda: plots.score_matrix(scores)),
+        ),
+        Plate(
+            *("score_curves", "scores", "Scores by stage"),
+            "One panel a task, the others in grey. Vertical line: the stage that trained it. Dashed: the best constant "
+            "answer. The last value is written out." + (" R² under −1 is drawn at −1, its value written." if clipped else ""),
+            f"Line charts of {name} by stage, one a task. Final values: {finals}.",
+            *_unless(why, lambda: plots.score_curves(scores)),
+        ),
+    ]
+
+
+def _unless(why: str, draw: Draw) -> tuple[Draw | None, str]:
+    return (None, why) if why else (draw, "")
+
+
+def _routes(summary: Summary) -> list[Plate]:
+    run, usage = summary.run, tables.usage_array(summary.run)
+    none = why_no_routes(run) if usage is None else ""
+    array = np.zeros((1, len(run.stages), 1, 1)) if usage is None else usage
+    return [*_use(run, array, none), *_distances(summary, array, none)]
+
+
+def _use(run: Run, usage: np.ndarray, none: str) -> list[Plate]:
+    names, num_atoms, size = run.stages, usage.shape[-1], f"{len(run.stages)} tasks, {usage.shape[-1]} atoms"
+    first = none or ("" if len(usage) > 1 else "no stage is finished, so nothing can have changed")
+    since = none or ("" if run.finished_stage > 1 else "it needs a stage after the one that trained a task")
+    spread = none or ("" if len(names) > 1 else "a specialist is told from a shared atom by two tasks or more")
+    change = "Red: used more; blue: used less; all panels share one scale."
+    return [
+        Plate(
+            *("atom_usage", "use", "Atom usage by task after each stage (Fig. 6)"),
+            f"Share of a task's routing weight that each atom gets, mean over its prompts' tokens and over blocks. {_FRAMED}",
+            f"Heat maps of atom usage by stage, one a task; {size}.",
+            *_unless(none, lambda: plots.atom_usage(tables.usage(usage, names))),
+        ),
+        Plate(
+            *("usage_drift", "use", "Usage drift from stage to stage (Fig. 7)"),
+            f"U[s] − U[s−1] of each task, over blocks. {change} {_FRAMED}",
+            f"Heat maps of the change of atom usage at each stage, one a task; {size}.",
+            *_unless(first, lambda: plots.usage_drift(tables.usage_change(usage, names, "previous"))),
+        ),
+        Plate(
+            *("usage_drift_since_trained", "use", "Usage drift since a task was trained (Fig. 7)"),
+            f"U[s] minus U after the stage that trained the task, over blocks. {change} Grey: not yet trained.",
+            f"Heat maps of the change of atom usage since a task's own stage, one a task; {size}.",
+            *_unless(since, lambda: plots.usage_drift(tables.usage_change(usage, names, "trained"), "since trained")),
+        ),
+        Plate(
+            *("routing_entropy", "use", "Routing entropy (Fig. 8)"),
+            f"Entropy over atoms / ln M (M = {num_atoms}), over blocks: 1 = all atoms alike, 0 = one atom. Solid: of the "
+            "task's mean usage; dashed: of a token's weights, on average. Between the two lies what the input decides.",
+            "Line charts of normalised routing entropy by stage, one a task.",
+            *_unless(none, lambda: plots.routing_entropy(tables.entropies(run), num_atoms)),
+        ),
+        Plate(
+            *("specialists", "use", "Specialists and shared atoms (Fig. 8)"),
+            f"After stage {max(run.finished_stage, 0)}. Atom entropy: of an atom's use over the tasks / ln T, mean over the "
+            "blocks that use it. A dead atom has usage under 1/(10 M) for every task in every block.",
+            f"Scatter of atom entropy against usage, over a heat map of each atom's mix of tasks; {size}.",
+            *_unless(spread, lambda: plots.specialists(tables.atoms(usage[-1], names))),
+        ),
+    ]
+
+
+def _distances(summary: Summary, usage: np.ndarray, none: str) -> list[Plate]:
+    run, names = summary.run, summary.run.stages
+    separation, drift = tables.separation(run), tables.drift(run)
+    pairs = tables.drift_and_loss(drift, summary.matrix) if len(drift) and len(summary.matrix) else None
+    apart = none or ("" if len(names) > 1 else "one task has no other to be told from")
+    moved = none or ("" if len(drift) else "no stage is finished, so no route can have moved")
+    later = none or ("" if pairs is not None and len(pairs) else "it needs a stage after the one that trained a task")
+    final = {metric: tables.separation_matrix(separation, run.finished_stage, metric) for metric in ("kl", "js")}
+    alt = ", ".join(f"mean {metric.upper()} {number(_mean_apart(matrix))} nats" for metric, matrix in final.items())
+    score = score_name(summary.scores)
+    return [
+        Plate(
+            *("separation_matrix", "distance", "Task separation (Fig. 9)"),
+            f"How far apart the tasks' routes are, in nats, mean over blocks. {_KL}; JS is symmetric and at most ln 2 ≈ 0.69.",
+            f"Heat maps of KL and JS between tasks' routes after the last stage; {alt}.",
+            *_unless(apart, lambda: plots.separation_matrix(separation)),
+        ),
+        Plate(
+            *("separation_by_stage", "distance", "How separation grew (Fig. 9)"),
+            f"The KL matrix after each stage on one scale, tasks numbered by stage; written above: the mean off the diagonal. {_FRAMED}",
+            "Small heat maps of KL between tasks' routes, one a stage.",
+            *_unless(apart, lambda: plots.separation_by_stage(separation)),
+        ),
+        Plate(
+            *("route_drift", "distance", "Stagewise route drift (Fig. 9)"),
+            "JS of a task's usage against the stage before, and against the stage that trained it, in nats, mean over "
+            "blocks; root-spaced axis. Grey: the split-half null, two random halves of the same rows: a move inside it is "
+            "not to be told from chance. Vertical line: the task's own stage.",
+            "Line charts of route drift by stage, one a task, over the split-half null.",
+            *_unless(moved, lambda: plots.route_drift(drift)),
+        ),
+        Plate(
+            *("sharing", "distance", "Who shares with whom"),
+            "Routing weight that two tasks put on the same atoms (1 − total variation, mean over blocks), tasks ordered "
+            "by average-linkage clustering of their JS distance.",
+            f"Clustered heat map of the usage in common between {len(names)} tasks.",
+            *_unless(apart, lambda: plots.sharing(tables.sharing(usage[-1], names))),
+        ),
+        Plate(
+            *("drift_against_loss", "distance", "Does drift predict forgetting?"),
+            "One point a learnt task and later stage: how far its routes moved at that stage, and the score it lost "
+            "there. The interval redraws points; points of one task are not independent, so it is rough.",
+            f"Scatter of score lost against route drift. {'' if pairs is None else correlation_text(pairs)}.",
+            *_unless(later, lambda: plots.drift_against_loss(pairs, score)),  # type: ignore[arg-type]
+        ),
+    ]
+
+
+def _mean_apart(matrix: np.ndarray) -> float:
+    off = matrix[~np.eye(len(matrix), dtype=bool)]
+    return float(off.mean()) if off.size else float("nan")
+
+
+def _training(run: Run) -> list[Plate]:
+    rows = run.tables["gradients"]
+    recorded = set(rows["metric"])
+
+    def unless(metric: str, draw: Draw) -> tuple[Draw | None, str]:
+        what = "no stage is finished" if run.finished_stage < 1 else f"the run recorded no {metric} rows"
+        return _unless("" if metric in recorded else run.problems.get("gradients", what), draw)
+
+    return [
+        Plate(
+            *("training_loss", "training", "Training loss"),
+            "Every step faintly; the line is a running median over a twentieth of a stage's steps.",
+            "Line chart of the training loss by step, stage after stage.",
+            *unless("train_loss", lambda: plots.training_loss(rows)),
+        ),
+        Plate(
+            *("gradient_norms", "training", "Gradient norms by layer (Fig. 3)"),
+            "L2 norm of the gradient of each layer's A and B, mean over a stage's recorded steps, by depth; a panel a kind "
+            "of layer, a line a stage. The shared bank has a panel of its own.",
+            "Line charts of gradient norm by layer depth, one a kind of layer.",
+            *unless("grad_norm", lambda: plots.gradient_norms(rows)),
+        ),
+        Plate(
+            *("gradient_concentration", "training", "Gradient concentration (Fig. 4)"),
+            "Largest norm over layers / mean norm, a step (dots) and the mean of an epoch (bars); 1 = spread evenly.",
+            "Scatter of gradient concentration by step, with each epoch's mean.",
+            *unless("grad_concentration", lambda: plots.gradient_concentration(rows)),
+        ),
+    ]

@@ -1,0 +1,163 @@
+"""Open a run's directory, or many by a glob, as tidy frames; works on a run still going and on one cut short."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from continual import records
+
+
+class RunError(ValueError):
+    """A directory that holds no readable run; the message is one line that names it."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: its manifest, its tables cut to the finished stages, and what could not be read.
+
+    The frames have the columns of ``records.SCHEMAS``; ``task`` (and ``other``) are ordered categories in the order
+    of training, so that every figure and table drawn from them keeps that order.
+    """
+
+    directory: Path
+    manifest: Mapping[str, Any]
+    tables: Mapping[str, pd.DataFrame]
+    problems: Mapping[str, str] = field(default_factory=dict)
+    """Table name to one line saying why it cannot be read; such a table is an empty frame."""
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return str(self.manifest.get("run", self.directory.name))
+
+    @property
+    def stages(self) -> list[str]:
+        """The stages' names, which are their tasks' names, in the order of training."""
+        return [str(stage) for stage in self.manifest["stages"]]
+
+    @property
+    def finished_stage(self) -> int:
+        """The last finished stage: -1 nothing is scored, 0 only the untrained scores are."""
+        return int(self.manifest["finished_stage"])
+
+    @property
+    def complete(self) -> bool:
+        """Whether every stage is finished."""
+        return self.finished_stage >= len(self.stages)
+
+    @property
+    def learnt(self) -> list[str]:
+        """The tasks whose stage is finished."""
+        return self.stages[: max(self.finished_stage, 0)]
+
+    @property
+    def tasks(self) -> Mapping[str, Mapping[str, Any]]:
+        """Each task's description, from the manifest."""
+        return self.manifest.get("tasks") or {}
+
+    @property
+    def model(self) -> Mapping[str, Any]:
+        """The model's facts, from the manifest."""
+        return self.manifest.get("model") or {}
+
+    def metric(self, task: str) -> str | None:
+        """Return the headline metric of ``task``, or None when the manifest does not say."""
+        return (self.tasks.get(task) or {}).get("metric")
+
+
+@dataclass(frozen=True)
+class Frames:
+    """Many runs' tables, each one frame; the columns ``run`` and ``seed`` say whose a row is."""
+
+    scores: pd.DataFrame
+    answers: pd.DataFrame
+    routing: pd.DataFrame
+    separation: pd.DataFrame
+    drift: pd.DataFrame
+    gradients: pd.DataFrame
+    runs: tuple[Run, ...]
+
+
+def load_run(directory: str | Path) -> Run:
+    """Read one run's directory.
+
+    Rows of a stage that is not finished are left out. A table that cannot be read becomes an empty frame and an entry
+    in ``problems``.
+
+    Raises:
+        RunError: The directory holds no run, or its manifest cannot be read.
+    """
+    directory = Path(directory)
+    manifest = _manifest(directory)
+    tables: dict[str, pd.DataFrame] = {}
+    problems: dict[str, str] = {}
+    for name, schema in records.SCHEMAS.items():
+        try:
+            table = records.read(directory, name)
+        except records.RecordError as error:
+            problems[name] = str(error).replace(f"{directory}{os.sep}", "")
+            table = schema.empty_table().to_pandas()
+        tables[name] = _ordered(table[table["stage"] <= manifest["finished_stage"]], manifest["stages"])
+    return Run(directory, manifest, tables, problems)
+
+
+def load(where: str | Path) -> Frames:
+    """Read the run in a directory, or every run that a glob pattern names, as tidy frames.
+
+    Args:
+        where: A run's directory, or a pattern such as ``runs/*``; what it matches beside runs is passed over.
+
+    Raises:
+        RunError: ``where`` names no run.
+    """
+    if Path(where).is_dir():
+        runs = [load_run(where)]
+    else:
+        found = sorted(path for path in glob.glob(str(where)) if (Path(path) / "manifest.json").is_file())
+        runs = [load_run(path) for path in found]
+    if not runs:
+        raise RunError(f"{where}: names no run directory (one with a manifest.json)")
+    joined = {name: _concat([run.tables[name] for run in runs]) for name in records.SCHEMAS}
+    return Frames(**joined, runs=tuple(runs))
+
+
+def _manifest(directory: Path) -> dict[str, Any]:
+    path = directory / "manifest.json"
+    if not directory.is_dir():
+        raise RunError(f"{directory}: no such directory")
+    if not path.is_file():
+        raise RunError(f"{directory}: no run directory (it has no manifest.json)")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: not a readable manifest ({error})") from error
+    if not isinstance(manifest, dict):
+        raise RunError(f"{path}: not a run's manifest (a JSON object is expected)")
+    lacking = [key for key in ("stages", "finished_stage") if key not in manifest]
+    if lacking:
+        raise RunError(f"{path}: not a run's manifest (it lacks {', '.join(lacking)})")
+    if not isinstance(manifest["stages"], list) or not isinstance(manifest["finished_stage"], int):
+        raise RunError(f"{path}: not a run's manifest (stages is a list of names, finished_stage a number)")
+    return manifest
+
+
+def _ordered(table: pd.DataFrame, stages: list[str]) -> pd.DataFrame:
+    """Turn the task columns into categories in the order of training; a task of no stage comes last."""
+    table = table.copy()
+    for column in {"task", "other"} & set(table.columns):
+        beside = sorted(set(table[column].dropna()) - set(stages))
+        table[column] = pd.Categorical(table[column], categories=[*stages, *beside], ordered=True)
+    return table.reset_index(drop=True)
+
+
+def _concat(frames: list[pd.DataFrame]) -> pd.DataFrame:
+    """Concatenate; the order of tasks survives only where all runs share it."""
+    return pd.concat(frames, ignore_index=True)

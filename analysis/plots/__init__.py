@@ -1,0 +1,23 @@
+"""The report's figures: each one function that takes a tidy frame and returns a matplotlib Figure."""
+
+from analysis.plots.routing import atom_usage, routing_entropy, specialists, usage_drift
+from analysis.plots.scores import drift_against_loss, score_curves, score_matrix
+from analysis.plots.separation import route_drift, separation_by_stage, separation_matrix, sharing
+from analysis.plots.training import gradient_concentration, gradient_norms, training_loss
+
+__all__ = [
+    "atom_usage",
+    "drift_against_loss",
+    "gradient_concentration",
+    "gradient_norms",
+    "route_drift",
+    "routing_entropy",
+    "score_curves",
+    "score_matrix",
+    "separation_by_stage",
+    "separation_matrix",
+    "sharing",
+    "specialists",
+    "training_loss",
+    "usage_drift",
+]

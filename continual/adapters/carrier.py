@@ -1,0 +1,97 @@
+"""How a forward pass's routing state reaches the adapted layers: as a keyword, through each decoder layer.
+
+A projection is called with its input alone, so its routes have to come by another way. A keyword of the decoder layer
+is repeated when activation checkpointing recomputes that layer, and so is the hook on its attention that takes the
+keyword off: the layers see the state of the pass that is being recomputed, never that of a later one.
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from continual.adapters.layer import QueryableLinear
+from continual.adapters.router import RoutingState
+
+INSTRUCTION_KEYWORDS = ("instruction_ids", "instruction_encoding")
+
+
+class RouteCarrier:
+    """Gives a routing state to some layers; where it has an attention module, that module's keyword brings it."""
+
+    def __init__(self, layers: list[QueryableLinear], attention: nn.Module | None = None) -> None:
+        self.layers = layers
+        self.attention = attention
+
+    def give(self, states: dict[str, RoutingState] | None) -> None:
+        """Set the state of the layers, or clear it."""
+        for layer in self.layers:
+            layer.routing_state = states
+
+    def receive(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Take the state off the attention's keywords (a forward pre-hook)."""
+        # Absent where the layers are called around the model: the adapted layers then say so.
+        self.give(kwargs.pop("routing_state", None))
+        return args, kwargs
+
+
+def carriers_of(model: nn.Module, layers: Iterable[QueryableLinear]) -> list[RouteCarrier]:
+    """Return a carrier for every decoder layer that hands its keywords on to its attention; none if one does not."""
+    adapted = set(layers)
+    carriers: list[RouteCarrier] = []
+    for module in model.modules():
+        attention = next((c for c in module.children() if type(c).__name__.endswith("Attention")), None)
+        if attention is None or not _takes_keywords(module):
+            continue
+        inside = [child for child in module.modules() if isinstance(child, QueryableLinear) and child in adapted]
+        # The hook has to be in place on every layer, adapted or not: the keyword comes to all of them.
+        carriers.append(RouteCarrier(inside, attention))
+    return carriers
+
+
+def patch_generate(model: nn.Module) -> None:
+    """Let ``generate`` take the instruction keywords; it refuses what prepare_inputs_for_generation does not name."""
+    if not hasattr(model, "prepare_inputs_for_generation") or "prepare_inputs_for_generation" in vars(model):
+        return
+    # A bound method, not a closure: copy.deepcopy of the model then binds the copy.
+    vars(model)["prepare_inputs_for_generation"] = types.MethodType(_prepare_inputs_for_generation, model)
+
+
+def _prepare_inputs_for_generation(
+    self: Any, *args: Any, instruction_ids: Any = None, instruction_encoding: Any = None, **kwargs: Any
+) -> dict[str, Any]:
+    inputs = type(self).prepare_inputs_for_generation(self, *args, **kwargs)
+    given = zip(INSTRUCTION_KEYWORDS, (instruction_ids, instruction_encoding), strict=True)
+    return inputs | {name: value for name, value in given if value is not None}
+
+
+def refuse_inexact_checkpointing(model: nn.Module, checkpointable: list[nn.Module], has_carriers: bool) -> None:
+    """Raise ValueError where activation checkpointing would give wrong gradients.
+
+    Args:
+        model: The adapted model.
+        checkpointable: Its modules that transformers can checkpoint (they have a flag ``gradient_checkpointing``).
+        has_carriers: Whether the routing state travels as a keyword.
+    """
+    active = [module for module in checkpointable if module.gradient_checkpointing] if model.training else []
+    if active and not has_carriers:
+        raise ValueError(
+            f"activation checkpointing is on, but the layers of {type(model).__name__} take no keywords, "
+            "so that routes could not follow a recomputed layer: turn gradient checkpointing off"
+        )
+    for module in active:
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        if getattr(function, "keywords", {}).get("use_reentrant", False):
+            raise ValueError(
+                "reentrant activation checkpointing recomputes with the wrong routes: call "
+                "gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})"
+            )
+
+
+def _takes_keywords(module: nn.Module) -> bool:
+    parameters = inspect.signature(module.forward).parameters.values()
+    return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)

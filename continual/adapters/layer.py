@@ -1,0 +1,124 @@
+"""One adapted projection: y = W h + (lora_alpha / r) B S A h, with S mixed by the routes of its block."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any, NoReturn, cast
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from continual.adapters.config import QueryableLoraConfig
+from continual.adapters.router import AtomBank, RoutingState
+
+CANNOT_MERGE = (
+    "this adapter routes each token by its own state, so no single weight matrix equals it: it cannot be merged into "
+    "the backbone; save it with save_pretrained and load it beside the backbone instead"
+)
+
+
+class QueryableLinear(nn.Module, BaseTunerLayer):
+    """A frozen linear layer with A (r x d_in), B (d_out x r) of its own and a bank that it shares with all others.
+
+    Attributes:
+        blocks: Adapter name -> index of the block of layers that this projection belongs to.
+        leads: Names of the adapters for which this projection is its block's first, the one whose state routes.
+        routing_state: Adapter name -> state of the forward pass under way; set for each pass, None outside.
+    """
+
+    adapter_layer_names = ("queryable_A", "queryable_B")
+    other_param_names = ("r", "scaling", "queryable_dropout")
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.in_features, self.out_features = _features(base_layer)
+        self.r: dict[str, int] = {}
+        self.scaling: dict[str, float] = {}
+        self.queryable_A = nn.ParameterDict()
+        self.queryable_B = nn.ParameterDict()
+        self.queryable_dropout = nn.ModuleDict()
+        self.blocks: dict[str, int] = {}
+        self.leads: set[str] = set()
+        self.routing_state: dict[str, RoutingState] | None = None
+        # A reference, not a submodule: the tuner owns the banks, so that each is saved once.
+        self._banks: dict[str, AtomBank] = {}
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+
+    def update_layer(self, adapter_name: str, config: QueryableLoraConfig, bank: AtomBank) -> None:
+        """Add the adapter ``adapter_name``: A as LoRA starts it, B = 0, so that the layer computes what it did."""
+        self.r[adapter_name] = config.r
+        self.scaling[adapter_name] = config.lora_alpha / config.r
+        dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout > 0 else nn.Identity()
+        self.queryable_dropout[adapter_name] = dropout
+        self.queryable_A[adapter_name] = nn.Parameter(torch.empty(config.r, self.in_features))
+        self.queryable_B[adapter_name] = nn.Parameter(torch.zeros(self.out_features, config.r))
+        nn.init.kaiming_uniform_(self.queryable_A[adapter_name], a=math.sqrt(5))
+        self._banks[adapter_name] = bank
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters)
+
+    @property
+    def base_weight(self) -> Tensor:
+        """The frozen layer's own weight."""
+        return cast(Tensor, self.get_base_layer().weight)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Map x, (..., d_in), to (..., d_out)."""
+        result = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters:
+            return result
+        for name in self.active_adapters:
+            if name in self.queryable_A:
+                result = result + self._update(name, x).to(result.dtype)
+        return result
+
+    def _update(self, name: str, x: Tensor) -> Tensor:
+        if self.routing_state is None:
+            raise RuntimeError("an adapted layer was called on its own: call the model that the adapter was put into")
+        state, bank, block = self.routing_state[name], self._banks[name], self.blocks[name]
+        weight_A, weight_B = self.queryable_A[name], self.queryable_B[name]
+        u = F.linear(self.queryable_dropout[name](self._cast_input_dtype(x, weight_A.dtype)), weight_A)
+        if name in self.leads:
+            bank.route(state, block, u)
+        return F.linear(bank.apply_route(state, block, u), weight_B) * self.scaling[name]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copy and pickle without the pass under way: activation checkpointing leaves one behind, with its graph."""
+        return self.__dict__ | {"routing_state": None}
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
+        """Raise ValueError: routing depends on the input."""
+        raise ValueError(CANNOT_MERGE)
+
+    def unmerge(self) -> None:
+        """Do nothing: nothing is ever merged."""
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forget the adapter ``adapter_name``."""
+        self._banks.pop(adapter_name, None)
+        self.blocks.pop(adapter_name, None)
+        self.leads.discard(adapter_name)
+        super().delete_adapter(adapter_name)
+
+
+def _features(layer: nn.Module) -> tuple[int, int]:
+    while isinstance(layer, BaseTunerLayer):
+        layer = layer.get_base_layer()
+    if isinstance(layer, Conv1D):
+        d_in, d_out = layer.weight.shape
+        return d_in, d_out
+    if isinstance(layer, nn.Linear):
+        return layer.in_features, layer.out_features
+    raise ValueError(f"target modules must be linear layers, got {type(layer).__name__}")
+
+
+def layer_of(module_name: str) -> str:
+    """Return the part of a module's name up to its last index: 'model.layers.3' of 'model.layers.3.mlp.up_proj'."""
+    match = re.match(r"(.*\.|^)\d+(?=\.|$)", module_name)
+    return match.group(0) if match else module_name

@@ -1,0 +1,300 @@
+"""The Instruction-Queryable adapter as a PEFT tuner: puts adapted layers, bank and routing into any model.
+
+Queryable LoRA (arXiv 2605.08423): every adapted projection l has its own A_l (r x d_in) and B_l (d_out x r); all of
+them share one bank of atoms, mixed for each token by a router that a block of layers shares (``router``):
+
+    y_l = W_l h_l + (lora_alpha / r) B_l S_b A_l h_l
+
+Importing this module registers the method with PEFT, so that ``get_peft_model``, ``save_pretrained``,
+``PeftModel.from_pretrained`` and ``generate`` know it. Calls take two more keywords: ``instruction_ids`` (B, L), token
+ids of each row's instruction, negative where padded; or ``instruction_encoding`` (B, E). Neither is required.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.peft_types import register_peft_method
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from continual.adapters.carrier import RouteCarrier, carriers_of, patch_generate, refuse_inexact_checkpointing
+from continual.adapters.config import PEFT_NAME, QueryableLoraConfig
+from continual.adapters.layer import CANNOT_MERGE, QueryableLinear, layer_of
+from continual.adapters.router import AtomBank, RoutingState
+
+# Where transformers keeps q/k/v/o projections under other names, the user names target_modules.
+_ATTENTION = ["k_proj", "o_proj", "q_proj", "v_proj"]
+_LLAMA_LIKE = ["llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3", "olmo2"]
+_DEFAULT_TARGETS = dict.fromkeys(_LLAMA_LIKE, _ATTENTION) | {
+    "phi3": ["o_proj", "qkv_proj"],
+    "gpt2": ["c_attn"],
+    "gpt_neox": ["dense", "query_key_value"],
+}
+
+
+class QueryableLoraModel(BaseTuner):
+    """The tuner behind ``get_peft_model(model, QueryableLoraConfig(...))``; reach it as ``peft_model.base_model``.
+
+    Layers are ordered as the model registers them and cut into ``num_blocks`` consecutive blocks of nearly equal
+    length. A fresh routing state is made for every forward pass and handed down as a keyword of the decoder layers, so
+    that gradients stay exact under non-reentrant activation checkpointing; a model whose layers take no keywords gets
+    the state on its layers directly and cannot be checkpointed.
+    """
+
+    uses_shared_state = True
+    prefix = "queryable_"
+    tuner_layer_cls = QueryableLinear
+    target_module_mapping = _DEFAULT_TARGETS
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Create the bank of ``adapter_name`` and its layers. PEFT calls this for every adapter.
+
+        Raises:
+            ValueError: A target module matches nothing, even if others match; or num_blocks exceeds the layers.
+        """
+        if "queryable_bank" not in self._modules:
+            self.queryable_bank = nn.ModuleDict()
+        config = cast(QueryableLoraConfig, self.peft_config[adapter_name])
+        self._check_targets(model, config)
+        bank = AtomBank(config, self._instruction_dim(model, config))
+        self.queryable_bank[adapter_name] = bank
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            self._assign_blocks(model, adapter_name, config.num_blocks)
+        except Exception:  # leave no half of an adapter behind: it would be saved with the others
+            for layer in list(self._layers(adapter_name)):
+                layer.delete_adapter(adapter_name)
+            del self.queryable_bank[adapter_name]
+            raise
+        if config.target_modules is not None and not isinstance(config.target_modules, str):
+            config.target_modules = sorted(config.target_modules)  # PEFT's defaults and 'all-linear' come as a set
+        if not bank.atoms.is_meta:  # low_cpu_mem_usage: the loaded tensors take the place of empty ones
+            bank.to(next(self._layers(adapter_name)).base_weight.device)
+        self._freeze_banks_like_layers()
+        self._install_hooks(model)
+
+    # -- PEFT's hooks -------------------------------------------------------------------------------------------------
+
+    def _create_and_replace(
+        self,
+        peft_config: QueryableLoraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        bank = self._bank(adapter_name)
+        if isinstance(target, QueryableLinear):
+            target.update_layer(adapter_name, peft_config, bank)
+            return
+        layer = QueryableLinear(target)
+        layer._active_adapter = self.active_adapters
+        layer.update_layer(adapter_name, peft_config, bank)
+        self._replace_module(parent, target_name, layer, target)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make ``adapter_name`` the active adapter(s), the only ones with gradients."""
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        self._freeze_banks_like_layers()
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Switch the gradients of the named adapters, their banks included."""
+        super().set_requires_grad(adapter_names, requires_grad)
+        self._freeze_banks_like_layers()
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        super()._enable_adapter_layers(enabled)
+        self._freeze_banks_like_layers()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter with its bank; PEFT makes another one active (and trainable) if this one was."""
+        super().delete_adapter(adapter_name)
+        del self.queryable_bank[adapter_name]
+        self._freeze_banks_like_layers()
+
+    def _freeze_banks_like_layers(self) -> None:
+        # PEFT switches (and, when an adapter is added, restores) the gradients of what lies in the layers only.
+        for name, bank in self.queryable_bank.items():
+            bank.requires_grad_(any(layer.queryable_A[name].requires_grad for layer in self._layers(name)))
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        bank, layers = self.queryable_bank[adapter_name], list(self._layers(adapter_name))
+        trainable = layers[0].queryable_A[adapter_name].requires_grad
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for layer in layers:  # a cast makes new parameters, and those start trainable
+            layer.set_requires_grad(adapter_name, trainable)
+        bank.to(layers[0].queryable_A[adapter_name].dtype)
+
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Raise ValueError: routing depends on the input."""
+        raise ValueError(CANNOT_MERGE)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
+        if merge:
+            raise ValueError(CANNOT_MERGE)
+        for handle in self._hooks:
+            handle.remove()
+        vars(self.model).pop("prepare_inputs_for_generation", None)
+        return super()._unload_and_optionally_merge(merge, *args, **kwargs)
+
+    # -- one forward pass ---------------------------------------------------------------------------------------------
+
+    def _install_hooks(self, model: nn.Module) -> None:
+        for handle in getattr(self, "_hooks", []):
+            handle.remove()
+        layers = [module for module in model.modules() if isinstance(module, QueryableLinear)]
+        carriers = carriers_of(model, layers)
+        carried = {id(layer) for carrier in carriers for layer in carrier.layers}
+        self._adapted = RouteCarrier(layers)
+        self._uncarried = RouteCarrier([layer for layer in layers if id(layer) not in carried])
+        self._has_carriers = bool(carriers)
+        self._checkpointable = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
+        self._recorders: list[list[dict[str, list[Tensor]]]] = []
+        self._hooks = [
+            carrier.attention.register_forward_pre_hook(carrier.receive, with_kwargs=True)
+            for carrier in carriers
+            if carrier.attention is not None
+        ]
+        self._hooks.append(model.register_forward_pre_hook(self._begin_pass, with_kwargs=True))
+        self._hooks.append(model.register_forward_hook(self._end_pass, with_kwargs=True, always_call=True))
+        patch_generate(model)
+
+    def _begin_pass(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        refuse_inexact_checkpointing(model, self._checkpointable, self._has_carriers)
+        ids, encoding = kwargs.pop("instruction_ids", None), kwargs.pop("instruction_encoding", None)
+        if ids is not None:
+            encoding = self.encode_instruction(ids)
+        states: dict[str, RoutingState] = {}
+        for name in self.active_adapters:
+            bank = self._bank(name)
+            centred = None if encoding is None or not bank.config.uses_prior else bank.centre(encoding)
+            states[name] = bank.begin(centred)
+        if self._has_carriers:
+            kwargs["routing_state"] = states
+        self._uncarried.give(states)
+        for record in self._recorders:
+            record.append({name: cast(list[Tensor], state.routes) for name, state in states.items()})
+        return args, kwargs
+
+    def _end_pass(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        self._adapted.give(None)
+
+    @contextmanager
+    def record_routes(self) -> Iterator[list[dict[str, list[Tensor]]]]:
+        """Collect the routes of every forward pass made inside the ``with``.
+
+        Yields:
+            A list that gains one entry a pass: adapter name -> routes of each block, (..., M).
+        """
+        record: list[dict[str, list[Tensor]]] = []
+        self._recorders.append(record)
+        try:
+            yield record
+        finally:
+            self._recorders = [other for other in self._recorders if other is not record]
+
+    # -- instructions -------------------------------------------------------------------------------------------------
+
+    def encode_instruction(self, ids_BL: Tensor) -> Tensor:
+        """Encode instructions by the mean of the frozen input embeddings.
+
+        Args:
+            ids_BL: Token ids, (B, L), negative where padded; a row of padding alone means "no instruction".
+
+        Returns:
+            Encodings, (B, E), float32, not yet centred; zeros where there is no instruction.
+        """
+        embedding = cast(PreTrainedModel, self.model).get_input_embeddings()
+        mask = (ids_BL >= 0).unsqueeze(-1)
+        with torch.no_grad():
+            vectors = embedding(ids_BL.clamp_min(0)).float() * mask
+            return vectors.sum(dim=1) / mask.sum(dim=1).clamp_min(1)
+
+    @torch.no_grad()
+    def set_instruction_reference(self, encodings_nE: Tensor) -> None:
+        """Fix the mean that is subtracted from every instruction's encoding, before the first stage and for good.
+
+        Args:
+            encodings_nE: Encodings of general instructions, (n, E); their mean becomes the reference.
+        """
+        for bank in map(self._bank, self.queryable_bank):
+            if bank.config.uses_prior:
+                bank.instruction_reference.copy_(encodings_nE.mean(dim=0))
+
+    def accounting(self, adapter_name: str = "default") -> dict[str, dict[str, int]]:
+        """Count parameters and FLOPs of one adapter by component, beside plain LoRA's of the same rank and targets.
+
+        FLOPs are those of matrix products in a forward pass (2 per multiply-add); ``flops_per_row`` are spent once a
+        row (the prior), ``flops_per_token`` once a token.
+
+        Returns:
+            Component ("A", "B", "bank", "keys", "query_maps", "prior", "total", "lora") -> "parameters" (trainable),
+            "flops_per_token", "flops_per_row".
+        """
+        from continual.adapters.accounting import account
+
+        return account(self._bank(adapter_name), list(self._layers(adapter_name)), adapter_name)
+
+    # -- layers and blocks --------------------------------------------------------------------------------------------
+
+    def _bank(self, adapter_name: str) -> AtomBank:
+        return cast(AtomBank, self.queryable_bank[adapter_name])
+
+    def _layers(self, adapter_name: str) -> Iterator[QueryableLinear]:
+        for module in self.model.modules():
+            if isinstance(module, QueryableLinear) and adapter_name in module.queryable_A:
+                yield module
+
+    def _check_targets(self, model: nn.Module, config: QueryableLoraConfig) -> None:
+        targets = config.target_modules
+        if targets is None or isinstance(targets, str):
+            return  # one expression: PEFT itself raises when it matches nothing
+        names = [name for name, _ in model.named_modules() if self._check_target_module_exists(config, name)]
+        for target in targets:
+            if not any(name == target or name.endswith(f".{target}") for name in names):
+                linear = (name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear))
+                raise ValueError(
+                    f"target module {target!r} matches nothing in the model (exclude_modules and layers_to_transform "
+                    f"applied); its linear layers: {', '.join(sorted(set(linear)))}"
+                )
+
+    def _instruction_dim(self, model: nn.Module, config: QueryableLoraConfig) -> int:
+        if not config.uses_prior:
+            return 0
+        if config.instruction_dim is None:
+            try:
+                embedding = cast(PreTrainedModel, model).get_input_embeddings()
+            except (AttributeError, NotImplementedError):
+                raise ValueError(
+                    "prior_weight is above 0 but the backbone has no input embeddings to encode instructions with: "
+                    "set instruction_dim to the width of the encodings that you pass, or prior_weight to 0"
+                ) from None
+            config.instruction_dim = cast(nn.Embedding, embedding).weight.shape[1]
+        return cast(int, config.instruction_dim)
+
+    def _assign_blocks(self, model: nn.Module, adapter_name: str, num_blocks: int) -> None:
+        groups: dict[str, list[QueryableLinear]] = {}
+        for name, module in model.named_modules():
+            if isinstance(module, QueryableLinear) and adapter_name in module.queryable_A:
+                groups.setdefault(layer_of(name), []).append(module)
+        if num_blocks > len(groups):
+            raise ValueError(f"num_blocks ({num_blocks}) is larger than the number of adapted layers ({len(groups)})")
+        for index, layers in enumerate(groups.values()):
+            block = index * num_blocks // len(groups)
+            for layer in layers:
+                layer.blocks[adapter_name] = block
+        first: dict[int, QueryableLinear] = {}
+        for layers in groups.values():
+            first.setdefault(layers[0].blocks[adapter_name], layers[0])
+        for layer in first.values():
+            layer.leads.add(adapter_name)
+
+
+register_peft_method(name=PEFT_NAME.lower(), config_cls=QueryableLoraConfig, model_cls=QueryableLoraModel)

@@ -1,0 +1,188 @@
+"""The atom bank and its router: which low-rank update atoms a token uses, from its state and its task's instruction.
+
+Queryable LoRA, arXiv 2605.08423. For one token and block b of consecutive layers:
+
+    z_b     = RMSNorm(u_b)                                    u_b: low-rank state of the block's first projection
+    s_b     = sum_{j<b} softmax_j(w_b . z_j) z_j              depth summary, s_1 = 0
+    q_b     = W_b [z_b ; s_b]                                 query
+    pi(c)   = softmax_m(<P e(c), p_m> / tau)                  prior of the instruction c, e(c) a frozen encoding
+    g_b     = K q_b / sqrt(d_k) + lambda log pi(c)            routing logits
+    alpha_b = softmax over the top-k logits                   at most k of M weights non-zero, summing to 1
+    S_b u   = sum_m alpha_bm C_m u                            the routed operator, never materialised for a token
+
+Shapes: B batch, T tokens, r rank, M atoms, N blocks, Q key width d_k, P prior width, E width of an encoding; `...` is
+whatever stands before the last axis of the adapted layer's input, (B, T) or (B,).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from continual.adapters.config import QueryableLoraConfig
+
+
+@dataclass
+class RoutingState:
+    """What one adapter's layers share during ONE forward pass; made anew for each, never kept on the bank.
+
+    State kept on a module between passes gives silently wrong gradients once two forward passes precede a backward
+    pass that recomputes activations; an object of its own for each pass is exact there too.
+
+    Attributes:
+        operator_KR: The bank as one matrix, (M * r, r): row m * r + j holds column j of atom m.
+        log_prior_BM: lambda * log pi(c) of each row, (B, M); None where the prior is off.
+        states: z_b of each block met so far, (..., r).
+        routes: alpha_b of each block met so far, (..., M).
+    """
+
+    operator_KR: Tensor
+    log_prior_BM: Tensor | None
+    states: list[Tensor | None] = field(default_factory=list)
+    routes: list[Tensor | None] = field(default_factory=list)
+
+
+class AtomBank(nn.Module):
+    """The atoms C_m, their keys, the query maps of every block and the instruction prior of one adapter.
+
+    Symbols of the paper: atoms = C, keys = K, query_maps = W_b, summary_queries = w_b, prior_map = P, prior_keys = p.
+
+    Args:
+        config: The adapter's configuration.
+        instruction_dim: Width E of an instruction's encoding; 0 where the prior is off.
+    """
+
+    atoms: Tensor
+    query_maps: Tensor
+    instruction_reference: Tensor
+
+    def __init__(self, config: QueryableLoraConfig, instruction_dim: int) -> None:
+        super().__init__()
+        self.config = config
+        num_atoms, rank, num_blocks = config.num_atoms, config.r, config.num_blocks
+        self.atoms = nn.Parameter(initial_atoms(num_atoms, rank, config.init_atoms, config.init_atoms_scale))
+        if config.uses_state:
+            key_dim = config.key_dim or 2 * rank
+            width = 2 * rank if config.uses_summary else rank
+            self.keys = nn.Parameter(torch.randn(num_atoms, key_dim))
+            maps = torch.randn(num_blocks, key_dim, width) / math.sqrt(rank)
+            if config.query_source == "state":
+                self.query_maps = nn.Parameter(maps)
+            else:
+                self.register_buffer("query_maps", maps)
+            if config.uses_summary:
+                self.summary_queries = nn.Parameter(torch.zeros(num_blocks - 1, rank))
+        if config.uses_prior:
+            self.prior_map = nn.Parameter(torch.randn(config.prior_dim, instruction_dim))
+            self.prior_keys = nn.Parameter(torch.randn(num_atoms, config.prior_dim) / math.sqrt(config.prior_dim))
+            self.register_buffer("instruction_reference", torch.zeros(instruction_dim))
+
+    def begin(self, encoding_BE: Tensor | None) -> RoutingState:
+        """Start a forward pass.
+
+        Args:
+            encoding_BE: Encoding of each row's instruction, (B, E); a row of zeros, or None for the whole batch, means
+                that no instruction is given: its prior is uniform.
+        """
+        # Row m * r + j of the matrix is column j of atom m, so that (alpha outer u) @ matrix = sum_m alpha_m C_m u.
+        operator = self.atoms.transpose(1, 2).reshape(-1, self.config.r)
+        log_prior = None
+        if self.config.uses_prior and encoding_BE is not None:
+            log_prior = self.config.prior_weight * self.log_prior(encoding_BE)
+        empty: list[Tensor | None] = [None] * self.config.num_blocks
+        return RoutingState(operator, log_prior, list(empty), list(empty))
+
+    def log_prior(self, encoding_BE: Tensor) -> Tensor:
+        """Return log pi(c), (B, M), of each row's instruction encoding, (B, E)."""
+        projected = encoding_BE.to(self.prior_map.dtype) @ self.prior_map.T
+        return F.log_softmax(projected @ self.prior_keys.T / self.config.prior_temperature, dim=-1)
+
+    def centre(self, encoding_BE: Tensor) -> Tensor:
+        """Subtract the fixed reference mean and scale to unit length; a row of zeros (no instruction) stays zero."""
+        if encoding_BE.dim() != 2 or encoding_BE.shape[1] != len(self.instruction_reference):
+            raise ValueError(
+                f"instruction encodings have shape {tuple(encoding_BE.shape)}, but this adapter takes "
+                f"(rows, {len(self.instruction_reference)}); see instruction_dim"
+            )
+        given = encoding_BE.abs().amax(dim=-1, keepdim=True) > 0
+        centred = torch.where(given, encoding_BE.float() - self.instruction_reference.float(), 0.0)
+        return F.normalize(centred, dim=-1)
+
+    def route(self, state: RoutingState, block: int, u: Tensor) -> None:
+        """Compute and keep alpha of ``block``, (..., M), from its first layer's low-rank state ``u``, (..., r)."""
+        source = u.detach() if self.config.detach_query else u
+        z = F.rms_norm(source, (self.config.r,), eps=1e-6)
+        state.states[block] = z
+        state.routes[block] = self._weights(self.logits(state, block, z))
+
+    def logits(self, state: RoutingState, block: int, z: Tensor) -> Tensor:
+        """Return the routing logits g, (..., M), of ``block`` at the state z, (..., r)."""
+        config = self.config
+        logits = z.new_zeros(*z.shape[:-1], config.num_atoms)
+        if config.uses_state:
+            query_input = z
+            if config.uses_summary:
+                query_input = torch.cat([z, self.depth_summary(state, block, z)], dim=-1)
+            query = F.linear(query_input, self.query_maps[block])
+            logits = F.linear(query, self.keys) / math.sqrt(self.keys.shape[-1])
+        if state.log_prior_BM is not None:
+            prior = state.log_prior_BM
+            if prior.shape[0] != logits.shape[0]:
+                raise ValueError(
+                    f"instructions for {prior.shape[0]} rows were given with a batch of {logits.shape[0]} rows"
+                )
+            logits = logits + prior.view(prior.shape[0], *([1] * (logits.dim() - 2)), -1)
+        return logits
+
+    def depth_summary(self, state: RoutingState, block: int, z: Tensor) -> Tensor:
+        """Return s_b, (..., r): attention of this block's query vector over the states of the blocks before it."""
+        if block == 0:
+            return torch.zeros_like(z)
+        earlier = torch.stack([s for s in state.states[:block] if s is not None], dim=-2)
+        weights = (earlier @ self.summary_queries[block - 1]).softmax(dim=-1)
+        return (weights.unsqueeze(-1) * earlier).sum(dim=-2)
+
+    def apply_route(self, state: RoutingState, block: int, u: Tensor) -> Tensor:
+        """Return S_b u, (..., r), as one small matrix product."""
+        alpha = state.routes[block]
+        if alpha is None:
+            raise RuntimeError(
+                f"block {block} has no route yet: its first adapted projection did not run before this one. "
+                "The layers ran in another order than they are registered in"
+            )
+        mixed = (alpha.unsqueeze(-1) * u.unsqueeze(-2)).flatten(-2)
+        return mixed @ state.operator_KR
+
+    def _weights(self, logits: Tensor) -> Tensor:
+        if self.config.top_k == self.config.num_atoms or self.config.query_source == "uniform":
+            return logits.softmax(dim=-1)  # equal logits have no top k
+        top, index = logits.topk(self.config.top_k, dim=-1)
+        weights = top.softmax(dim=-1)  # float32 under autocast, whatever the logits are
+        return weights.new_zeros(logits.shape).scatter(-1, index, weights)
+
+
+def initial_atoms(num_atoms: int, rank: int, kind: str, scale: float) -> Tensor:
+    """Return the atoms' start, (M, r, r).
+
+    Args:
+        num_atoms: M.
+        rank: r.
+        kind: "identity" (C_m = I), "noise" (I + scale * N(0, 1 / r)) or "orthogonal" (random rotations Q_m mixed with
+            the identity, C_m = (1 - scale) I + scale Q_m).
+        scale: How far from the identity.
+    """
+    identity = torch.eye(rank).expand(num_atoms, rank, rank)
+    if kind == "identity":
+        return identity.clone()
+    noise = torch.randn(num_atoms, rank, rank)
+    if kind == "noise":
+        return identity + scale * noise / math.sqrt(rank)
+    rotations, upper = torch.linalg.qr(noise)
+    rotations = rotations * upper.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
+    return (1 - scale) * identity + scale * rotations

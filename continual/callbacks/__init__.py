@@ -1,0 +1,8 @@
+"""Callbacks: what is recorded while a stage trains and while its tasks are scored, and what is shown."""
+
+from continual.callbacks.gradients import GradientRecorder
+from continual.callbacks.progress import StageProgress
+from continual.callbacks.routing import RouteRecorder
+from continual.callbacks.scores import ScoreRecorder
+
+__all__ = ["GradientRecorder", "RouteRecorder", "ScoreRecorder", "StageProgress"]

@@ -1,0 +1,104 @@
+"""What a person sees while a run goes on: its plan, a bar for each stage, a row of scores after each."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import lightning as L
+from tqdm import tqdm
+
+
+class StageProgress(L.Callback):
+    """One bar while a stage trains (loss, steps a second, time left) and one while all tasks are scored.
+
+    Where standard error is no terminal, a line now and then takes the bar's place.
+    """
+
+    def __init__(self) -> None:
+        self.title = ""
+        self._bar: tqdm | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Open the training bar."""
+        self._open("train", int(trainer.estimated_stepping_batches), "step")
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Advance; read the loss only when the bar is about to be drawn, so that a GPU is not made to wait."""
+        assert self._bar is not None
+        if self._bar.update(trainer.global_step - self._bar.n):
+            self._bar.set_postfix_str(f"loss {outputs['loss'].item():.3f}", refresh=False)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Close the bar."""
+        self._close()
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Open the scoring bar."""
+        self._open("score", sum(int(batches) for batches in trainer.num_test_batches), "batch")
+
+    def on_test_batch_end(self, *_: Any) -> None:
+        """Advance."""
+        assert self._bar is not None
+        self._bar.update()
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Close the bar."""
+        self._close()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Close the bar before the error's line is printed."""
+        self._close()
+
+    def _open(self, doing: str, total: int, unit: str) -> None:
+        seconds = 0.2 if sys.stderr.isatty() else 20.0
+        self._bar = tqdm(
+            total=total, desc=f"{self.title}: {doing}", unit=unit, leave=False, mininterval=seconds, dynamic_ncols=True
+        )
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def plan(experiment: Any, stages: list[Any], counts: dict[str, int], run_dir: Any) -> str:
+    """Return the run's plan as text: stages, rows, steps and parameters."""
+    share = counts["trainable_parameters"] / counts["total_parameters"]
+    lines = [
+        f"Run {run_dir}",
+        f"  {experiment.model.backbone.name} with {type(experiment.model.adapter).__name__}: "
+        f"{counts['trainable_parameters']:,} of {counts['total_parameters']:,} parameters train ({share:.2%})",
+        f"  {'stage':>5}  {'task':<24} {'metric':<9} {'train rows':>10} {'test rows':>9} {'steps':>6}",
+    ]
+    for index, (stage, data) in enumerate(stages, start=1):
+        steps = data.num_batches * experiment.epochs(stage)
+        facts = data.facts()
+        lines.append(
+            f"  {index:>5}  {stage.name:<24} {data.task.metric:<9} {len(data.train_rows):>10} "
+            f"{facts['test_rows']:>9} {steps:>6}"
+        )
+    return "\n".join(lines)
+
+
+class ScoreTable:
+    """Prints one row of scores after each stage, under a heading of task names."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+        self.widths = [max(8, len(name)) for name in names]
+        self.has_heading = False
+
+    def show(self, title: str, scores: dict[str, float]) -> None:
+        """Print the headline score of every task; the one in brackets was just trained."""
+        if not self.has_heading:
+            heading = "  ".join(name.rjust(width) for name, width in zip(self.names, self.widths, strict=True))
+            print(f"{'scores after':<28}  {heading}", flush=True)
+            self.has_heading = True
+        cells = []
+        for name, width in zip(self.names, self.widths, strict=True):
+            cell = f"{scores[name]:.3f}"
+            cells.append((f"[{cell}]" if name == title else f"{cell} ").rjust(width))
+        print(f"{title[:28]:<28}  {'  '.join(cells)}", flush=True)

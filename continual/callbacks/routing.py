@@ -1,0 +1,171 @@
+"""While tasks are scored: which atoms each task uses, how far apart tasks are, and how far routes moved.
+
+Usage U[s, j, b, m] is the mean of alpha over the prompt's own tokens of task j's test rows, in block b, after stage s.
+Everything is computed for each block first; a value with block -1 is the mean of the blocks' values. Rows of each task
+are split into two halves by their index, and the distance between the halves' usages is the null beside which every
+distance is read: two samples of one task are never 0 apart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from analysis.routing import entropy_nats, js_divergence, kl_divergence, total_variation
+from continual.evaluate import Outcome
+
+
+class RouteRecorder(L.Callback):
+    """Turns the routes of outcomes into rows for the tables ``routing``, ``separation`` and ``drift``.
+
+    Attributes:
+        usage: Stage -> task -> usage of each block, (N, M): all that drift is measured against.
+    """
+
+    def __init__(self) -> None:
+        self.usage: dict[int, dict[str, np.ndarray]] = {}
+        self.tables: dict[str, list[dict[str, Any]]] = {}
+
+    def restore(self, routing: pd.DataFrame) -> None:
+        """Take the usages of finished stages from the table ``routing``."""
+        rows = routing[routing["metric"] == "usage"]
+        for (stage, task), group in rows.groupby(["stage", "task"]):
+            table = group.pivot(index="block", columns="atom", values="value").sort_index().sort_index(axis=1)
+            self.usage.setdefault(int(stage), {})[str(task)] = table.to_numpy()
+
+    def start(self, keys: dict[str, Any], tasks: list[Any], trained_stage: dict[str, int]) -> None:
+        """Begin scoring ``tasks``; ``trained_stage`` says after which stage each task was learnt."""
+        self.keys, self.tasks, self.trained_stage = keys, tasks, trained_stage
+        self.tables = {"routing": [], "separation": [], "drift": []}
+        self._sums: dict[str, _TaskRoutes] = {}
+
+    def on_test_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Add a batch's routes to its task's sums."""
+        outcome: Outcome = outputs
+        if outcome.routes is None or outcome.prompt_mask is None:
+            return
+        name = self.tasks[dataloader_idx].name
+        self._sums.setdefault(name, _TaskRoutes()).add(outcome.routes, outcome.prompt_mask, outcome.rows)
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Compute usage, entropies, separation and drift."""
+        if not self._sums:
+            return
+        stage = self.keys["stage"]
+        self.usage[stage] = {name: sums.usage() for name, sums in self._sums.items()}
+        for name, sums in self._sums.items():
+            self._add_usage(name, sums)
+            self._add_drift(name, sums.num_tokens)
+        self._add_separation()
+
+    def _add_usage(self, task: str, sums: _TaskRoutes) -> None:
+        usage, count = self.usage[self.keys["stage"]][task], sums.num_tokens
+        for block, atom in np.ndindex(*usage.shape):
+            self._row("routing", task, "usage", usage[block, atom], count, block=block, atom=atom)
+        for metric, values in (
+            ("usage_entropy_nats", entropy_nats(usage)),
+            ("token_entropy_nats", sums.token_entropy()),
+        ):
+            for block, value in _with_mean(values):
+                self._row("routing", task, metric, value, count, block=block, atom=-1)
+
+    def _add_separation(self) -> None:
+        usage = self.usage[self.keys["stage"]]
+        for task in usage:
+            for other in usage:
+                if task == other:
+                    first, second = self._sums[task].halves()
+                    names = ("js_split_half", "kl_split_half")
+                else:
+                    first, second, names = usage[task], usage[other], ("js", "kl")
+                for metric, distance in zip(names, (js_divergence, kl_divergence), strict=True):
+                    for block, value in _with_mean(distance(first, second)):
+                        count = self._sums[task].num_tokens
+                        self._row("separation", task, metric, value, count, other=other, block=block)
+
+    def _add_drift(self, task: str, count: int) -> None:
+        stage, trained = self.keys["stage"], self.trained_stage[task]
+        references = {"previous": stage - 1} | ({"trained": trained} if trained < stage else {})
+        for reference, earlier in references.items():
+            if earlier not in self.usage:
+                continue
+            now, then = self.usage[stage][task], self.usage[earlier][task]
+            place = {"reference": reference, "reference_stage": earlier}
+            for metric, distance in (("js", js_divergence), ("kl", kl_divergence), ("tv", total_variation)):
+                for block, value in _with_mean(distance(now, then)):
+                    self._row("drift", task, metric, value, count, block=block, **place)
+
+    def _row(self, table: str, task: str, metric: str, value: float, count: int, **columns: Any) -> None:
+        measured = {"metric": metric, "direction": "none", "value": float(value), "count": count}
+        self.tables[table].append(self.keys | {"task": task} | columns | measured)
+
+
+class _TaskRoutes:
+    """Sums of one task's routing weights over tokens, for each half of its rows."""
+
+    def __init__(self) -> None:
+        self.weights: Tensor | None = None  # (2, N, M)
+        self.entropy: Tensor | None = None  # (N,)
+        self.tokens = torch.zeros(2, dtype=torch.float64)
+
+    def add(self, routes: list[Tensor], mask_BP: Tensor, rows: Iterable[int]) -> None:
+        """Add routes of each block, (B, P, M), over the tokens that ``mask_BP`` marks."""
+        mask = mask_BP.to(torch.float32).unsqueeze(-1)
+        weights, entropies = [], []
+        for route in routes:
+            route = route.float() * mask
+            weights.append(route.sum(dim=1))  # (B, M)
+            entropies.append(-torch.xlogy(route, route).sum())
+        half = torch.tensor([_half_of(row) for row in rows])
+        per_row = torch.stack(weights).double().cpu()  # (N, B, M)
+        tokens = mask_BP.sum(dim=1).double().cpu()
+        summed = torch.stack([per_row[:, half == side].sum(dim=1) for side in (0, 1)])
+        entropy = torch.stack(entropies).double().cpu()
+        self.weights = summed if self.weights is None else self.weights + summed
+        self.entropy = entropy if self.entropy is None else self.entropy + entropy
+        self.tokens += torch.stack([tokens[half == side].sum() for side in (0, 1)])
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens counted, both halves together."""
+        return int(self.tokens.sum())
+
+    def usage(self) -> np.ndarray:
+        """Return the usage of all rows, (N, M)."""
+        assert self.weights is not None
+        return (self.weights.sum(dim=0) / self.tokens.sum()).numpy()
+
+    def halves(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the usage of each half, (N, M); NaN where a half has no row."""
+        assert self.weights is not None
+        first, second = (self.weights / self.tokens.view(2, 1, 1)).numpy()
+        return first, second
+
+    def token_entropy(self) -> np.ndarray:
+        """Return the mean entropy of a token's routes in each block, (N,), in nats."""
+        assert self.entropy is not None
+        return (self.entropy / self.tokens.sum()).numpy()
+
+
+def _half_of(row: int) -> int:
+    """Return 0 or 1 for a row, as good as at random and always the same: the golden ratio spreads indices evenly."""
+    return int(math.modf(row * 0.6180339887498949)[0] < 0.5)
+
+
+def _with_mean(values: np.ndarray) -> list[tuple[int, float]]:
+    return [*enumerate(values.tolist()), (-1, float(np.mean(values)))]

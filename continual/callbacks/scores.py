@@ -1,0 +1,75 @@
+"""While tasks are scored: every answer, and the scores they come to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+from torchmetrics import MeanMetric, MeanSquaredError, Metric, R2Score
+
+from continual.evaluate import Outcome
+
+
+class ScoreRecorder(L.Callback):
+    """Turns outcomes into rows for the tables ``scores`` and ``answers``."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.answers: list[dict[str, Any]] = []
+
+    def start(self, keys: dict[str, Any], tasks: list[Any]) -> None:
+        """Begin scoring ``tasks`` (StageData, in loader order); ``keys`` are the columns run, seed and stage."""
+        self.keys, self.tasks = keys, tasks
+        self.rows, self.answers = [], []
+        self._metrics: list[dict[str, Metric]] = [_metrics_of(data.task) for data in tasks]
+        self._counts = [0] * len(tasks)
+
+    def on_test_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Take in a batch's outcome."""
+        outcome: Outcome = outputs
+        task = self.tasks[dataloader_idx].task
+        self._counts[dataloader_idx] += len(outcome.rows)
+        values = torch.tensor(outcome.values, dtype=torch.float64)
+        for name, metric in self._metrics[dataloader_idx].items():
+            if task.kind == "regression":
+                predicted = torch.tensor([float(text) for text in outcome.predictions], dtype=torch.float64)
+                metric.update(predicted, torch.tensor(outcome.targets, dtype=torch.float64))
+            elif name == "accuracy_seen":
+                metric.update(values if outcome.seen_values is None else torch.tensor(outcome.seen_values))
+            else:
+                metric.update(values)
+        name = self.tasks[dataloader_idx].name
+        for row, value, prediction in zip(outcome.rows, outcome.values, outcome.predictions, strict=True):
+            self.answers.append(self.keys | {"task": name, "row": row, "value": value, "prediction": prediction})
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Compute the scores."""
+        for data, metrics, count in zip(self.tasks, self._metrics, self._counts, strict=True):
+            for name, metric in metrics.items():
+                direction = "higher" if metric.higher_is_better or isinstance(metric, MeanMetric) else "lower"
+                value = {"metric": name, "direction": direction, "value": metric.compute().item(), "count": count}
+                self.rows.append(self.keys | {"task": data.name} | value)
+        self.answers.sort(key=lambda answer: (answer["task"], answer["row"]))
+
+    def headline(self) -> dict[str, float]:
+        """Return each task's headline score, by task name."""
+        wanted = {data.name: data.task.metric for data in self.tasks}
+        return {row["task"]: row["value"] for row in self.rows if row["metric"] == wanted[row["task"]]}
+
+
+def _metrics_of(task: Any) -> dict[str, Metric]:
+    if task.kind == "regression":
+        return {"r2": R2Score().set_dtype(torch.float64), "rmse": MeanSquaredError(squared=False)}
+    metrics: dict[str, Metric] = {task.metric: MeanMetric().set_dtype(torch.float64)}
+    if task.kind == "labels":
+        metrics["accuracy_seen"] = MeanMetric().set_dtype(torch.float64)
+    return metrics

@@ -1,0 +1,105 @@
+"""Lightning's command line over the same classes: one stage by hand, or the whole sequence.
+
+    python -m continual.cli fit --config configs/one_stage.yaml            one stage (also: validate, test, predict)
+    python -m continual.cli run-stages --config configs/stages.yaml        the sequence, as continual.run runs it
+    python -m continual.cli run-stages --config configs/stages.yaml --print_config
+    python -m continual.cli fit --help
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+
+from continual import run
+from continual.experiment import TRAINER_DEFAULTS, make_parser
+from continual.module import ContinualModule
+from continual.quiet import quieten
+from continual.stage_data import StageData
+
+RUN_STAGES = "run-stages"
+_OWN_KEYS = ("config", "out", "resume")
+
+# A stage by hand is an ordinary Lightning run, with Lightning's own bar and checkpoints.
+_STAGE_DEFAULTS = {k: v for k, v in TRAINER_DEFAULTS.items() if k not in ("enable_progress_bar", "enable_checkpointing")}
+
+
+class ContinualCLI(LightningCLI):
+    """LightningCLI with one subcommand more, which needs neither its seed nor its trainer.
+
+    The four methods overridden here are not part of Lightning's public interface; a test holds them to what it does.
+    """
+
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        super()._add_subcommands(parser, **kwargs)
+        action = next(action for action in parser._actions if hasattr(action, "add_subcommand"))
+        description = "Train one adapter across the stages of a configuration, and report what was forgotten."
+        stages = make_parser(self.init_parser(description=description))
+        stages.add_argument("--out", type=str | None, default=None, help="The run's directory (default: runs/NAME-TIME).")
+        stages.add_argument("--resume", type=str | None, default=None, help="Go on with the run in this directory.")
+        action.add_subcommand(RUN_STAGES, stages, help=description)
+
+    def _set_seed(self) -> None:
+        if self.subcommand != RUN_STAGES:
+            super()._set_seed()
+
+    def instantiate_classes(self) -> None:
+        """Build the module, the data and the trainer of a stage; the sequence builds its own."""
+        if self.subcommand != RUN_STAGES:
+            super().instantiate_classes()
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        if subcommand != RUN_STAGES:
+            super()._run_subcommand(subcommand)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run from the command line; return the exit status."""
+    quieten()
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == [RUN_STAGES] and not {"--help", "-h"} & set(argv):
+        return run.guarded(lambda: _run_stages(argv))
+    return run.guarded(lambda: _run_stage(argv))
+
+
+def _run_stage(argv: list[str]) -> Path:
+    cli = _build(argv)
+    return Path(cli.trainer.default_root_dir)
+
+
+def _run_stages(argv: list[str]) -> Path:
+    cli = _build(argv)
+    config = cli.config[RUN_STAGES]
+    if config.resume:
+        return run.run(None, resume=Path(config.resume))
+    stem = Path(str(config.config[-1])).stem if config.config else "stages"
+    kept = config.clone()
+    for key in _OWN_KEYS:
+        kept.pop(key, None)
+    return run.run_text(make_parser().dump(kept, skip_none=False), stem, Path(config.out) if config.out else None)
+
+
+def _build(argv: list[str]) -> ContinualCLI:
+    return ContinualCLI(
+        ContinualModule,
+        StageData,
+        save_config_callback=None,
+        trainer_defaults=_STAGE_DEFAULTS,
+        seed_everything_default=0,
+        auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,
+        args=_as_args(argv),
+    )
+
+
+def _as_args(argv: list[str]) -> ArgsType:
+    sys.argv[1:] = argv  # LightningCLI warns where both are given and differ
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,181 @@
+"""One batch of test rows through the adapted model: answers, what they earn, and the routes, from one forward pass.
+
+Labels are ranked by the summed log-likelihood of their tokens, end mark included, given the prompt. All labels of a
+row share one pass: their tokens stand behind the prompt, each label sees the prompt and itself alone, and positions
+start anew at each (a tree of answers with the prompt as its trunk).
+
+Shapes: B rows, P prompt columns, L label tokens, C candidate labels, V vocabulary, N blocks, M atoms.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from continual.adapters import QueryableLoraModel
+from continual.stage_data import Candidates
+from tasks import Task
+
+if TYPE_CHECKING:
+    from continual.module import ContinualModule
+
+
+@dataclass
+class Outcome:
+    """What a batch of test rows came to.
+
+    Attributes:
+        rows: Index of each row within its split.
+        values: What each row's answer earns in the task's headline metric; for a regression its squared error.
+        predictions: Each row's answer as text.
+        targets: Each row's true answer (regression: the true value).
+        seen_values: Label tasks: 1.0 where the answer is right among all labels seen; None where only own ones count.
+        routes: Of each block, the routing weights of the prompt's tokens, (B, P, M); None without a router.
+        prompt_mask: 1 for the prompt's own tokens, 0 for padding, (B, P); None without routes.
+    """
+
+    rows: list[int]
+    values: list[float]
+    predictions: list[str]
+    targets: list[Any]
+    seen_values: list[float] | None = None
+    routes: list[Tensor] | None = None
+    prompt_mask: Tensor | None = None
+
+
+@torch.inference_mode()
+def score_batch(module: ContinualModule, task: Task, batch: dict[str, Any], max_answer_tokens: int = 0) -> Outcome:
+    """Answer a batch of one task's test rows.
+
+    Args:
+        module: The adapted model.
+        task: The task that the rows come from; judges the answers.
+        batch: From ``StageData.test_dataloader``.
+        max_answer_tokens: Longest free answer, in tokens.
+    """
+    tuner = module.tuner
+    recording = tuner.record_routes() if tuner is not None else nullcontext([])
+    with recording as passes:
+        if task.kind == "labels":
+            outcome = _rank_labels(module, task, batch)
+        elif task.kind == "free":
+            outcome = _generate(module, task, batch, max_answer_tokens)
+        else:
+            outcome = _predict(module, batch)
+    if passes:
+        _keep_prompt_routes(outcome, next(iter(passes[0].values())), batch)
+    return outcome
+
+
+def label_log_likelihoods(model: Any, forward: dict[str, Tensor], candidates: Candidates) -> Tensor:
+    """Return log p(label | prompt), (B, C), of every candidate label, from one pass over prompt and labels.
+
+    Args:
+        model: The language model.
+        forward: Left-padded prompts: input_ids, attention_mask, position_ids, (B, P), and the instruction keyword.
+        candidates: The labels.
+    """
+    ids, prompt_mask, positions = (forward[name] for name in ("input_ids", "attention_mask", "position_ids"))
+    rest = {name: value for name, value in forward.items() if name.startswith("instruction")}
+    device, num_rows = ids.device, len(ids)
+    label_ids, segment, offset = (t.to(device) for t in (candidates.ids_L, candidates.segment_L, candidates.offset_L))
+    num_label = len(label_ids)
+    length = prompt_mask.sum(dim=1, keepdim=True)
+    logits = model(
+        input_ids=torch.cat([ids, label_ids.expand(num_rows, -1)], dim=1),
+        attention_mask=_tree_mask(prompt_mask, segment, next(model.parameters()).dtype),
+        position_ids=torch.cat([positions, length + offset], dim=1),
+        logits_to_keep=num_label + 1,
+        use_cache=False,
+        **rest,
+    ).logits
+    # Kept column 0 is the prompt's last token, column 1 + t label token t: a label's first token is predicted by the
+    # prompt, every later one by the token before it.
+    places = torch.arange(num_label, device=device)
+    predictor = torch.where(offset == 0, 0, places)
+    scores = torch.zeros(num_rows, len(candidates.names), device=device)
+    for row in range(num_rows):  # row by row: a float32 copy of (B, L, V) would be the largest tensor of the run
+        log_p = logits[row].float().log_softmax(dim=-1)[predictor, label_ids]
+        scores[row] = torch.zeros_like(scores[row]).index_add(0, segment, log_p)
+    return scores
+
+
+def _tree_mask(prompt_mask_BP: Tensor, segment_L: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the additive attention mask, (B, 1, P + L, P + L): causal, and labels do not see one another."""
+    num_rows, num_prompt = prompt_mask_BP.shape
+    num_label = len(segment_L)
+    width = num_prompt + num_label
+    causal = torch.ones(width, width, dtype=torch.bool, device=prompt_mask_BP.device).tril()
+    causal[num_prompt:, num_prompt:] &= segment_L.unsqueeze(0) == segment_L.unsqueeze(1)
+    seen = torch.cat([prompt_mask_BP.bool(), torch.ones_like(prompt_mask_BP[:, :1]).bool().expand(-1, num_label)], 1)
+    allowed = causal.unsqueeze(0) & seen.unsqueeze(1)
+    allowed |= torch.eye(width, dtype=torch.bool, device=allowed.device)  # padding sees itself: no row of -inf alone
+    mask = torch.zeros(num_rows, 1, width, width, dtype=dtype, device=allowed.device)
+    return mask.masked_fill(~allowed.unsqueeze(1), torch.finfo(dtype).min)
+
+
+def _rank_labels(module: ContinualModule, task: Task, batch: dict[str, Any]) -> Outcome:
+    candidates: Candidates = batch["candidates"]
+    scores = label_log_likelihoods(module.model, batch["forward"], candidates)
+    own = scores[:, : candidates.num_own].argmax(dim=1).tolist()
+    predictions = [candidates.names[index] for index in own]
+    targets = [row["answer"] for row in batch["rows"]]
+    outcome = Outcome(
+        rows=[row["row"] for row in batch["rows"]],
+        values=[float(p == t) for p, t in zip(predictions, targets, strict=True)],
+        predictions=predictions,
+        targets=targets,
+    )
+    if len(candidates.names) > candidates.num_own:
+        among_all = [candidates.names[index] for index in scores.argmax(dim=1).tolist()]
+        outcome.seen_values = [float(p == t) for p, t in zip(among_all, targets, strict=True)]
+    return outcome
+
+
+def _generate(module: ContinualModule, task: Task, batch: dict[str, Any], max_answer_tokens: int) -> Outcome:
+    forward, tokenizer = batch["forward"], module.backbone.tokenizer
+    inputs = {name: value for name, value in forward.items() if name != "position_ids"}
+    output = module.model.generate(
+        **inputs,
+        max_new_tokens=max_answer_tokens,
+        do_sample=False,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    new = output[:, forward["input_ids"].shape[1] :].tolist()
+    predictions = [module.backbone.decode(ids) for ids in new]
+    return Outcome(
+        rows=[row["row"] for row in batch["rows"]],
+        values=[float(task.score_answer(row, text)) for row, text in zip(batch["rows"], predictions, strict=True)],
+        predictions=predictions,
+        targets=[row["answer"] for row in batch["rows"]],
+    )
+
+
+def _predict(module: ContinualModule, batch: dict[str, Any]) -> Outcome:
+    predicted, target = module.model(**batch["forward"]).float(), batch["labels"].float()
+    return Outcome(
+        rows=[row["row"] for row in batch["rows"]],
+        values=(predicted - target).square().tolist(),
+        predictions=[repr(value) for value in predicted.tolist()],
+        targets=target.tolist(),
+    )
+
+
+def _keep_prompt_routes(outcome: Outcome, routes: list[Tensor | None], batch: dict[str, Any]) -> None:
+    """Keep the routes of the prompt's columns: never those of the labels' or the generated tokens."""
+    mask = batch["forward"].get("attention_mask")
+    if mask is None:  # a regression row is one token
+        mask = torch.ones(len(batch["rows"]), 1, device=batch["labels"].device)
+    outcome.prompt_mask = mask
+    kept = [route if route.dim() == 3 else route.unsqueeze(1) for route in routes if route is not None]
+    outcome.routes = [route[:, : mask.shape[1]] for route in kept]
+
+
+def is_routed(model: Any) -> bool:
+    """Say whether a PEFT model carries our routed adapter."""
+    return isinstance(getattr(model, "base_model", None), QueryableLoraModel)

@@ -1,0 +1,218 @@
+"""An experiment as its configuration file describes it: parse, override, check, and write out what was resolved.
+
+    seed: 0
+    model: {backbone: ..., adapter: ..., optimizer: ...}     arguments of ContinualModule
+    data: {batch_size: 8, ...}                               arguments of StageData, for every stage
+    trainer: {max_epochs: 1, ...}                            arguments of lightning's Trainer, a fresh one each stage
+    stages: [{name: ..., task: {class_path: ..., init_args: {...}}}, ...]
+
+Classes are named by class_path and init_args; a constructor's signature is its configuration.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+from jsonargparse.typing import NonNegativeInt, PositiveInt
+
+from continual import manifest
+from continual.errors import ConfigError
+from continual.explain import explain
+from continual.module import ContinualModule
+from continual.stage_data import StageData
+from tasks import Task
+
+# What Lightning would do by default and a sequence of stages must not: 1,000 epochs, a logger, checkpoints of its own.
+TRAINER_DEFAULTS = {
+    "max_epochs": 1,
+    "devices": 1,
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_model_summary": False,
+    "enable_progress_bar": False,  # the sequence has a bar of its own
+    "num_sanity_val_steps": 0,
+    "gradient_clip_val": 1.0,
+}
+
+
+@dataclass
+class Stage:
+    """One stage: a task to train on.
+
+    Args:
+        name: The stage's name, and its task's name in every table.
+        task: The task.
+        max_epochs: Epochs of this stage; the trainer's when not given.
+    """
+
+    name: str
+    task: Task
+    max_epochs: PositiveInt | None = None  # type: ignore[valid-type]
+
+
+@dataclass
+class Experiment:
+    """A checked configuration, with its objects built.
+
+    Attributes:
+        name: The run's name: the file's stem and a hash of what was resolved.
+        seed: Decides everything random.
+        threads: CPU threads; torch's default when not given. CPU results depend on it.
+        model: The module, not yet loaded.
+        data: Arguments of every stage's StageData.
+        trainer: Arguments of every stage's Trainer.
+        stages: The stages, in training order.
+        resolved: The whole configuration with every default filled in, as YAML; running it gives the same run.
+    """
+
+    name: str
+    seed: int
+    threads: int | None
+    model: ContinualModule
+    data: dict[str, Any]
+    trainer: dict[str, Any]
+    stages: list[Stage]
+    resolved: str
+
+    def epochs(self, stage: Stage) -> int:
+        """Return the epochs of a stage."""
+        return stage.max_epochs or self.trainer["max_epochs"]
+
+    def make_trainer(self, stage: Stage | None, run_dir: Path, callbacks: Sequence[L.Callback]) -> L.Trainer:
+        """Return a fresh Trainer: a second fit of one that has run trains nothing, without a word."""
+        arguments = copy.deepcopy(self.trainer)
+        own = arguments.pop("callbacks", None) or []
+        own = list(own) if isinstance(own, Sequence) else [own]
+        if stage is not None:
+            arguments["max_epochs"] = self.epochs(stage)
+        return L.Trainer(**arguments | {"default_root_dir": str(run_dir), "limit_val_batches": 0},
+                         callbacks=[*own, *callbacks])
+
+
+def make_parser(parser: ArgumentParser | None = None) -> ArgumentParser:
+    """Return the parser of a configuration: a new one, or ``parser`` with a configuration's keys added."""
+    parser = parser or ArgumentParser(exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--seed", type=NonNegativeInt, default=0, help="Decides everything random.")
+    parser.add_argument("--threads", type=PositiveInt | None, default=None, help="CPU threads; torch's default if null.")
+    parser.add_class_arguments(ContinualModule, "model")
+    parser.add_class_arguments(StageData, "data", skip={"task", "seed"}, instantiate=False)
+    parser.add_class_arguments(L.Trainer, "trainer", instantiate=False)
+    parser.add_argument("--stages", type=list[Stage], help="The stages, in training order.")
+    parser.set_defaults({f"trainer.{name}": value for name, value in TRAINER_DEFAULTS.items()})
+    return parser
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
+    """Read a configuration file, apply overrides and check it.
+
+    Args:
+        path: A YAML file.
+        overrides: ``dotted.key=value``; a stage is named by its name, its index, or ``*`` for all.
+
+    Raises:
+        ConfigError: Anything wrong with it, in one line that names the key.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the configuration {path}: {getattr(error, 'strerror', None) or error}") from error
+    return parse(text, path.stem, overrides, str(path))
+
+
+def parse(text: str, stem: str, overrides: Sequence[str] = (), where: str = "configuration") -> Experiment:
+    """Check the text of a configuration; see ``load``."""
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{where} has to be a mapping with the keys model and stages")
+    for override in overrides:
+        _apply(tree, override)
+    _check_stage_names(tree, where)
+    parser = make_parser()
+    try:
+        config = parser.parse_object(tree)
+        objects = parser.instantiate(config)
+    except ConfigError:
+        raise
+    except Exception as error:  # jsonargparse wraps whatever a constructor raises in types of its own
+        raise ConfigError(f"{where}: {explain(error, tree, Stage)}") from error
+    resolved = parser.dump(config, skip_none=False)
+    return Experiment(
+        name=f"{stem}-{manifest.sha256(resolved)[:8]}",
+        seed=objects.seed,
+        threads=objects.threads,
+        model=objects.model,
+        data=_as_dict(objects.data),
+        trainer=_as_dict(objects.trainer),
+        stages=objects.stages,
+        resolved=resolved,
+    )
+
+
+def _as_dict(namespace: Any) -> dict[str, Any]:
+    return vars(namespace).copy() if isinstance(namespace, Namespace) else dict(namespace)
+
+
+def _check_stage_names(tree: dict[str, Any], where: str) -> None:
+    stages = tree.get("stages")
+    if not stages or not isinstance(stages, list):
+        raise ConfigError(f"{where}: stages has to list at least one stage")
+    names: list[str] = []
+    for index, stage in enumerate(stages):
+        name = stage.get("name") if isinstance(stage, dict) else None
+        if not isinstance(name, str) or not name:
+            raise ConfigError(f"{where}: stages.{index} has no name")
+        if name in names:
+            raise ConfigError(f"{where}: two stages are named {name!r} (stages.{names.index(name)} and stages.{index})")
+        names.append(name)
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    """Set one dotted key of the configuration's tree."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"cannot understand {override!r}: an override is dotted.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the value of {override!r} is not valid YAML: {' '.join(str(error).split())}") from error
+    *parents, last = key.split(".")
+    nodes: list[Any] = [tree]
+    for part in parents:
+        nodes = [child for node in nodes for child in _children(node, part, key)]
+    for node in nodes:
+        if isinstance(node, list):
+            node[_position(node, last, key)] = value
+        elif isinstance(node, dict):
+            node[last] = value
+        else:
+            raise ConfigError(f"override {key!r}: what stands before {last!r} is not a mapping")
+
+
+def _children(node: Any, part: str, key: str) -> list[Any]:
+    if isinstance(node, list):
+        return list(node) if part == "*" else [node[_position(node, part, key)]]
+    if not isinstance(node, dict):
+        raise ConfigError(f"override {key!r}: {part!r} is not inside a mapping")
+    if node.get(part) is None:
+        node[part] = {}
+    return [node[part]]
+
+
+def _position(items: list[Any], part: str, key: str) -> int:
+    names = [item.get("name") for item in items if isinstance(item, dict)]
+    if part in names:
+        return names.index(part)
+    if part.isdigit() and int(part) < len(items):
+        return int(part)
+    raise ConfigError(f"override {key!r}: there is no {part!r}; there are {', '.join(map(str, names)) or 'none'}")

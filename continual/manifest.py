@@ -1,0 +1,108 @@
+"""What of a run is finished, in one JSON file that is replaced whole: the only thing that resuming trusts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from continual.errors import ConfigError, RunError
+
+CONFIG_NAME = "experiment.yaml"
+MANIFEST_NAME = "manifest.json"
+_PACKAGES = ("torch", "lightning", "transformers", "peft", "datasets", "torchmetrics")
+
+
+@dataclass
+class Manifest:
+    """A run's state on disk.
+
+    Attributes:
+        run: The run's name: the configuration's stem and a hash of the resolved configuration.
+        seed: The run's seed.
+        config_sha256: Hash of the saved configuration, so that an edit is noticed on resuming.
+        stages: Stage names, in training order; each names its task too.
+        finished_stage: Last stage whose rows and adapter are on disk: -1 none, 0 the untrained scores.
+        complete: Whether every stage is finished.
+        tasks: Facts of every task, by name.
+        model: Facts of backbone and adapter.
+        environment: Versions, device and threads that produced the numbers.
+        stage_seconds: Wall-clock seconds of each finished stage, training and scoring.
+        format: Version of this layout.
+    """
+
+    run: str
+    seed: int
+    config_sha256: str
+    stages: list[str]
+    finished_stage: int = -1
+    complete: bool = False
+    tasks: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    stage_seconds: dict[str, float] = field(default_factory=dict)
+    format: int = 1
+
+    def commit(self, run_dir: Path) -> None:
+        """Replace the manifest in ``run_dir``, atomically and durably."""
+        temporary = run_dir / f".{MANIFEST_NAME}.tmp"
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump(asdict(self), file, indent=1, ensure_ascii=False)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, run_dir / MANIFEST_NAME)
+
+
+def create(run_dir: Path, config_text: str, manifest: Manifest) -> None:
+    """Make a new run directory with its configuration and first manifest."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / CONFIG_NAME).write_text(config_text, encoding="utf-8")
+    manifest.commit(run_dir)
+
+
+def check_new(run_dir: Path) -> None:
+    """Raise ConfigError if ``run_dir`` cannot become a new run's directory."""
+    if (run_dir / MANIFEST_NAME).exists():
+        raise ConfigError(f"{run_dir} holds a run already: go on with it (--resume {run_dir}) or name another --out")
+    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        raise ConfigError(f"{run_dir} exists and is not an empty directory: name another --out")
+
+
+def read(run_dir: Path) -> tuple[Manifest, str]:
+    """Return the manifest of a run and the text of its configuration.
+
+    Raises:
+        ConfigError: There is no run, or its configuration was edited since it started.
+        RunError: The manifest is damaged.
+    """
+    path, config_path = run_dir / MANIFEST_NAME, run_dir / CONFIG_NAME
+    if not path.is_file() or not config_path.is_file():
+        raise ConfigError(f"{run_dir} holds no run to resume: {MANIFEST_NAME} or {CONFIG_NAME} is missing")
+    try:
+        manifest = Manifest(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise RunError(f"{path} is damaged: {error}") from error
+    text = config_path.read_text(encoding="utf-8")
+    if sha256(text) != manifest.config_sha256:
+        raise ConfigError(
+            f"{config_path} was edited since the run started: undo the edit to resume, or start a new run with it"
+        )
+    return manifest, text
+
+
+def sha256(text: str) -> str:
+    """Return the hash that tells one configuration from another."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Return what the numbers of a run may depend on besides its configuration."""
+    facts: dict[str, Any] = {name: metadata.version(name) for name in _PACKAGES}
+    return facts | {"python": platform.python_version(), "device": device, "threads": torch.get_num_threads()}

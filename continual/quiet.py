@@ -1,0 +1,23 @@
+"""Silences what libraries say on every run and no user can act on; a run's own words stay readable."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+
+
+def quieten() -> None:
+    """Quieten Lightning's tips, tokenizer threads and warnings about choices that are ours."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",
+        ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
+        ".*GPU available but not used.*",
+        ".*Found .* module\\(s\\) in eval mode.*",
+        ".*Trying to infer the `batch_size`.*",
+        ".*litlogger.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)

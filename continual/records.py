@@ -1,0 +1,119 @@
+"""Rows on disk: the column schemas of a run's parquet tables, and how rows are appended, cut back and read.
+
+Every table is tidy: one measured value a row, with the run, the seed, the stage it was measured after and the task it
+belongs to. Summaries are never stored; ``analysis`` computes them from these rows. This module imports no torch, so
+that a report can be drawn on a machine without it.
+
+Conventions
+    stage      0 = before any training, 1..T = after that stage
+    block, atom, step, epoch   -1 = "over all of them" (the mean over blocks, say)
+    direction  "higher" or "lower" is better, "none" for a measure that is neither
+    count      rows (scores), tokens (routing) or parameters (gradients) that the value was computed from
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute  # noqa: F401  (makes pa.compute available)
+import pyarrow.parquet as pq
+
+_KEYS = [("run", pa.string()), ("seed", pa.int64()), ("stage", pa.int64()), ("task", pa.string())]
+_VALUE = [
+    ("metric", pa.string()),
+    ("direction", pa.string()),
+    ("value", pa.float64()),
+    ("count", pa.int64()),
+]
+
+SCHEMAS: dict[str, pa.Schema] = {
+    # One value a metric, task and stage: the score matrix R[stage, task] and what stands beside it.
+    "scores": pa.schema([*_KEYS, *_VALUE]),
+    # One row a test row: what was answered, and what that answer earned (regression: the squared error).
+    "answers": pa.schema([*_KEYS, ("row", pa.int64()), ("value", pa.float64()), ("prediction", pa.string())]),
+    # metric "usage" (block >= 0, atom >= 0); "usage_entropy_nats", "token_entropy_nats" (atom = -1; block -1 = mean).
+    "routing": pa.schema([*_KEYS, ("block", pa.int64()), ("atom", pa.int64()), *_VALUE]),
+    # metrics "js", "kl" of task against other; where other == task: "js_split_half", "kl_split_half", the null.
+    "separation": pa.schema([*_KEYS, ("other", pa.string()), ("block", pa.int64()), *_VALUE]),
+    # metrics "js", "kl", "tv" against the stage before (reference "previous") or the task's own (reference "trained").
+    "drift": pa.schema(
+        [*_KEYS, ("reference", pa.string()), ("reference_stage", pa.int64()), ("block", pa.int64()), *_VALUE]
+    ),
+    # metrics "grad_norm" (layer = module name, or "bank"), "grad_concentration" and "train_loss" (layer = "").
+    "gradients": pa.schema([*_KEYS, ("step", pa.int64()), ("epoch", pa.int64()), ("layer", pa.string()), *_VALUE]),
+}
+
+
+class RecordError(ValueError):
+    """A table that cannot be read or a row that does not fit its schema; the message names the file."""
+
+
+def path_of(run_dir: str | Path, table: str) -> Path:
+    """Return where ``table`` (a key of ``SCHEMAS``) of the run in ``run_dir`` lies."""
+    if table not in SCHEMAS:
+        raise RecordError(f"no table named {table!r}; there are {', '.join(SCHEMAS)}")
+    return Path(run_dir) / f"{table}.parquet"
+
+
+def append(run_dir: str | Path, table: str, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Append ``rows`` to a table, atomically: a reader or a crash sees the old file or the new one.
+
+    Args:
+        run_dir: The run's directory.
+        table: A key of ``SCHEMAS``.
+        rows: Mappings with exactly the schema's columns.
+
+    Raises:
+        RecordError: A row has other columns than the schema, or the file at hand cannot be read.
+    """
+    rows = list(rows)
+    schema, path = SCHEMAS[table], path_of(run_dir, table)
+    for row in rows:
+        if set(row) != set(schema.names):
+            odd = sorted(set(row) ^ set(schema.names))
+            raise RecordError(f"{path.name}: a row's columns differ from the schema in {', '.join(odd)}")
+    new = pa.Table.from_pylist([dict(row) for row in rows], schema=schema)
+    if path.exists():
+        new = pa.concat_tables([_read(path, schema), new])
+    _replace(path, new)
+
+
+def truncate(run_dir: str | Path, last_stage: int) -> None:
+    """Drop, from every table, the rows of stages after ``last_stage``: what an interrupted stage left behind."""
+    for table, schema in SCHEMAS.items():
+        path = path_of(run_dir, table)
+        if path.exists():
+            kept = _read(path, schema)
+            kept = kept.filter(pa.compute.less_equal(kept["stage"], last_stage))
+            _replace(path, kept)
+
+
+def read(run_dir: str | Path, table: str) -> pd.DataFrame:
+    """Read a table as a frame with the schema's columns; a table never written is an empty frame.
+
+    Raises:
+        RecordError: The file is cut short or is no parquet; the message names it.
+    """
+    path = path_of(run_dir, table)
+    if not path.exists():
+        return SCHEMAS[table].empty_table().to_pandas()
+    return _read(path, SCHEMAS[table]).to_pandas()
+
+
+def _read(path: Path, schema: pa.Schema) -> pa.Table:
+    try:
+        return pq.read_table(path, schema=schema)
+    except (pa.ArrowException, OSError) as error:
+        raise RecordError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from error
+
+
+def _replace(path: Path, table: pa.Table) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    pq.write_table(table, temporary, compression="zstd")
+    os.replace(temporary, path)

@@ -1,0 +1,139 @@
+"""Train one adapter across the stages of a configuration, and report what was learnt and what was forgotten.
+
+    python -m continual.run configs/stages.yaml [--out DIR] [dotted.key=value ...]
+    python -m continual.run --resume DIR
+
+The last line on standard output is the run's directory. Exit status: 0 done; 2 the configuration or an input is wrong;
+1 something failed during the run, and what was finished is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from continual.errors import ConfigError, RunError
+
+if TYPE_CHECKING:
+    from continual.experiment import Experiment
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run from the command line; return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m continual.run", description=__doc__.splitlines()[0])
+    parser.add_argument("config", nargs="?", help="the experiment's YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="changes to the configuration")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="the run's directory (default: runs/NAME-TIME)")
+    parser.add_argument("--resume", type=Path, metavar="DIR", help="go on with the run in DIR")
+    arguments = parser.parse_intermixed_args(argv)
+    if (arguments.config is None) == (arguments.resume is None):
+        parser.error("give a configuration file, or --resume DIR")
+    if arguments.resume and (arguments.out or arguments.overrides):
+        parser.error("--resume takes neither --out nor overrides: the run goes on as it was configured")
+    from continual.quiet import quieten
+
+    quieten()
+    return guarded(lambda: run(arguments.config, arguments.out, arguments.overrides, arguments.resume))
+
+
+def run(
+    config: str | Path | None, out: Path | None = None, overrides: Sequence[str] = (), resume: Path | None = None
+) -> Path:
+    """Run a configuration file, or go on with a run; return the run's directory.
+
+    Raises:
+        ConfigError, TaskError: The configuration or an input is wrong; nothing was written.
+        RunError: A stage failed; the stages before it are kept.
+    """
+    # Imported here: a misspelt option should not have to wait for torch.
+    from continual import experiment
+
+    if resume is not None:
+        return _go_on(resume)
+    assert config is not None
+    run_dir = _new_dir(out, Path(config).stem)
+    return _start(experiment.load(config, overrides), run_dir)
+
+
+def run_text(text: str, stem: str, out: Path | None = None) -> Path:
+    """Run a configuration given as text; see ``run``."""
+    from continual import experiment
+
+    run_dir = _new_dir(out, stem)
+    return _start(experiment.parse(text, stem), run_dir)
+
+
+def _new_dir(out: Path | None, stem: str) -> Path:
+    from continual import manifest
+
+    run_dir = out or Path("runs") / f"{stem}-{datetime.now():%Y%m%d-%H%M%S}"
+    manifest.check_new(run_dir)
+    return run_dir
+
+
+def _start(experiment: Experiment, run_dir: Path) -> Path:
+    from continual.sequence import Sequence as StageSequence
+
+    sequence = StageSequence(experiment, run_dir)
+    sequence.prepare()
+    sequence.run()
+    return finish(run_dir)
+
+
+def _go_on(run_dir: Path) -> Path:
+    from continual import experiment, manifest
+    from continual.sequence import Sequence as StageSequence
+
+    state, text = manifest.read(run_dir)
+    if state.complete:
+        print(f"All {len(state.stages)} stages of {run_dir} are finished: nothing to do.")
+        return run_dir
+    sequence = StageSequence(experiment.parse(text, state.run.rpartition("-")[0]), run_dir)
+    print(f"Going on with {run_dir} after stage {state.finished_stage} of {len(state.stages)}.")
+    sequence.prepare(state)
+    sequence.run()
+    return finish(run_dir)
+
+
+def finish(run_dir: Path) -> Path:
+    """Write the run's report; a report that fails does not undo the run."""
+    from analysis.report import write_report
+
+    try:
+        print(f"Report: {write_report(run_dir)}")
+    except Exception as error:  # the run is done and on disk; say so, and let the report be drawn again
+        print(f"the report failed: {one_line(error)}; try python -m analysis.report {run_dir}", file=sys.stderr)
+    return run_dir
+
+
+def guarded(work: Callable[[], Path]) -> int:
+    """Do the work, print the directory it returns, and turn errors into one line and an exit status."""
+    from tasks import TaskError
+
+    try:
+        print(work())
+    except (ConfigError, TaskError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 2
+    except RunError as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; go on with --resume", file=sys.stderr)
+        return 130
+    return 0
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's message on one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    sys.exit(main())

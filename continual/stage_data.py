@@ -1,0 +1,341 @@
+"""The data of one stage as a LightningDataModule: rows are tokenised once, bucketed by length and padded by batch.
+
+Text is padded on the left, so that every row's answer ends in the last column: the head of the language model then
+runs on the answer's columns alone, and a prompt's last column predicts the first token of any answer.
+
+Shapes: B rows of a batch, P prompt columns, S prompt and answer columns, K answer columns, L candidate tokens of all
+labels, I instruction tokens, E width of an instruction's encoding, D inputs of a regression.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from continual.backbones import Backbone
+from continual.errors import ConfigError
+from tasks import Task
+
+IGNORED = -100  # the label that cross-entropy passes over
+
+
+@dataclass
+class Row:
+    """One encoded row: a prompt and its answer as token ids (text), or inputs and a value (regression)."""
+
+    source: dict[str, Any]
+    instruction: str
+    prompt_ids: list[int] = field(default_factory=list)
+    answer_ids: list[int] = field(default_factory=list)
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and answer."""
+        return len(self.prompt_ids) + len(self.answer_ids)
+
+
+class EncodedTask:
+    """One split of a task, encoded for a backbone.
+
+    Attributes:
+        rows: The encoded rows, in the task's order.
+        cut_rows: Rows whose context was cut to fit ``max_tokens``.
+        cut_tokens: Context tokens that were cut in all.
+
+    Raises:
+        ConfigError: The task and the backbone do not fit, or a row does not fit without cutting its question.
+    """
+
+    def __init__(self, task: Task, backbone: Backbone, split: str, max_tokens: int) -> None:
+        wanted = "regressor" if task.kind == "regression" else "causal_lm"
+        if backbone.kind != wanted:
+            raise ConfigError(f"a {task.kind} task needs a {wanted} backbone, not {type(backbone).__name__}")
+        self.task, self.backbone = task, backbone
+        self.cut_rows = self.cut_tokens = 0
+        self.rows = [self._encode(source, max_tokens) for source in task.rows(split)]
+
+    def _encode(self, source: dict[str, Any], max_tokens: int) -> Row:
+        if self.task.kind == "regression":
+            return Row(source, self.task.instruction)
+        answer = self.backbone.encode_answer(source["answer"])
+        longest = max_tokens - len(answer)
+        prompt, cut = self.backbone.encode_prompt(
+            self.task.instruction, source["context"], source["question"], longest
+        )
+        self.cut_rows += cut > 0
+        self.cut_tokens += cut
+        return Row(source, self.task.instruction, prompt, answer)
+
+
+@dataclass  # not frozen: Lightning moves its tensors to the device
+class Candidates:
+    """The labels that a row's prompt is scored against, flattened so that one pass scores them all.
+
+    Attributes:
+        names: Label texts; the first ``num_own`` are the task's own, the rest were seen in other stages.
+        num_own: How many are the task's own.
+        ids_L: Token ids of all labels, end marks included, one label after the other.
+        segment_L: Which label a token belongs to.
+        offset_L: Place of a token within its label.
+    """
+
+    names: tuple[str, ...]
+    num_own: int
+    ids_L: Tensor
+    segment_L: Tensor
+    offset_L: Tensor
+
+    @classmethod
+    def of(cls, backbone: Backbone, own: Sequence[str], others: Sequence[str] = ()) -> Candidates:
+        """Encode the labels ``own`` and those of ``others`` that are not among them."""
+        names = tuple(dict.fromkeys([*own, *others]))
+        encoded = [backbone.encode_answer(name) for name in names]
+        return cls(
+            names,
+            len(own),
+            torch.tensor([token for ids in encoded for token in ids]),
+            torch.tensor([index for index, ids in enumerate(encoded) for _ in ids]),
+            torch.tensor([offset for ids in encoded for offset in range(len(ids))]),
+        )
+
+
+class Collator:
+    """Pads rows into a batch: a dictionary of tensors, the rows themselves under "rows".
+
+    Args:
+        backbone: Tokenises instructions; pads with its tokenizer's padding token.
+        with_instructions: Whether the adapter has an instruction prior to feed.
+        answers: Whether the answers follow the prompts (training) or prompts stand alone (scoring).
+        candidates: Labels to score, for a task that has them.
+        encoder: Encodes instructions for a backbone without words.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        with_instructions: bool,
+        answers: bool,
+        candidates: Candidates | None = None,
+        encoder: Any = None,
+    ) -> None:
+        self.backbone, self.with_instructions, self.answers = backbone, with_instructions, answers
+        self.candidates, self.encoder = candidates, encoder
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """Return the batch; see the module's docstring for the shapes."""
+        batch = self._text(rows) if self.backbone.kind == "causal_lm" else self._numbers(rows)
+        batch["rows"] = [row.source for row in rows]
+        batch["forward"] |= self._instructions([row.instruction for row in rows])
+        return batch
+
+    def _text(self, rows: Sequence[Row]) -> dict[str, Any]:
+        sequences = [row.prompt_ids + (row.answer_ids if self.answers else []) for row in rows]
+        width = max(len(sequence) for sequence in sequences)
+        pad = self.backbone.tokenizer.pad_token_id
+        ids = torch.tensor([[pad] * (width - len(s)) + s for s in sequences])
+        mask = torch.tensor([[0] * (width - len(s)) + [1] * len(s) for s in sequences])
+        batch: dict[str, Any] = {
+            "forward": {
+                "input_ids": ids,
+                "attention_mask": mask,
+                "position_ids": (mask.cumsum(dim=1) - 1).clamp_min(0),
+            }
+        }
+        if self.answers:
+            longest = max(len(row.answer_ids) for row in rows)
+            labels = [[IGNORED] * (longest - len(row.answer_ids)) + row.answer_ids for row in rows]
+            batch["labels"] = torch.tensor(labels)
+        if self.candidates is not None:
+            batch["candidates"] = self.candidates
+        return batch
+
+    def _numbers(self, rows: Sequence[Row]) -> dict[str, Any]:
+        return {
+            "forward": {"x": torch.tensor([row.source["x"] for row in rows])},
+            "labels": torch.tensor([row.source["y"] for row in rows]),
+        }
+
+    def _instructions(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        if not self.with_instructions:
+            return {}
+        if self.backbone.kind == "causal_lm":
+            encoded = {text: self.backbone.encode_instruction(text) for text in set(texts)}
+            width = max(1, *(len(ids) for ids in encoded.values()))
+            padded = {text: ids + [-1] * (width - len(ids)) for text, ids in encoded.items()}
+            return {"instruction_ids": torch.tensor([padded[text] for text in texts])}
+        return {"instruction_encoding": self.encoder.encode(list(texts))}
+
+
+class LengthBatches(Sampler[list[int]]):
+    """Batches of rows of like length, in an order that the seed and the epoch alone decide.
+
+    Rows are shuffled, cut into pools of ``pool`` batches, sorted by length within a pool and batched; the batches are
+    shuffled. Each pass over the sampler is the next epoch.
+
+    Args:
+        lengths: Tokens of every row.
+        batch_size: Rows a batch.
+        seed: Decides the order.
+        pool: Batches that are sorted together; the smaller, the more random, the larger, the less padding.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, pool: int = 8) -> None:
+        self.lengths, self.batch_size, self.seed, self.pool = lengths, batch_size, seed, pool
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return -(-len(self.lengths) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
+        self.epoch += 1
+        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        size = self.batch_size * self.pool
+        pools = [sorted(order[i : i + size], key=lambda row: self.lengths[row]) for i in range(0, len(order), size)]
+        batches = [p[i : i + self.batch_size] for p in pools for i in range(0, len(p), self.batch_size)]
+        for index in torch.randperm(len(batches), generator=generator).tolist():
+            yield batches[index]
+
+
+def token_batches(lengths: Sequence[int], extra: int, max_tokens: int) -> list[list[int]]:
+    """Return batches of row indices, longest rows first, of at most ``max_tokens`` padded tokens (at least one row).
+
+    Args:
+        lengths: Prompt tokens of every row.
+        extra: Columns that scoring adds to every row (its labels' tokens).
+        max_tokens: Rows times columns of a batch.
+    """
+    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+    batches: list[list[int]] = []
+    for row in order:
+        if batches and (len(batches[-1]) + 1) * (lengths[batches[-1][0]] + extra) <= max_tokens:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return batches
+
+
+class StageData(L.LightningDataModule):
+    """The rows that one stage trains on, and those that its task is scored on.
+
+    Args:
+        task: The task.
+        batch_size: Rows of a training batch.
+        max_tokens: Longest prompt and answer together; a longer prompt loses the end of its context.
+        eval_batch_tokens: Padded tokens of a scoring batch.
+        validation_rows: Training rows held out of training (the last ones), scored by ``validate``.
+        num_workers: Processes that collate training batches.
+        seed: Decides the order of the training rows.
+        score_seen_labels: Score label tasks among all labels seen so far as well as among their own.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        batch_size: int = 8,
+        max_tokens: int = 512,
+        eval_batch_tokens: int = 8192,
+        validation_rows: int = 0,
+        num_workers: int = 0,
+        seed: int = 0,
+        score_seen_labels: bool = True,
+    ) -> None:
+        super().__init__()
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("max_tokens", max_tokens, 2),
+            ("eval_batch_tokens", eval_batch_tokens, 1),
+            ("validation_rows", validation_rows, 0),
+            ("num_workers", num_workers, 0),
+        ):
+            if value < least:
+                raise ValueError(f"data.{name} must be at least {least}, got {value}")
+        self.task, self.batch_size, self.max_tokens = task, batch_size, max_tokens
+        self.eval_batch_tokens, self.validation_rows = eval_batch_tokens, validation_rows
+        self.num_workers, self.seed, self.score_seen_labels = num_workers, seed, score_seen_labels
+        self.name = type(task).__name__
+        self.seen_labels: list[str] = []
+        self._encoded: dict[str, EncodedTask] = {}
+
+    def prepare(self, module: Any) -> None:
+        """Read and encode the task's rows for the backbone of ``module``; a second call does nothing."""
+        self._module = module
+        for split in ("train", "test"):
+            if split not in self._encoded:
+                self._encoded[split] = EncodedTask(self.task, module.backbone, split, self.max_tokens)
+        if self.validation_rows >= len(self._encoded["train"].rows):
+            raise ConfigError(
+                f"data.validation_rows ({self.validation_rows}) leaves none of the "
+                f"{len(self._encoded['train'].rows)} training rows"
+            )
+
+    def setup(self, stage: str) -> None:
+        """Lightning's hook: encode with the backbone of the module that the trainer runs."""
+        if self.trainer is not None and not self._encoded:
+            self.prepare(self.trainer.lightning_module)
+
+    @property
+    def train_rows(self) -> list[Row]:
+        """Rows to train on."""
+        rows = self._encoded["train"].rows
+        return rows[: len(rows) - self.validation_rows]
+
+    @property
+    def num_batches(self) -> int:
+        """Training batches an epoch."""
+        return -(-len(self.train_rows) // self.batch_size)
+
+    def facts(self) -> dict[str, Any]:
+        """Return what a report says of the rows: the task's description and what was cut."""
+        cut = {split: encoded.cut_rows for split, encoded in self._encoded.items()}
+        return {**self.task.description(), "cut_rows": cut, "trained_rows": len(self.train_rows)}
+
+    def train_dataloader(self) -> DataLoader:
+        """Return shuffled batches of rows of like length."""
+        rows = self.train_rows
+        return DataLoader(
+            rows,  # type: ignore[arg-type]
+            batch_sampler=LengthBatches([row.length for row in rows], self.batch_size, self.seed),
+            collate_fn=self._collator(answers=True),
+            num_workers=self.num_workers,
+        )
+
+    def val_dataloader(self) -> list[DataLoader]:
+        """Return the held-out training rows, to be scored; none by default."""
+        rows = self._encoded["train"].rows
+        held_out = rows[len(rows) - self.validation_rows :]
+        return [self._scoring_loader(held_out)] if held_out else []
+
+    def test_dataloader(self) -> DataLoader:
+        """Return the task's test rows, to be scored."""
+        return self._scoring_loader(self._encoded["test"].rows)
+
+    def _scoring_loader(self, rows: list[Row]) -> DataLoader:
+        candidates, extra = None, 0
+        if self.task.kind == "labels":
+            others = self.seen_labels if self.score_seen_labels else []
+            candidates = Candidates.of(self._module.backbone, self.task.labels or [], others)
+            extra = len(candidates.ids_L)
+        elif self.task.kind == "free":
+            extra = self.max_answer_tokens
+        lengths = [max(1, len(row.prompt_ids)) for row in rows]
+        return DataLoader(
+            rows,  # type: ignore[arg-type]
+            batch_sampler=token_batches(lengths, extra, self.eval_batch_tokens),  # type: ignore[arg-type]
+            collate_fn=self._collator(answers=self.task.kind == "regression", candidates=candidates),
+        )
+
+    @property
+    def max_answer_tokens(self) -> int:
+        """Tokens that a free answer may take: as many as the longest training answer."""
+        return max(len(row.answer_ids) for row in self._encoded["train"].rows)
+
+    def _collator(self, answers: bool, candidates: Candidates | None = None) -> Collator:
+        module = self._module
+        return Collator(module.backbone, module.uses_instructions, answers, candidates, module.instruction_encoder)

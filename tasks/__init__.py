@@ -1,0 +1,8 @@
+"""Tasks to learn one after another: text tables, procedural reasoning and regression, each with its own metric."""
+
+from tasks.base import Task, TaskError
+from tasks.reasoning import ReasoningTask
+from tasks.regression import RegressionTask
+from tasks.text import TextTask
+
+__all__ = ["ReasoningTask", "RegressionTask", "Task", "TaskError", "TextTask"]
