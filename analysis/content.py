@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -28,7 +29,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """A table: a key for its place on the page, a heading, columns, rows, and a note under it."""
+    """A table: a key for its place on the page, a heading, columns, rows, and a note under it.
+
+    ``numeric`` says which columns hold numbers, and so stand on the right.
+    """
 
     key: str
     title: str
@@ -51,7 +55,7 @@ def cell(value: Value, digits: int = 2) -> Cell:
 
 
 def _table(key: str, title: str, columns: list[str], rows: list[list[Cell]], note: str = "") -> Table:
-    numeric = [any(row[place].sort is not None for row in rows) for place in range(len(columns))]
+    numeric = [any(re.fullmatch(r"[−\d.,]+[kMG]?", row[place].text) for row in rows) for place in range(len(columns))]
     return Table(key, title, columns, rows, note, numeric)
 
 
@@ -62,7 +66,9 @@ def all_numbers(summary: Summary) -> Table:
         measure, value = MEASURES[key], summary.values.get(key)
         span = summary.intervals.get(key)
         between = f"{number(span[0])} to {number(span[1])}" if span else "–"
-        meaning = measure.definition if value is not None else f"{measure.definition} Not shown: {summary.reasons[key]}."
+        meaning = (
+            measure.definition if value is not None else f"{measure.definition} Not shown: {summary.reasons[key]}."
+        )
         digits = 3 if key in ("route_drift", "kl_separation", "routing_entropy_nats") else 2
         rows.append([Cell(measure.name), cell(value, digits), Cell(between), Cell(measure.better), Cell(meaning)])
     note = "Intervals (95 %): the test rows redrawn 1,000 times, the same rows at every stage. They hold neither the spread "
@@ -79,7 +85,9 @@ def matrix_table(summary: Summary) -> Table:
         [Cell(f"{stage} {names[stage]}", stage), *(cell(float(score), 3) for score in scores)]
         for stage, scores in enumerate(summary.matrix)
     ]
-    note = "R[i, j]: row i after stage i (0: untrained), column j by task; headline metric of each task, higher is better."
+    note = (
+        "R[i, j]: row i after stage i (0: untrained), column j by task; headline metric of each task, higher is better."
+    )
     return _table("matrix", "The score matrix in numbers", ["after stage", *summary.run.stages], rows, note)
 
 
@@ -168,8 +176,12 @@ def routing_story(summary: Summary) -> Table | None:
         later = moved[index + 1 :, index]
         largest = None if not later.size or np.isnan(later).all() else int(np.nanargmax(later))
         where = "–" if largest is None else f"{index + 2 + largest} {names[index + 1 + largest]}"
-        null = frame[(frame["task"] == task) & (frame["stage"] == index + 2 + (largest or 0)) & (frame["metric"] == "js")]["null"]
-        shared = [Cell("–"), cell(None)] if nearest is None else [Cell(names[nearest]), cell(float(common[index, nearest]))]
+        null = frame[
+            (frame["task"] == task) & (frame["stage"] == index + 2 + (largest or 0)) & (frame["metric"] == "js")
+        ]["null"]
+        shared = (
+            [Cell("–"), cell(None)] if nearest is None else [Cell(names[nearest]), cell(float(common[index, nearest]))]
+        )
         drifted = [cell(None)] * 2 if largest is None else [cell(float(later[largest]), 4), cell(_first(null), 4)]
         rows.append([Cell(task), Cell(atoms), *shared, Cell(where), *drifted])
     columns = ["task", "uses most", "shares most with", "in common", "moved most at stage", "by JS (nats)", "null"]
@@ -195,14 +207,20 @@ def information_table(summary: Summary) -> Table | None:
     within = means["usage_entropy_nats"] - means["token_entropy_nats"] if "token_entropy_nats" in means else None
     most = math.log(now.shape[-1])
     lines = [
-        ("I(atom; task)", routing.task_information_nats(now), "what the task alone says of the atom, over an even mix of tasks"),
+        (
+            "I(atom; task)",
+            routing.task_information_nats(now),
+            "what the task alone says of the atom, over an even mix of tasks",
+        ),
         ("I(atom; token | task)", _maybe_float(within), "what the input says of it once the task is known"),
         ("entropy of a task's usage", float(routing.entropy_nats(now).mean()), f"at most ln M = {most:.2f}"),
         ("entropy of a token's weights", _maybe_float(means.get("token_entropy_nats")), "mean over tokens and tasks"),
     ]
     rows = [[Cell(name), cell(value, 3), Cell(meaning)] for name, value, meaning in lines]
     note = "Learnt tasks after the last stage, means over blocks. Where the second is near 0, routing does not look at the input."
-    return _table("information", "Does routing use the input, or only the task?", ["measure", "nats", "meaning"], rows, note)
+    return _table(
+        "information", "Does routing use the input, or only the task?", ["measure", "nats", "meaning"], rows, note
+    )
 
 
 def stage_table(run: Run) -> Table:

@@ -47,16 +47,21 @@ def _scores(summary: Summary) -> list[Plate]:
     clipped = " Colours are cut off at 0 and 1; the numbers are not." if "r2" in set(scores["metric"]) else ""
     return [
         Plate(
-            *("score_matrix", "scores", "The score matrix"),
+            "score_matrix",
+            "scores",
+            "The score matrix",
             f"{name[0].upper()}{name[1:]} (higher is better) of every task after every stage; framed: just trained. Above a "
             f"frame the task was not trained yet; below it, later stages may have cost it something.{clipped}",
             f"Heat map of {name} by stage and task. Last row: {finals}.",
             *_unless(why, lambda: plots.score_matrix(scores)),
         ),
         Plate(
-            *("score_curves", "scores", "Scores by stage"),
+            "score_curves",
+            "scores",
+            "Scores by stage",
             "One panel a task, the others in grey. Vertical line: the stage that trained it. Dashed: the best constant "
-            "answer. The last value is written out." + (" R² under −1 is drawn at −1, its value written." if clipped else ""),
+            "answer. The last value is written out."
+            + (" R² under −1 is drawn at −1, its value written." if clipped else ""),
             f"Line charts of {name} by stage, one a task. Final values: {finals}.",
             *_unless(why, lambda: plots.score_curves(scores)),
         ),
@@ -82,32 +87,42 @@ def _use(run: Run, usage: np.ndarray, none: str) -> list[Plate]:
     change = "Red: used more; blue: used less; all panels share one scale."
     return [
         Plate(
-            *("atom_usage", "use", "Atom usage by task after each stage (Fig. 6)"),
+            "atom_usage",
+            "use",
+            "Atom usage by task after each stage (Fig. 6)",
             f"Share of a task's routing weight that each atom gets, mean over its prompts' tokens and over blocks. {_FRAMED}",
             f"Heat maps of atom usage by stage, one a task; {size}.",
             *_unless(none, lambda: plots.atom_usage(tables.usage(usage, names))),
         ),
         Plate(
-            *("usage_drift", "use", "Usage drift from stage to stage (Fig. 7)"),
+            "usage_drift",
+            "use",
+            "Usage drift from stage to stage (Fig. 7)",
             f"U[s] − U[s−1] of each task, over blocks. {change} {_FRAMED}",
             f"Heat maps of the change of atom usage at each stage, one a task; {size}.",
             *_unless(first, lambda: plots.usage_drift(tables.usage_change(usage, names, "previous"))),
         ),
         Plate(
-            *("usage_drift_since_trained", "use", "Usage drift since a task was trained (Fig. 7)"),
+            "usage_drift_since_trained",
+            "use",
+            "Usage drift since a task was trained (Fig. 7)",
             f"U[s] minus U after the stage that trained the task, over blocks. {change} Grey: not yet trained.",
             f"Heat maps of the change of atom usage since a task's own stage, one a task; {size}.",
             *_unless(since, lambda: plots.usage_drift(tables.usage_change(usage, names, "trained"), "since trained")),
         ),
         Plate(
-            *("routing_entropy", "use", "Routing entropy (Fig. 8)"),
+            "routing_entropy",
+            "use",
+            "Routing entropy (Fig. 8)",
             f"Entropy over atoms / ln M (M = {num_atoms}), over blocks: 1 = all atoms alike, 0 = one atom. Solid: of the "
             "task's mean usage; dashed: of a token's weights, on average. Between the two lies what the input decides.",
             "Line charts of normalised routing entropy by stage, one a task.",
             *_unless(none, lambda: plots.routing_entropy(tables.entropies(run), num_atoms)),
         ),
         Plate(
-            *("specialists", "use", "Specialists and shared atoms (Fig. 8)"),
+            "specialists",
+            "use",
+            "Specialists and shared atoms (Fig. 8)",
             f"After stage {max(run.finished_stage, 0)}. Atom entropy: of an atom's use over the tasks / ln T, mean over the "
             "blocks that use it. A dead atom has usage under 1/(10 M) for every task in every block.",
             f"Scatter of atom entropy against usage, over a heat map of each atom's mix of tasks; {size}.",
@@ -120,27 +135,37 @@ def _distances(summary: Summary, usage: np.ndarray, none: str) -> list[Plate]:
     run, names = summary.run, summary.run.stages
     separation, drift = tables.separation(run), tables.drift(run)
     pairs = tables.drift_and_loss(drift, summary.matrix) if len(drift) and len(summary.matrix) else None
-    apart = none or ("" if len(names) > 1 else "one task has no other to be told from")
-    moved = none or ("" if len(drift) else "no stage is finished, so no route can have moved")
-    later = none or ("" if pairs is not None and len(pairs) else "it needs a stage after the one that trained a task")
+    single = "" if len(names) > 1 else "one task has no other to be told from"
+    apart = (why_no_routes(run, "separation") if separation.empty else "") or single
+    still = "no stage is finished, so no route can have moved"
+    moved = "" if len(drift) else why_no_routes(run, "drift") if separation.empty or "drift" in run.problems else still
+    later = moved or (
+        "" if pairs is not None and len(pairs) else "it needs a scored stage after the one that trained a task"
+    )
     final = {metric: tables.separation_matrix(separation, run.finished_stage, metric) for metric in ("kl", "js")}
     alt = ", ".join(f"mean {metric.upper()} {number(_mean_apart(matrix))} nats" for metric, matrix in final.items())
     score = score_name(summary.scores)
     return [
         Plate(
-            *("separation_matrix", "distance", "Task separation (Fig. 9)"),
+            "separation_matrix",
+            "distance",
+            "Task separation (Fig. 9)",
             f"How far apart the tasks' routes are, in nats, mean over blocks. {_KL}; JS is symmetric and at most ln 2 ≈ 0.69.",
             f"Heat maps of KL and JS between tasks' routes after the last stage; {alt}.",
             *_unless(apart, lambda: plots.separation_matrix(separation)),
         ),
         Plate(
-            *("separation_by_stage", "distance", "How separation grew (Fig. 9)"),
+            "separation_by_stage",
+            "distance",
+            "How separation grew (Fig. 9)",
             f"The KL matrix after each stage on one scale, tasks numbered by stage; written above: the mean off the diagonal. {_FRAMED}",
             "Small heat maps of KL between tasks' routes, one a stage.",
             *_unless(apart, lambda: plots.separation_by_stage(separation)),
         ),
         Plate(
-            *("route_drift", "distance", "Stagewise route drift (Fig. 9)"),
+            "route_drift",
+            "distance",
+            "Stagewise route drift (Fig. 9)",
             "JS of a task's usage against the stage before, and against the stage that trained it, in nats, mean over "
             "blocks; root-spaced axis. Grey: the split-half null, two random halves of the same rows: a move inside it is "
             "not to be told from chance. Vertical line: the task's own stage.",
@@ -148,14 +173,18 @@ def _distances(summary: Summary, usage: np.ndarray, none: str) -> list[Plate]:
             *_unless(moved, lambda: plots.route_drift(drift)),
         ),
         Plate(
-            *("sharing", "distance", "Who shares with whom"),
+            "sharing",
+            "distance",
+            "Who shares with whom",
             "Routing weight that two tasks put on the same atoms (1 − total variation, mean over blocks), tasks ordered "
             "by average-linkage clustering of their JS distance.",
             f"Clustered heat map of the usage in common between {len(names)} tasks.",
-            *_unless(apart, lambda: plots.sharing(tables.sharing(usage[-1], names))),
+            *_unless(none or single, lambda: plots.sharing(tables.sharing(usage[-1], names))),
         ),
         Plate(
-            *("drift_against_loss", "distance", "Does drift predict forgetting?"),
+            "drift_against_loss",
+            "distance",
+            "Does drift predict forgetting?",
             "One point a learnt task and later stage: how far its routes moved at that stage, and the score it lost "
             "there. The interval redraws points; points of one task are not independent, so it is rough.",
             f"Scatter of score lost against route drift. {'' if pairs is None else correlation_text(pairs)}.",
@@ -179,20 +208,26 @@ def _training(run: Run) -> list[Plate]:
 
     return [
         Plate(
-            *("training_loss", "training", "Training loss"),
+            "training_loss",
+            "training",
+            "Training loss",
             "Every step faintly; the line is a running median over a twentieth of a stage's steps.",
             "Line chart of the training loss by step, stage after stage.",
             *unless("train_loss", lambda: plots.training_loss(rows)),
         ),
         Plate(
-            *("gradient_norms", "training", "Gradient norms by layer (Fig. 3)"),
+            "gradient_norms",
+            "training",
+            "Gradient norms by layer (Fig. 3)",
             "L2 norm of the gradient of each layer's A and B, mean over a stage's recorded steps, by depth; a panel a kind "
             "of layer, a line a stage. The shared bank has a panel of its own.",
             "Line charts of gradient norm by layer depth, one a kind of layer.",
             *unless("grad_norm", lambda: plots.gradient_norms(rows)),
         ),
         Plate(
-            *("gradient_concentration", "training", "Gradient concentration (Fig. 4)"),
+            "gradient_concentration",
+            "training",
+            "Gradient concentration (Fig. 4)",
             "Largest norm over layers / mean norm, a step (dots) and the mean of an epoch (bars); 1 = spread evenly.",
             "Scatter of gradient concentration by step, with each epoch's mean.",
             *unless("grad_concentration", lambda: plots.gradient_concentration(rows)),

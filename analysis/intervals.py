@@ -42,7 +42,9 @@ def bootstrap_matrices(answers: pd.DataFrame, scores: pd.DataFrame, matrix: Arra
     generator = np.random.default_rng(0)
     drawn = np.empty((num_draws, *matrix.shape))
     for column, task in enumerate(task_names(scores)):
-        rows = answers[answers["task"] == task].pivot_table(index="stage", columns="row", values="value", aggfunc="last")
+        rows = answers[answers["task"] == task].pivot_table(
+            index="stage", columns="row", values="value", aggfunc="last"
+        )
         rows = rows.reindex(range(len(matrix)))
         values = rows.to_numpy(dtype=float)
         if not values.size or np.isnan(values).any():

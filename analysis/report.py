@@ -13,7 +13,7 @@ import io
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,12 +51,16 @@ class Figure:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the report: its figures, each followed by its tables, and the tables of no figure."""
+    """A part of the report: its figures, each followed by its tables, and the tables of no figure.
+
+    ``missing`` holds, by the reason, the titles of the figures that cannot be shown.
+    """
 
     key: str
     title: str
     lead: str
     figures: list[tuple[Figure, list[Table]]]
+    missing: dict[str, list[str]]
     tables: list[Table]
 
 
@@ -127,14 +131,7 @@ def _environment() -> jinja2.Environment:
 def _context(summary: Summary, figures: Sequence[Figure]) -> dict[str, object]:
     run = summary.run
     beside = _tables(summary)
-    sections = [
-        Section(
-            *(key, title, lead),
-            figures=[(figure, beside.get(figure.plate.name, [])) for figure in figures if figure.plate.section == key],
-            tables=beside.get(key, []),
-        )
-        for key, title, lead in _SECTIONS
-    ]
+    sections = [_section(*section, figures, beside) for section in _SECTIONS]
     key_numbers = [
         {
             "measure": words.MEASURES[key],
@@ -150,6 +147,17 @@ def _context(summary: Summary, figures: Sequence[Figure]) -> dict[str, object]:
         **{"run": run, "facts": _facts(run), "verdict": words.verdict(summary), "key_numbers": key_numbers},
         **{"sections": sections, "notices": _notices(run)},
     }
+
+
+def _section(key: str, title: str, lead: str, figures: Sequence[Figure], beside: Mapping[str, list[Table]]) -> Section:
+    own = [figure for figure in figures if figure.plate.section == key]
+    drawn = [(figure, beside.get(figure.plate.name, [])) for figure in own if figure.svg]
+    missing: dict[str, list[str]] = {}
+    for figure in own:
+        if not figure.svg:
+            missing.setdefault(figure.plate.missing, []).append(figure.plate.title)
+    left = [table for figure in own if not figure.svg for table in beside.get(figure.plate.name, [])]
+    return Section(key, title, lead, drawn, missing, [*left, *beside.get(key, [])])
 
 
 def _tables(summary: Summary) -> dict[str, list[Table]]:
@@ -188,7 +196,10 @@ def _notices(run: Run) -> list[str]:
     found += [f"{problem}. What needs it is left out." for problem in run.problems.values()]
     if not run.complete:
         done = max(run.finished_stage, 0)
-        found.insert(0, f"This run is not finished: {done} of {len(run.stages)} stages are, and the numbers are over those alone.")
+        found.insert(
+            0,
+            f"This run is not finished: {done} of {len(run.stages)} stages are, and the numbers are over those alone.",
+        )
     return found
 
 
@@ -203,18 +214,24 @@ def _text_table(table: Table) -> str:
     """Return a table as markdown whose columns also line up in a terminal."""
     lines = [[_plain(name) for name in table.columns], *([_plain(cell.text) for cell in row] for row in table.rows)]
     widths = [max(3, *(len(line[place]) for line in lines)) for place in range(len(table.columns))]
-    rule = [("-" * (width - 1) + ":") if right else "-" * width for width, right in zip(widths, table.numeric, strict=True)]
+    rule = [
+        ("-" * (width - 1) + ":") if right else "-" * width for width, right in zip(widths, table.numeric, strict=True)
+    ]
 
     def row(cells: Sequence[str]) -> str:
         both = zip(cells, widths, table.numeric, strict=True)
-        return "| " + " | ".join(text.rjust(width) if right else text.ljust(width) for text, width, right in both) + " |"
+        return (
+            "| " + " | ".join(text.rjust(width) if right else text.ljust(width) for text, width, right in both) + " |"
+        )
 
     return "\n".join([row(lines[0]), row(rule), *map(row, lines[1:])])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m analysis.report", description="Write the report of a run.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="python -m analysis.report", description="Write the report of a run.", allow_abbrev=False
+    )
     parser.add_argument("directory", type=Path, help="the run's directory")
     parser.add_argument("--format", choices=("html", "text"), default="html", help="text: print the report as markdown")
     given = parser.parse_args(arguments)

@@ -149,10 +149,10 @@ def _intervals(summary: Summary) -> None:
             summary.intervals[key] = found
 
 
-def why_no_routes(run: Run) -> str:
-    """Return why a run shows no routes."""
-    if "routing" in run.problems:
-        return run.problems["routing"]
+def why_no_routes(run: Run, table: str = "routing") -> str:
+    """Return why a run shows nothing of what ``table`` (routing, separation or drift) holds."""
+    if table in run.problems or "routing" in run.problems:
+        return run.problems.get(table) or run.problems["routing"]
     if run.finished_stage < 0:
         return "nothing is scored yet, and routes are recorded with the scores"
     adapter = str(run.model.get("adapter") or "the adapter").rsplit(".", 1)[-1]
@@ -161,17 +161,22 @@ def why_no_routes(run: Run) -> str:
 
 def _route_measures(summary: Summary) -> None:
     run, usage = summary.run, tables.usage_array(summary.run)
-    if usage is None or not run.learnt:
-        reason = why_no_routes(run) if usage is None else "no stage is finished"
-        for key in ROUTE_MEASURES:
-            _set(summary, key, None, reason)
-        return
     learnt, last = len(run.learnt), run.finished_stage
-    missing = "it needs two finished stages" if learnt < 2 else "routes of a task or stage are missing"
-    now = usage[last, :learnt]
-    _set(summary, "routing_entropy_nats", float(routing.entropy_nats(now).mean()), missing)
-    _set(summary, "dead_atoms", int(routing.dead_atoms(now).sum()), missing)
-    separation = tables.separation_matrix(tables.separation(run), last, "kl")[:learnt, :learnt]
-    _set(summary, "kl_separation", routing.off_diagonal_mean(separation), missing)
-    moved = tables.drift_matrix(tables.drift(run), last)
-    _set(summary, "route_drift", routing.route_drift(moved), missing)
+    few = "no stage is finished" if not learnt else "it needs two finished stages" if learnt < 2 else ""
+    gap = "routes of a task or stage are missing"
+    if usage is None or not learnt:
+        reason = why_no_routes(run) if usage is None else few
+        _set(summary, "routing_entropy_nats", None, reason)
+        _set(summary, "dead_atoms", None, reason)
+    else:
+        now = usage[last, :learnt]
+        whole = not np.isnan(now).any()
+        _set(summary, "routing_entropy_nats", float(routing.entropy_nats(now).mean()), gap)
+        _set(summary, "dead_atoms", int(routing.dead_atoms(now).sum()) if whole else None, gap)
+    separation, drift = tables.separation(run), tables.drift(run)
+    apart = tables.separation_matrix(separation, last, "kl")[:learnt, :learnt]
+    reason = why_no_routes(run, "separation") if separation.empty else few or gap
+    _set(summary, "kl_separation", routing.off_diagonal_mean(apart), reason)
+    moved = tables.drift_matrix(drift, max(last, 0))
+    reason = few or gap if len(drift) or len(separation) else why_no_routes(run, "drift")
+    _set(summary, "route_drift", routing.route_drift(moved), reason)

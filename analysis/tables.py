@@ -210,7 +210,9 @@ def drift(run: Run) -> pd.DataFrame:
     frame["task"] = categories(frame["task"].astype(str).tolist(), run.stages)
     null = separation(run)
     null = null[null["task"].astype(str) == null["other"].astype(str)]
-    null = null[null["metric"].str.endswith("_split_half")].assign(metric=null["metric"].str.removesuffix("_split_half"))
+    null = null[null["metric"].str.endswith("_split_half")].assign(
+        metric=null["metric"].str.removesuffix("_split_half")
+    )
     null = null.rename(columns={"value": "null"})[["stage", "task", "metric", "null"]]
     return frame.merge(null, on=["stage", "task", "metric"], how="left")
 
@@ -223,7 +225,9 @@ def _computed_drift(usage_rows: Array, tasks: list[str]) -> pd.DataFrame:
             for reference, reference_stage in references.items():
                 for metric, distance in _DISTANCES.items():
                     value = distance(usage_rows[stage, task], usage_rows[reference_stage, task]).mean()
-                    rows.append({"stage": stage, "task": name, "reference": reference, "metric": metric, "value": value})
+                    rows.append(
+                        {"stage": stage, "task": name, "reference": reference, "metric": metric, "value": value}
+                    )
     return pd.DataFrame(rows, columns=["stage", "task", "reference", "metric", "value"]).dropna(subset="value")
 
 
@@ -262,7 +266,12 @@ def drift_and_loss(drift_frame: pd.DataFrame, matrix: Array) -> pd.DataFrame:
     moved = drift_matrix(drift_frame, len(matrix) - 1)
     tasks = task_names(drift_frame)
     pairs = [
-        {"stage": stage, "task": name, "value": moved[stage - 1, task], "lost": matrix[stage - 1, task] - matrix[stage, task]}
+        {
+            "stage": stage,
+            "task": name,
+            "value": moved[stage - 1, task],
+            "lost": matrix[stage - 1, task] - matrix[stage, task],
+        }
         for stage in range(2, len(matrix))
         for task, name in enumerate(tasks[: stage - 1])
     ]

@@ -21,31 +21,47 @@ class Measure:
 
 
 MEASURES: dict[str, Measure] = {
-    "average_accuracy": Measure("average accuracy", "higher", "Mean final score over the learnt tasks: (1/T) Σ R[T, j]."),
+    "average_accuracy": Measure(
+        "average accuracy", "higher", "Mean final score over the learnt tasks: (1/T) Σ R[T, j]."
+    ),
     "backward_transfer": Measure(
-        "backward transfer", "higher", "Mean of final minus just-trained score, last task left out; negative means forgetting."
+        "backward transfer",
+        "higher",
+        "Mean of final minus just-trained score, last task left out; negative means forgetting.",
     ),
     "forward_transfer": Measure(
-        "forward transfer", "higher", "Mean score just before a task's own stage minus its untrained score, first task left out."
+        "forward transfer",
+        "higher",
+        "Mean score just before a task's own stage minus its untrained score, first task left out.",
     ),
     "forgetting": Measure(
         "forgetting", "lower", "Mean of the best score after an earlier stage (untrained left out) minus the final one."
     ),
-    "intransigence": Measure("intransigence", "lower", "Score of a jointly trained model minus the just-trained score."),
+    "intransigence": Measure(
+        "intransigence", "lower", "Score of a jointly trained model minus the just-trained score."
+    ),
     "average_incremental_accuracy": Measure(
         "average incremental accuracy", "higher", "Mean over stages of the mean score on the tasks learnt so far."
     ),
     "learning_accuracy": Measure("learning accuracy", "higher", "Mean score just after training: (1/T) Σ R[j, j]."),
     "routing_entropy_nats": Measure(
-        "routing entropy (nats)", "–", "Entropy of a task's atom usage after the last stage; mean over blocks and learnt tasks."
+        "routing entropy (nats)",
+        "–",
+        "Entropy of a task's atom usage after the last stage; mean over blocks and learnt tasks.",
     ),
     "route_drift": Measure(
-        "route drift (nats)", "–", "JS of a learnt task's usage against the stage before; mean over blocks, tasks and stages."
+        "route drift (nats)",
+        "–",
+        "JS of a learnt task's usage against the stage before; mean over blocks, tasks and stages.",
     ),
     "kl_separation": Measure(
-        "KL separation (nats)", "–", "Mean KL between two learnt tasks' usages after the last stage, over blocks and pairs."
+        "KL separation (nats)",
+        "–",
+        "Mean KL between two learnt tasks' usages after the last stage, over blocks and pairs.",
     ),
-    "dead_atoms": Measure("dead atoms", "lower", "Atoms with usage below 1/(10 M) for every learnt task in every block."),
+    "dead_atoms": Measure(
+        "dead atoms", "lower", "Atoms with usage below 1/(10 M) for every learnt task in every block."
+    ),
     "trainable_parameters": Measure("trainable parameters", "–", "Numbers that training may change."),
 }
 KEY_NUMBERS = ("average_accuracy", "learning_accuracy", "forgetting", "backward_transfer", "forward_transfer")
@@ -113,5 +129,7 @@ def _learnt(summary: Summary) -> str:
     num = int((forgetting.just_trained(scores) >= floor + LEARNT_BY - 1e-9).sum())
     tasks = "the one task was" if len(floor) == 1 else f"{num} of {len(floor)} tasks were"
     if len(floor) == 1 and not num:
-        return f"Just trained, the task does not beat the untrained model and the best constant answer by {LEARNT_BY:.2f}."
+        return (
+            f"Just trained, the task does not beat the untrained model and the best constant answer by {LEARNT_BY:.2f}."
+        )
     return f"Just trained, {tasks} {LEARNT_BY:.2f} or more above both the untrained model and the best constant answer."

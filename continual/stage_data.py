@@ -1,10 +1,10 @@
 """The data of one stage as a LightningDataModule: rows are tokenised once, bucketed by length and padded by batch.
 
-Text is padded on the left, so that every row's answer ends in the last column: the head of the language model then
-runs on the answer's columns alone, and a prompt's last column predicts the first token of any answer.
+Training rows are padded on the right and need no attention mask; their labels cover the columns from the first answer
+of the batch on, so that the head of the language model runs on those alone. Prompts to be scored are padded on the
+left, so that the last column predicts the first token of any answer.
 
-Shapes: B rows of a batch, P prompt columns, S prompt and answer columns, K answer columns, L candidate tokens of all
-labels, I instruction tokens, E width of an instruction's encoding, D inputs of a regression.
+Shapes: B rows of a batch, P prompt columns, S prompt and answer columns, L candidate tokens of all labels.
 """
 
 from __future__ import annotations
@@ -135,22 +135,31 @@ class Collator:
         return batch
 
     def _text(self, rows: Sequence[Row]) -> dict[str, Any]:
-        sequences = [row.prompt_ids + (row.answer_ids if self.answers else []) for row in rows]
-        width = max(len(sequence) for sequence in sequences)
-        pad = self.backbone.tokenizer.pad_token_id
-        ids = torch.tensor([[pad] * (width - len(s)) + s for s in sequences])
-        mask = torch.tensor([[0] * (width - len(s)) + [1] * len(s) for s in sequences])
+        return self._with_answers(rows) if self.answers else self._prompts(rows)
+
+    def _with_answers(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """Pad on the right: a causal model never sees it, so that no attention mask is needed."""
+        width, pad = max(row.length for row in rows), self.backbone.tokenizer.pad_token_id
+        first = min(len(row.prompt_ids) for row in rows)  # the first column that is an answer's in any row
+        ids, labels = [], []
+        for row in rows:
+            padding = width - row.length
+            ids.append(row.prompt_ids + row.answer_ids + [pad] * padding)
+            labels.append([IGNORED] * (len(row.prompt_ids) - first) + row.answer_ids + [IGNORED] * padding)
+        return {"forward": {"input_ids": torch.tensor(ids)}, "labels": torch.tensor(labels)}
+
+    def _prompts(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """Pad on the left: the last column of every row predicts the first token of its answer."""
+        width, pad = max(len(row.prompt_ids) for row in rows), self.backbone.tokenizer.pad_token_id
+        lengths = [len(row.prompt_ids) for row in rows]
+        mask = torch.tensor([[0] * (width - length) + [1] * length for length in lengths])
         batch: dict[str, Any] = {
             "forward": {
-                "input_ids": ids,
+                "input_ids": torch.tensor([[pad] * (width - len(r.prompt_ids)) + r.prompt_ids for r in rows]),
                 "attention_mask": mask,
                 "position_ids": (mask.cumsum(dim=1) - 1).clamp_min(0),
             }
         }
-        if self.answers:
-            longest = max(len(row.answer_ids) for row in rows)
-            labels = [[IGNORED] * (longest - len(row.answer_ids)) + row.answer_ids for row in rows]
-            batch["labels"] = torch.tensor(labels)
         if self.candidates is not None:
             batch["candidates"] = self.candidates
         return batch

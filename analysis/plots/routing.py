@@ -91,7 +91,10 @@ def routing_entropy(entropies: pd.DataFrame, num_atoms: int) -> Figure:
     """
     tasks, last_stage = task_names(entropies), int(entropies["stage"].max())
     figure, axes = style.panels(len(tasks), 4, 1.8, sharex=True, sharey=True)
-    kinds = (("usage_entropy_nats", style.ACCENT, "-", "of the usage"), ("token_entropy_nats", style.WARM, "--", "of a token, mean"))
+    kinds = (
+        ("usage_entropy_nats", style.ACCENT, "-", "of the usage"),
+        ("token_entropy_nats", style.WARM, "--", "of a token, mean"),
+    )
     scale = np.log(num_atoms) if num_atoms > 1 else 1.0
     for task, (name, ax) in enumerate(zip(tasks, axes, strict=True)):
         ax.axvline(task + 1, color=style.FAINT, linewidth=1, zorder=0)
@@ -115,7 +118,9 @@ def specialists(atoms: pd.DataFrame) -> Figure:
         atoms: Columns atom, task, value, share, entropy, dead (``tables.atoms``).
     """
     tasks, num_atoms = task_names(atoms), int(atoms["atom"].max()) + 1
-    one = atoms.groupby("atom", as_index=False).agg(value=("value", "mean"), entropy=("entropy", "first"), dead=("dead", "first"))
+    one = atoms.groupby("atom", as_index=False).agg(
+        value=("value", "mean"), entropy=("entropy", "first"), dead=("dead", "first")
+    )
     figure = style.new_figure(3.4 + 0.2 * max(len(tasks), 4))
     top, bottom = figure.subplots(2, 1, height_ratios=[3.0, 0.6 + 0.2 * max(len(tasks), 4)])
     _scatter_atoms(top, one, num_atoms)
@@ -137,8 +142,19 @@ def specialists(atoms: pd.DataFrame) -> Figure:
 def _scatter_atoms(ax: Axes, atoms: pd.DataFrame, num_atoms: int) -> None:
     alive, dead = atoms[~atoms["dead"]], atoms[atoms["dead"] & atoms["entropy"].notna()]
     ax.axvline(1 / num_atoms, color=style.FAINT, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
-    ax.scatter(alive["value"], alive["entropy"], s=34, color=style.ACCENT, edgecolor="white", linewidth=0.7, label="atom")
-    ax.scatter(dead["value"], dead["entropy"], s=26, marker="x", color=style.MUTED, linewidth=1, label="dead atom", clip_on=False)
+    ax.scatter(
+        alive["value"], alive["entropy"], s=34, color=style.ACCENT, edgecolor="white", linewidth=0.7, label="atom"
+    )
+    ax.scatter(
+        dead["value"],
+        dead["entropy"],
+        s=26,
+        marker="x",
+        color=style.MUTED,
+        linewidth=1,
+        label="dead atom",
+        clip_on=False,
+    )
     named = alive if num_atoms <= 20 else pd.concat([alive.nsmallest(5, "entropy"), alive.nlargest(5, "value")])
     for row in named.drop_duplicates("atom").itertuples():
         place = (row.value, row.entropy)

@@ -111,7 +111,9 @@ def drift_against_loss(pairs: pd.DataFrame, score: str = "score") -> Figure:
     for index, name in enumerate(tasks):
         own = pairs[pairs["task"] == name]
         color = style.COLORS[index] if few else style.ACCENT
-        ax.scatter(own["value"], own["lost"], s=42, color=color, edgecolor="white", linewidth=0.8, label=style.short(name))
+        ax.scatter(
+            own["value"], own["lost"], s=42, color=color, edgecolor="white", linewidth=0.8, label=style.short(name)
+        )
     if few:
         figure.legend(loc="outside right upper", title="task")
     if float(np.ptp(pairs["lost"])) > 5:

@@ -41,7 +41,11 @@ def separation_matrix(separation: pd.DataFrame) -> Figure:
         _task_labels(ax, tasks)
         if place:
             ax.set_yticklabels([])
-        ax.set(xlabel="to task's routes", ylabel="from task's routes" if place == 0 else "", title=f"{name} after stage {last}")
+        ax.set(
+            xlabel="to task's routes",
+            ylabel="from task's routes" if place == 0 else "",
+            title=f"{name} after stage {last}",
+        )
         style.colour_bar(figure, cells, [ax], f"{name} (nats)")
     return figure
 
@@ -66,7 +70,9 @@ def separation_by_stage(separation: pd.DataFrame) -> Figure:
         style.label_some(ax, "x", labels, 7)
         style.label_some(ax, "y", labels, 7)
         mean = matrix[~np.eye(len(matrix), dtype=bool)].mean() if len(matrix) > 1 else np.nan
-        ax.set_title(f"{'untrained' if stage == 0 else f'stage {stage}'}: {style.number(float(mean))}", fontweight="normal")
+        ax.set_title(
+            f"{'untrained' if stage == 0 else f'stage {stage}'}: {style.number(float(mean))}", fontweight="normal"
+        )
         if 1 <= stage <= len(tasks):
             style.outline(ax, stage - 1, 0, len(tasks), linewidth=1)
     style.outer_labels(axes, columns, "to task", "from task")
@@ -83,12 +89,17 @@ def route_drift(drift: pd.DataFrame) -> Figure:
     js = drift[(drift["metric"] == "js")]
     tasks, last_stage = task_names(js), int(js["stage"].max())
     figure, axes = style.panels(len(tasks), 4, 1.85, sharex=True, sharey=True)
-    kinds = (("previous", style.ACCENT, "-", "against the stage before"), ("trained", style.MUTED, ":", "since it was trained"))
+    kinds = (
+        ("previous", style.ACCENT, "-", "against the stage before"),
+        ("trained", style.MUTED, ":", "since it was trained"),
+    )
     for task, (name, ax) in enumerate(zip(tasks, axes, strict=True)):
         own = js[js["task"] == name].sort_values("stage")
         null = own[own["reference"] == "previous"].dropna(subset="null")
         if len(null):
-            ax.fill_between(null["stage"], 0, null["null"], color=style.FAINT, alpha=0.55, linewidth=0, label="split-half null")
+            ax.fill_between(
+                null["stage"], 0, null["null"], color=style.FAINT, alpha=0.55, linewidth=0, label="split-half null"
+            )
         style.trained_line(ax, task + 1, last_stage)
         for reference, color, line, label in kinds:
             rows = own[own["reference"] == reference]

@@ -35,16 +35,12 @@ def amounts() -> Colormap:
     colors = sns.color_palette("mako_r", as_cmap=True)(np.linspace(0.0, 0.82, 256))
     fade = np.clip(1 - np.linspace(0, 1, 256) / 0.3, 0, 1)[:, None] * 0.9
     cmap = LinearSegmentedColormap.from_list("amounts", colors * (1 - fade) + np.ones(4) * fade)
-    cmap.set_under(UNDER)
-    cmap.set_bad(MISSING)
-    return cmap
+    return cmap.with_extremes(under=UNDER, bad=MISSING)
 
 
 def differences() -> Colormap:
     """Return the map for signed differences: blue below 0, red above, near white at 0."""
-    cmap = sns.color_palette("vlag", as_cmap=True).copy()
-    cmap.set_bad(MISSING)
-    return cmap
+    return sns.color_palette("vlag", as_cmap=True).with_extremes(bad=MISSING)
 
 
 @contextmanager
@@ -55,7 +51,13 @@ def look() -> Iterator[None]:
         **{"xtick.color": MUTED, "ytick.color": MUTED, "xtick.labelcolor": INK, "ytick.labelcolor": INK},
         **{"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True},
     }
-    fonts = {"font.size": 9.5, "axes.titlesize": 10, "axes.labelsize": 9.5, "xtick.labelsize": 8.5, "ytick.labelsize": 8.5}
+    fonts = {
+        "font.size": 9.5,
+        "axes.titlesize": 10,
+        "axes.labelsize": 9.5,
+        "xtick.labelsize": 8.5,
+        "ytick.labelsize": 8.5,
+    }
     more = {"legend.fontsize": 8.5, "legend.frameon": False, "axes.titlelocation": "left", "axes.titleweight": "bold"}
     ticks = {"xtick.major.size": 3, "ytick.major.size": 3, "axes.titlepad": 6}
     with mpl.rc_context(style | fonts | more | ticks | {"font.family": ["DejaVu Sans"], "svg.fonttype": "none"}):
@@ -122,7 +124,9 @@ def number(value: float) -> str:
 
 def step_of(num: int, most: int) -> int:
     """Return how far apart to put labels, so that at most ``most`` of ``num`` are drawn."""
-    return next(step for step in (1, 2, 4, 5, 8, 10, 16, 20, 32, 50, 100, 200, 500, num) if math.ceil(num / step) <= most)
+    return next(
+        step for step in (1, 2, 4, 5, 8, 10, 16, 20, 32, 50, 100, 200, 500, num) if math.ceil(num / step) <= most
+    )
 
 
 def label_some(ax: Axes, axis: str, labels: Sequence[str], most: int, rotation: float = 0.0) -> None:
@@ -165,7 +169,14 @@ def colour_bar(figure: Figure, mappable: Any, axes: Sequence[Axes], label: str, 
     alone = len(axes) == 1
     shrink = 0.95 if alone else min(0.9, 3.0 / figure.get_figheight())
     bar = figure.colorbar(
-        mappable, ax=list(axes), shrink=shrink, aspect=24, pad=0.015, extend=extend, fraction=0.05, anchor=(0, 1 - 0.5 * alone)
+        mappable,
+        ax=list(axes),
+        shrink=shrink,
+        aspect=24,
+        pad=0.015,
+        extend=extend,
+        fraction=0.05,
+        anchor=(0, 1 - 0.5 * alone),
     )
     bar.set_label(label)
     bar.outline.set_visible(False)  # type: ignore[operator]

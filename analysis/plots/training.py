@@ -41,7 +41,13 @@ def _by_stage(ax: Axes, rows: pd.DataFrame) -> None:
         text = str(stage) if many else style.short(names[stage], max(8, 100 // len(spans)))
         middle = (span["min"] + span["max"]) / 2
         ax.annotate(
-            text, (middle, 1.015), xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=8.5, color=style.MUTED
+            text,
+            (middle, 1.015),
+            xycoords=("data", "axes fraction"),
+            ha="center",
+            va="bottom",
+            fontsize=8.5,
+            color=style.MUTED,
         )
     ax.set_xlim(rows["when"].min() - 0.5, rows["when"].max() + 0.5)
     ax.set_xlabel("training step, all stages" + ("; stages numbered above" if many else ""))
@@ -89,7 +95,9 @@ def gradient_concentration(gradients: pd.DataFrame) -> Figure:
     epochs = rows.groupby(["stage", "epoch"]).agg(start=("when", "min"), end=("when", "max"), value=("value", "mean"))
     for index, row in enumerate(epochs.itertuples()):
         span = (row.start - 0.5, row.end + 0.5)  # type: ignore[operator]
-        ax.plot(span, (row.value,) * 2, color=style.WARM, linewidth=2.2, label="mean of an epoch" if index == 0 else None)
+        ax.plot(
+            span, (row.value,) * 2, color=style.WARM, linewidth=2.2, label="mean of an epoch" if index == 0 else None
+        )
     ax.set_ylim(bottom=min(1.0, float(rows["value"].min())))
     ax.set_ylabel("largest / mean norm")
     figure.legend(loc="outside upper right", ncols=2)
@@ -137,7 +145,15 @@ def _draw_kind(ax: Axes, means: pd.DataFrame, kind: str, colors: dict[int, tuple
         return
     for stage, own in means.groupby("stage"):
         own = own.sort_values("depth")
-        ax.plot(own["depth"], own["value"], color=colors[stage], marker=".", markersize=4, linewidth=1.2, label=f"stage {stage}")  # type: ignore[index]
+        ax.plot(
+            own["depth"],
+            own["value"],
+            color=colors[stage],
+            marker=".",
+            markersize=4,
+            linewidth=1.2,
+            label=f"stage {stage}",
+        )  # type: ignore[index]
     ax.set_xlabel("layer depth")
     ax.locator_params(axis="x", integer=True, nbins=8)
 

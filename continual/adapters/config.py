@@ -22,6 +22,7 @@ def _extend_peft_types() -> None:
     PeftType._member_names_.append(PEFT_NAME)
     PeftType._member_map_[PEFT_NAME] = member
     PeftType._value2member_map_[PEFT_NAME] = member
+    type.__setattr__(PeftType, PEFT_NAME, member)  # Python 3.12 looks members up as plain attributes
 
 
 _extend_peft_types()

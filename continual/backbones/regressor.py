@@ -23,7 +23,7 @@ class MLPRegressor(Backbone):
             num_inputs: features of a row.
             hidden_size: width of each layer.
             num_layers: hidden layers, each an adapter's layer of its own; the head comes on top.
-            seed: of the weights; torch's own generator is neither read nor moved.
+            seed: of the weights; torch's own generator stays where it was.
         """
         self.num_inputs = num_inputs
         self.hidden_size = hidden_size
@@ -38,7 +38,8 @@ class MLPRegressor(Backbone):
     def build(self) -> "MLP":
         """Returns the module in evaluation mode, its weights frozen."""
         generator = torch.Generator().manual_seed(self.seed)
-        module = MLP(self.num_inputs, self.hidden_size, self.num_layers)
+        with torch.random.fork_rng(devices=[]):  # nn.Linear draws its first weights from torch's own generator
+            module = MLP(self.num_inputs, self.hidden_size, self.num_layers)
         for linear in module.modules():
             if isinstance(linear, nn.Linear):
                 _fill(linear, generator)

@@ -82,7 +82,7 @@ def backbone() -> Callable[..., PreTrainedModel]:
 
     def make(kind: str = "llama", dtype: torch.dtype = torch.float32, **sizes: Any) -> PreTrainedModel:
         torch.manual_seed(0)
-        fields = SIZES | {"initializer_range": 0.1} | sizes
+        fields: dict[str, Any] = {**SIZES, "initializer_range": 0.1, **sizes}
         if kind == "llama":
             model = LlamaForCausalLM(LlamaConfig(**fields))
         elif kind == "qwen2":
@@ -90,7 +90,8 @@ def backbone() -> Callable[..., PreTrainedModel]:
         else:
             special = {name: fields[name] for name in ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")}
             model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=4, n_head=4, n_positions=64, **special))
-        return model.to(dtype).eval()
+        model.to(dtype)  # type: ignore[arg-type]
+        return model.eval()
 
     return make
 

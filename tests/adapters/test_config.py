@@ -50,7 +50,8 @@ def test_a_prior_without_embeddings_needs_a_width(plain_model) -> None:
 
 
 def test_round_trips_through_a_file(tmp_path) -> None:
-    config = QueryableLoraConfig(r=3, num_atoms=5, top_k=2, prior_weight=0.5, target_modules={"v_proj", "q_proj"})
+    targets: Any = {"v_proj", "q_proj"}
+    config = QueryableLoraConfig(r=3, num_atoms=5, top_k=2, prior_weight=0.5, target_modules=targets)
     config.save_pretrained(str(tmp_path))
     loaded = PeftConfig.from_pretrained(str(tmp_path))
     assert isinstance(loaded, QueryableLoraConfig)

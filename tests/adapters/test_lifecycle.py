@@ -35,7 +35,8 @@ def trained_of(model: PeftModel) -> set[str]:
 def second_config(**fields: Any) -> QueryableLoraConfig:
     """Return the configuration of a second adapter, unlike the first in everything."""
     defaults: dict[str, Any] = {"task_type": "CAUSAL_LM", "r": 2, "num_atoms": 3, "top_k": 1, "num_blocks": 4}
-    return QueryableLoraConfig(**(defaults | {"target_modules": ["q_proj"]} | fields))
+    defaults["target_modules"] = ["q_proj"]
+    return QueryableLoraConfig(**(defaults | fields))
 
 
 def randomise(model: PeftModel, adapter_name: str) -> None:

@@ -16,22 +16,23 @@ from continual.adapters import QueryableLoraConfig
 from continual.adapters.layer import QueryableLinear
 from continual.adapters.router import AtomBank
 
-configs = st.fixed_dictionaries(
-    {
-        "r": st.integers(1, 6),
-        "num_atoms": st.integers(1, 7),
-        "top_k": st.integers(1, 7),
-        "num_blocks": st.integers(1, 4),
-        "prior_weight": st.sampled_from([0.0, 0.5, 3.0]),
-        "prior_temperature": st.sampled_from([0.1, 1.0]),
-        "query_source": st.sampled_from(["state", "frozen_random", "instruction_only", "uniform"]),
-        "use_depth_summary": st.booleans(),
-        "detach_query": st.booleans(),
-        "init_atoms": st.sampled_from(["orthogonal", "noise", "identity"]),
-        "init_atoms_scale": st.sampled_from([0.0, 0.5, 1.0, 4.0]),
-        "key_dim": st.sampled_from([None, 1, 5]),
-    }
-).filter(lambda fields: fields["query_source"] != "instruction_only" or fields["prior_weight"] > 0)
+FIELDS: dict[str, st.SearchStrategy[Any]] = {
+    "r": st.integers(1, 6),
+    "num_atoms": st.integers(1, 7),
+    "top_k": st.integers(1, 7),
+    "num_blocks": st.integers(1, 4),
+    "prior_weight": st.sampled_from([0.0, 0.5, 3.0]),
+    "prior_temperature": st.sampled_from([0.1, 1.0]),
+    "query_source": st.sampled_from(["state", "frozen_random", "instruction_only", "uniform"]),
+    "use_depth_summary": st.booleans(),
+    "detach_query": st.booleans(),
+    "init_atoms": st.sampled_from(["orthogonal", "noise", "identity"]),
+    "init_atoms_scale": st.sampled_from([0.0, 0.5, 1.0, 4.0]),
+    "key_dim": st.sampled_from([None, 1, 5]),
+}
+configs = st.fixed_dictionaries(FIELDS).filter(
+    lambda fields: fields["query_source"] != "instruction_only" or fields["prior_weight"] > 0
+)
 magnitudes = st.sampled_from([1e-8, 1.0, 1e4])
 
 

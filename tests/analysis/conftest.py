@@ -82,7 +82,11 @@ def routing_tables(directory: Path, names: list[str], usage: np.ndarray) -> None
             for block in range(usage.shape[2]):
                 p, q = usage[stage, task, block], usage[reference_stage, task, block]
                 place = {"reference": reference, "reference_stage": reference_stage, "block": block}
-                for metric, distance in (("js", measures.js_divergence), ("kl", measures.kl_divergence), ("tv", measures.total_variation)):
+                for metric, distance in (
+                    ("js", measures.js_divergence),
+                    ("kl", measures.kl_divergence),
+                    ("tv", measures.total_variation),
+                ):
                     drift.append(key | place | value(metric, float(distance(p, q))))
     for table, rows in (("routing", routing), ("separation", separation), ("drift", drift)):
         records.append(directory, table, rows)
@@ -90,12 +94,22 @@ def routing_tables(directory: Path, names: list[str], usage: np.ndarray) -> None
 
 def gradient_rows(names: list[str], finished: int, num_steps: int, seed: int) -> Iterator[dict[str, Any]]:
     rng = np.random.default_rng(seed + 2)
-    layers = [f"model.layers.{depth}.self_attn.{kind}" for depth in range(12) for kind in ("q_proj", "k_proj", "v_proj", "o_proj")]
+    layers = [
+        f"model.layers.{depth}.self_attn.{kind}"
+        for depth in range(12)
+        for kind in ("q_proj", "k_proj", "v_proj", "o_proj")
+    ]
     for stage in range(1, finished + 1):
         for step in range(num_steps):
-            place = keys(stage, names[stage - 1]) | {"step": (stage - 1) * num_steps + step, "epoch": 2 * step // num_steps}
+            place = keys(stage, names[stage - 1]) | {
+                "step": (stage - 1) * num_steps + step,
+                "epoch": 2 * step // num_steps,
+            }
             decay = np.exp(-step / (0.4 * num_steps))
-            norms = {layer: float(0.2 * decay * np.exp(0.1 * (index // 4) + 0.2 * rng.normal())) for index, layer in enumerate(layers)}
+            norms = {
+                layer: float(0.2 * decay * np.exp(0.1 * (index // 4) + 0.2 * rng.normal()))
+                for index, layer in enumerate(layers)
+            }
             for layer, norm in {**norms, "bank": 0.6 * decay}.items():
                 yield place | {"layer": layer} | value("grad_norm", norm)
             concentration = max(norms.values()) / float(np.mean(list(norms.values())))
@@ -127,7 +141,14 @@ def write_run(
     finished = len(names) if finished is None else finished
     metrics = metrics or ["score"] * len(names)
     answers = answer_rows(len(names), finished, num_rows, metrics, seed)
-    records.append(directory, "answers", [keys(a["stage"], names[a["task"]]) | {"row": a["row"], "value": a["value"], "prediction": "…"} for a in answers])
+    records.append(
+        directory,
+        "answers",
+        [
+            keys(a["stage"], names[a["task"]]) | {"row": a["row"], "value": a["value"], "prediction": "…"}
+            for a in answers
+        ],
+    )
     earned = np.zeros((finished + 1, len(names), num_rows))
     for a in answers:
         earned[a["stage"], a["task"], a["row"]] = a["value"]
@@ -135,22 +156,37 @@ def write_run(
     for stage, task in np.ndindex(earned.shape[:2]):
         key, mean = keys(stage, names[task]), earned[stage, task].mean()
         if metrics[task] == "r2":
-            scores += [key | value("r2", 1 - mean / 0.7, "higher", num_rows), key | value("rmse", mean**0.5, "lower", num_rows)]
+            scores += [
+                key | value("r2", 1 - mean / 0.7, "higher", num_rows),
+                key | value("rmse", mean**0.5, "lower", num_rows),
+            ]
         else:
             scores.append(key | value(metrics[task], mean, "higher", num_rows))
     records.append(directory, "scores", scores)
     if routes and finished >= 0:
         routing_tables(directory, names, usage_model(len(names), finished, num_blocks, num_atoms, seed))
     records.append(directory, "gradients", gradient_rows(names, finished, num_steps, seed))
-    model = {"backbone": "SmolLM2-135M-Instruct", "adapter": "continual.adapters.QueryableLoraConfig" if routes else "peft.LoraConfig"}
+    model = {
+        "backbone": "SmolLM2-135M-Instruct",
+        "adapter": "continual.adapters.QueryableLoraConfig" if routes else "peft.LoraConfig",
+    }
     model |= {"trainable_parameters": 468_992, "total_parameters": 134_984_064, "prior_weight": 1.0 if routes else None}
-    model |= {"num_atoms": num_atoms if routes else None, "num_blocks": num_blocks if routes else None, "top_k": 4 if routes else None}
+    model |= {
+        "num_atoms": num_atoms if routes else None,
+        "num_blocks": num_blocks if routes else None,
+        "top_k": 4 if routes else None,
+    }
     instructions = instructions or [f"Answer the question of kind {name}." for name in names]
     constants = [0.0 if metric == "r2" else 0.1 + 0.05 * (index % 4) for index, metric in enumerate(metrics)]
     described = zip(names, metrics, constants, instructions, strict=True)
     manifest = {
-        **{"format": 1, "run": "stages-1a2b3c", "seed": 0, "stages": names, "finished_stage": finished},
-        **{"complete": finished == len(names), "model": model},
+        "format": 1,
+        "run": "stages-1a2b3c",
+        "seed": 0,
+        "stages": names,
+        "finished_stage": finished,
+        "complete": finished == len(names),
+        "model": model,
         "tasks": {name: description(metric, constant, text, num_rows) for name, metric, constant, text in described},
         "environment": {"torch": "2.13.0", "python": "3.11.7", "device": "cpu", "threads": 2},
         "stage_seconds": {str(stage): 12.3 + 60.1 * (stage > 0) for stage in range(finished + 1)},
@@ -169,3 +205,11 @@ def make_run(tmp_path: Path) -> MakeRun:
         return write_run(directory, **kwargs)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of three stages that tests only read."""
+    return write_run(
+        tmp_path_factory.mktemp("small"), names=NAMES[:3], num_atoms=6, num_blocks=2, num_rows=40, num_steps=12
+    )

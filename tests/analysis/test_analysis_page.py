@@ -27,7 +27,13 @@ class Browser:
 
     def __init__(self, port: int) -> None:
         self.server = f"http://127.0.0.1:{port}"
-        arguments = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--force-device-scale-factor=1"]
+        arguments = [
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+            "--force-device-scale-factor=1",
+        ]
         options = {"args": arguments, "binary": BROWSER}
         wanted = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
         found = self.call("POST", "/session", {"capabilities": {"alwaysMatch": wanted}})
@@ -87,3 +93,48 @@ def browser() -> Iterator[Browser]:
     finally:
         driver.terminate()
         driver.wait()
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_fits_and_shows_every_figure(browser: Browser, small_report: Path, width: int, scheme: str) -> None:
+    browser.log()
+    browser.open(small_report, width, scheme=scheme)
+    assert browser.run("return document.documentElement.scrollWidth") <= width
+    sizes = browser.run("return [...document.querySelectorAll('figure svg')].map(f => [f.clientWidth, f.clientHeight])")
+    assert len(sizes) >= 14
+    assert all(across > 150 and down > 80 for across, down in sizes)
+    names = browser.run("return [...document.querySelectorAll('figure svg')].map(f => f.getAttribute('aria-label'))")
+    assert all(len(name) > 20 for name in names)
+    assert browser.log() == []
+
+
+@needs_browser
+def test_tables_sort_both_ways(browser: Browser, small_report: Path) -> None:
+    browser.open(small_report)
+    final = "return [...document.querySelectorAll('#table-tasks tbody tr')].map(row => row.cells[6].textContent)"
+    press = "document.querySelectorAll('#table-tasks th button')[6].click(); "
+    rising = [float(text) for text in browser.run(press + final)]
+    assert rising == sorted(rising)
+    falling = [float(text) for text in browser.run(press + final)]
+    assert falling == rising[::-1]
+
+
+@needs_browser
+def test_every_link_of_the_contents_leads_somewhere(browser: Browser, small_report: Path) -> None:
+    browser.open(small_report)
+    lost = "return [...document.querySelectorAll('nav a')].filter(a => !document.querySelector(a.getAttribute('href'))).length"
+    assert browser.run(lost) == 0
+
+
+@needs_browser
+def test_no_two_elements_share_an_id(browser: Browser, small_report: Path) -> None:
+    browser.open(small_report)
+    script = "const ids = [...document.querySelectorAll('[id]')].map(e => e.id); return ids.length - new Set(ids).size"
+    assert browser.run(script) == 0
+
+
+@pytest.fixture(scope="module")
+def small_report(small_run: Path) -> Path:
+    return write_report(small_run)

@@ -1,0 +1,85 @@
+"""Intervals: redrawn matrices keep what must be kept, and the intervals cover the truth as often as they say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from analysis import forgetting, intervals, load_run, summarise
+from analysis.intervals import bootstrap_matrices, correlation_interval, interval, rank_correlation
+
+
+def frames(earned: np.ndarray, metric: str = "score") -> tuple[pd.DataFrame, pd.DataFrame, np.ndarray]:
+    """Answers and headline scores of ``earned``, shape (S + 1, T, rows)."""
+    stage, task, row = np.indices(earned.shape)
+    names = [f"task{index}" for index in range(earned.shape[1])]
+    answers = pd.DataFrame({"stage": stage.ravel(), "row": row.ravel(), "value": earned.ravel()})
+    answers["task"] = pd.Categorical([names[index] for index in task.ravel()], categories=names, ordered=True)
+    matrix = earned.mean(axis=-1)
+    scores = pd.DataFrame({"stage": 0, "task": pd.Categorical(names, categories=names, ordered=True), "metric": metric})
+    return answers, scores, matrix
+
+
+def test_intervals_cover_the_truth() -> None:
+    """Rows earn 1 with a known chance, independently a stage: the true average score is 0.55, the true BWT -0.2."""
+    generator, hits, trials = np.random.default_rng(1), np.zeros(2), 150
+    chance = np.array([[0.2, 0.3], [0.7, 0.3], [0.5, 0.6]])[..., None]
+    for _ in range(trials):
+        answers, scores, matrix = frames((generator.random((3, 2, 80)) < chance).astype(float))
+        drawn = bootstrap_matrices(answers, scores, matrix, num_draws=300)
+        for place, (measure, truth) in enumerate(
+            ((forgetting.average_accuracy, 0.55), (forgetting.backward_transfer, -0.2))
+        ):
+            found = interval(drawn, measure)
+            assert found is not None
+            hits[place] += found[0] <= truth <= found[1]
+    assert ((0.89 <= hits / trials) & (hits / trials <= 0.99)).all(), hits / trials
+
+
+def test_the_same_rows_score_every_stage() -> None:
+    """A task that no stage changes has no spread in its difference between stages."""
+    earned = np.repeat(np.random.default_rng(0).random((1, 2, 30)), 3, axis=0)
+    drawn = bootstrap_matrices(*frames(earned))
+    assert interval(drawn, forgetting.backward_transfer) == pytest.approx((0, 0), abs=1e-12)
+    low, high = interval(drawn, forgetting.average_accuracy) or (0, 0)
+    assert low < earned[0].mean() < high
+
+
+def test_answers_that_are_not_the_scores_are_refused() -> None:
+    answers, scores, matrix = frames(np.random.default_rng(0).random((3, 2, 10)))
+    with pytest.raises(ValueError, match="answers of task0 is not its recorded score"):
+        bootstrap_matrices(answers, scores, matrix + 0.1)
+    with pytest.raises(ValueError, match="task1 are not recorded for every stage"):
+        bootstrap_matrices(answers[(answers["task"] != "task1") | (answers["stage"] != 2)], scores, matrix)
+
+
+def test_r2_is_redrawn_from_squared_errors() -> None:
+    errors = np.random.default_rng(0).random((3, 2, 50))
+    answers, scores, means = frames(errors, "r2")
+    matrix = 1 - means / 0.4
+    drawn = bootstrap_matrices(answers, scores, matrix)
+    assert drawn.mean(axis=0) == pytest.approx(matrix, abs=0.05)
+    assert drawn.std(axis=0).min() > 0
+
+
+def test_intervals_of_a_run_hold_its_values(small_run: Path) -> None:
+    summary = summarise(load_run(small_run))
+    assert set(summary.intervals) >= {"average_accuracy", "backward_transfer", "forgetting", "forward_transfer"}
+    for key, (low, high) in summary.intervals.items():
+        assert low <= summary.values[key] <= high
+
+
+def test_rank_correlation_by_hand() -> None:
+    assert rank_correlation([1, 2, 3, 4], [10, 30, 20, 40]) == pytest.approx(0.8)
+    assert rank_correlation([1, 2, 3], [-1, -2, -30]) == pytest.approx(-1)
+    assert np.isnan(rank_correlation([1, 2, 3], [5, 5, 5])) and np.isnan(rank_correlation([], []))
+
+
+def test_a_correlation_of_few_points_has_no_interval() -> None:
+    assert correlation_interval([1, 2, 3, 4], [1, 2, 3, 4]) is None
+    low, high = correlation_interval(range(30), range(30)) or (0, 0)
+    assert low == pytest.approx(1) and high == pytest.approx(1)
+    assert intervals.correlation_interval([1] * 9, range(9)) is None
