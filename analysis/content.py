@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,7 +57,8 @@ def cell(value: Value, digits: int = 2) -> Cell:
 
 
 def _table(key: str, title: str, columns: list[str], rows: list[list[Cell]], note: str = "") -> Table:
-    numeric = [any(re.fullmatch(r"[−\d.,]+[kMG]?", row[place].text) for row in rows) for place in range(len(columns))]
+    like_number = re.compile(r"[−\d.,]+[kMG]?( \([^)]*\))?")
+    numeric = [any(like_number.fullmatch(row[place].text) for row in rows) for place in range(len(columns))]
     return Table(key, title, columns, rows, note, numeric)
 
 
@@ -71,7 +74,8 @@ def all_numbers(summary: Summary) -> Table:
         )
         digits = 3 if key in ("route_drift", "kl_separation", "routing_entropy_nats") else 2
         rows.append([Cell(measure.name), cell(value, digits), Cell(between), Cell(measure.better), Cell(meaning)])
-    note = "Intervals (95 %): the test rows redrawn 1,000 times, the same rows at every stage. They hold neither the spread "
+    note = "Intervals (95 %): the test rows redrawn 1,000 times, the same rows at every stage. They hold neither "
+    note += "the spread "
     note += "over seeds nor that over stage orders, which one run cannot show."
     if "intervals" in summary.reasons:
         note = f"No intervals: {summary.reasons['intervals']}."
@@ -113,13 +117,20 @@ def task_table(summary: Summary) -> Table:
             ]
         )
     columns = ["stage", "task", "metric", "untrained", "best constant", "just trained", "final", "forgetting"]
-    note = "Best constant: what always giving the one best answer earns. Forgetting: the best score after an earlier stage "
+    note = "Best constant: what always giving the one best answer earns. Forgetting: the best score after an "
+    note += "earlier stage "
     note += "(untrained left out) minus the final one; negative where the task improved."
     return _table("tasks", "Task by task", columns, rows, note)
 
 
 def _maybe_float(value: object) -> float | None:
     return float(value) if isinstance(value, int | float) else None
+
+
+def _cut(facts: Mapping[str, Any], split: str) -> int | None:
+    """Return how many rows of a split were cut, where the manifest says so for each split."""
+    cut = facts.get("cut_rows")
+    return cut.get(split) if isinstance(cut, Mapping) else None
 
 
 def trust_table(run: Run) -> Table:
@@ -130,10 +141,12 @@ def trust_table(run: Run) -> Table:
         num_rows = facts.get("test_rows")
         share = facts.get("metric") in ("accuracy", "score")
         smallest = 1.96 * math.sqrt(0.5 / num_rows) if num_rows and share else None
-        counts = [cell(facts.get(key)) for key in ("train_rows", "test_rows", "cut_rows")]
+        trained = facts.get("trained_rows", facts.get("train_rows"))
+        counts = [cell(trained), cell(_cut(facts, "train")), cell(num_rows), cell(_cut(facts, "test"))]
         rows.append([Cell(task), Cell(str(facts.get("kind", "–"))), *counts, cell(smallest, 3)])
-    columns = ["task", "kind", "training rows", "test rows", "rows cut", "smallest difference"]
-    note = "Rows cut: inputs whose context was too long and was shortened. Smallest difference: 1.96 √(0.5 / test rows), what "
+    columns = ["task", "kind", "training rows", "of them cut", "test rows", "of them cut", "smallest difference"]
+    note = "Cut: inputs whose context was too long and was shortened. Smallest difference: 1.96 √(0.5 / "
+    note += "test rows), what "
     note += "two unpaired scores near one half must differ by to be told apart at 95 %; it is given for shares only."
     return _table("trust", "How much the rows can show", columns, rows, note)
 
@@ -182,11 +195,14 @@ def routing_story(summary: Summary) -> Table | None:
         shared = (
             [Cell("–"), cell(None)] if nearest is None else [Cell(names[nearest]), cell(float(common[index, nearest]))]
         )
-        drifted = [cell(None)] * 2 if largest is None else [cell(float(later[largest]), 4), cell(_first(null), 4)]
-        rows.append([Cell(task), Cell(atoms), *shared, Cell(where), *drifted])
-    columns = ["task", "uses most", "shares most with", "in common", "moved most at stage", "by JS (nats)", "null"]
-    note = f"After stage {run.finished_stage}, over blocks. In common: 1 − total variation. Moved: stages after the task's own; "
-    note += "the null is the split-half JS of the same rows, below which a move is not to be told from chance."
+        drifted = cell(None)
+        if largest is not None:
+            drifted = Cell(f"{later[largest]:.4f} ({cell(_first(null), 4).text})", float(later[largest]))
+        rows.append([Cell(task), Cell(atoms), *shared, Cell(where), drifted])
+    columns = ["task", "uses most", "shares most with", "in common", "moved most at", "JS (null)"]
+    note = f"After stage {run.finished_stage}, over blocks. In common: 1 − total variation. Moved most at: the stage "
+    note += "after the task's own with the largest JS (nats). Null: the split-half JS of the same rows, below which a "
+    note += "move is not to be told from chance."
     return _table("story", "The routing story, task by task", columns, rows, note)
 
 
@@ -217,7 +233,8 @@ def information_table(summary: Summary) -> Table | None:
         ("entropy of a token's weights", _maybe_float(means.get("token_entropy_nats")), "mean over tokens and tasks"),
     ]
     rows = [[Cell(name), cell(value, 3), Cell(meaning)] for name, value, meaning in lines]
-    note = "Learnt tasks after the last stage, means over blocks. Where the second is near 0, routing does not look at the input."
+    note = "Learnt tasks after the last stage, means over blocks. Where the second is near 0, routing does not "
+    note += "look at the input."
     return _table(
         "information", "Does routing use the input, or only the task?", ["measure", "nats", "meaning"], rows, note
     )

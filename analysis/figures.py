@@ -1,4 +1,4 @@
-"""Which figures a run's report has: each with its caption, its alternative text, or the reason why it cannot be drawn."""
+"""Which figures a run's report has: each with its caption and alternative text, or why it cannot be drawn."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from analysis.summary import Summary, why_no_routes
 
 Draw = Callable[[], Figure]
 _FRAMED = "The framed row is the stage that trained the task."
-_KL = f"KL(p′ ‖ q′) with p′ = (p + ε) / (1 + M ε), ε = {EPSILON:.0e}".replace("1e-06", "10⁻⁶")
+_KL = f"KL(p′ ‖ q′) with p′ = (p + ε) / (1 + M ε), ε = {EPSILON:g}"
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,18 @@ def _scores(summary: Summary) -> list[Plate]:
     name = score_name(scores)
     final = [number(value) for value in (summary.matrix[-1] if len(summary.matrix) else [])]
     finals = ", ".join(f"{task} {value or 'not scored'}" for task, value in zip(run.stages, final, strict=False))
-    clipped = " Colours are cut off at 0 and 1; the numbers are not." if "r2" in set(scores["metric"]) else ""
+    clipped = (
+        " Red: R² under 0, worse than the mean; colours stop at −1, the numbers do not."
+        if "r2" in set(scores["metric"])
+        else ""
+    )
     return [
         Plate(
             "score_matrix",
             "scores",
             "The score matrix",
-            f"{name[0].upper()}{name[1:]} (higher is better) of every task after every stage; framed: just trained. Above a "
+            f"{name[0].upper()}{name[1:]} (higher is better) of every task after every stage; framed: just "
+            "trained. Above a "
             f"frame the task was not trained yet; below it, later stages may have cost it something.{clipped}",
             f"Heat map of {name} by stage and task. Last row: {finals}.",
             *_unless(why, lambda: plots.score_matrix(scores)),
@@ -90,7 +95,8 @@ def _use(run: Run, usage: np.ndarray, none: str) -> list[Plate]:
             "atom_usage",
             "use",
             "Atom usage by task after each stage (Fig. 6)",
-            f"Share of a task's routing weight that each atom gets, mean over its prompts' tokens and over blocks. {_FRAMED}",
+            "Share of a task's routing weight that each atom gets, mean over its prompts' tokens and over "
+            f"blocks. {_FRAMED}",
             f"Heat maps of atom usage by stage, one a task; {size}.",
             *_unless(none, lambda: plots.atom_usage(tables.usage(usage, names))),
         ),
@@ -114,7 +120,8 @@ def _use(run: Run, usage: np.ndarray, none: str) -> list[Plate]:
             "routing_entropy",
             "use",
             "Routing entropy (Fig. 8)",
-            f"Entropy over atoms / ln M (M = {num_atoms}), over blocks: 1 = all atoms alike, 0 = one atom. Solid: of the "
+            f"Entropy over atoms / ln M (M = {num_atoms}), over blocks: 1 = all atoms alike, 0 = one atom. Solid: "
+            "of the "
             "task's mean usage; dashed: of a token's weights, on average. Between the two lies what the input decides.",
             "Line charts of normalised routing entropy by stage, one a task.",
             *_unless(none, lambda: plots.routing_entropy(tables.entropies(run), num_atoms)),
@@ -123,7 +130,8 @@ def _use(run: Run, usage: np.ndarray, none: str) -> list[Plate]:
             "specialists",
             "use",
             "Specialists and shared atoms (Fig. 8)",
-            f"After stage {max(run.finished_stage, 0)}. Atom entropy: of an atom's use over the tasks / ln T, mean over the "
+            f"After stage {max(run.finished_stage, 0)}. Atom entropy: of an atom's use over the tasks / ln T, "
+            "mean over the "
             "blocks that use it. A dead atom has usage under 1/(10 M) for every task in every block.",
             f"Scatter of atom entropy against usage, over a heat map of each atom's mix of tasks; {size}.",
             *_unless(spread, lambda: plots.specialists(tables.atoms(usage[-1], names))),
@@ -134,14 +142,12 @@ def _use(run: Run, usage: np.ndarray, none: str) -> list[Plate]:
 def _distances(summary: Summary, usage: np.ndarray, none: str) -> list[Plate]:
     run, names = summary.run, summary.run.stages
     separation, drift = tables.separation(run), tables.drift(run)
-    pairs = tables.drift_and_loss(drift, summary.matrix) if len(drift) and len(summary.matrix) else None
+    pairs = tables.drift_and_loss(drift, summary.matrix)
     single = "" if len(names) > 1 else "one task has no other to be told from"
     apart = (why_no_routes(run, "separation") if separation.empty else "") or single
     still = "no stage is finished, so no route can have moved"
     moved = "" if len(drift) else why_no_routes(run, "drift") if separation.empty or "drift" in run.problems else still
-    later = moved or (
-        "" if pairs is not None and len(pairs) else "it needs a scored stage after the one that trained a task"
-    )
+    later = moved or ("" if len(pairs) else "it needs a scored stage after the one that trained a task")
     final = {metric: tables.separation_matrix(separation, run.finished_stage, metric) for metric in ("kl", "js")}
     alt = ", ".join(f"mean {metric.upper()} {number(_mean_apart(matrix))} nats" for metric, matrix in final.items())
     score = score_name(summary.scores)
@@ -150,7 +156,8 @@ def _distances(summary: Summary, usage: np.ndarray, none: str) -> list[Plate]:
             "separation_matrix",
             "distance",
             "Task separation (Fig. 9)",
-            f"How far apart the tasks' routes are, in nats, mean over blocks. {_KL}; JS is symmetric and at most ln 2 ≈ 0.69.",
+            f"How far apart the tasks' routes are, in nats, mean over blocks. {_KL}; JS is symmetric and at most "
+            "ln 2 ≈ 0.69.",
             f"Heat maps of KL and JS between tasks' routes after the last stage; {alt}.",
             *_unless(apart, lambda: plots.separation_matrix(separation)),
         ),
@@ -158,7 +165,8 @@ def _distances(summary: Summary, usage: np.ndarray, none: str) -> list[Plate]:
             "separation_by_stage",
             "distance",
             "How separation grew (Fig. 9)",
-            f"The KL matrix after each stage on one scale, tasks numbered by stage; written above: the mean off the diagonal. {_FRAMED}",
+            "The KL matrix after each stage on one scale, tasks numbered by stage; written above: the mean off "
+            f"the diagonal. {_FRAMED}",
             "Small heat maps of KL between tasks' routes, one a stage.",
             *_unless(apart, lambda: plots.separation_by_stage(separation)),
         ),
@@ -167,7 +175,8 @@ def _distances(summary: Summary, usage: np.ndarray, none: str) -> list[Plate]:
             "distance",
             "Stagewise route drift (Fig. 9)",
             "JS of a task's usage against the stage before, and against the stage that trained it, in nats, mean over "
-            "blocks; root-spaced axis. Grey: the split-half null, two random halves of the same rows: a move inside it is "
+            "blocks; root-spaced axis. Grey: the split-half null, two random halves of the same rows: a move "
+            "inside it is "
             "not to be told from chance. Vertical line: the task's own stage.",
             "Line charts of route drift by stage, one a task, over the split-half null.",
             *_unless(moved, lambda: plots.route_drift(drift)),
@@ -176,7 +185,8 @@ def _distances(summary: Summary, usage: np.ndarray, none: str) -> list[Plate]:
             "sharing",
             "distance",
             "Who shares with whom",
-            "Routing weight that two tasks put on the same atoms (1 − total variation, mean over blocks), tasks ordered "
+            "Routing weight that two tasks put on the same atoms (1 − total variation, mean over blocks), tasks "
+            "ordered "
             "by average-linkage clustering of their JS distance.",
             f"Clustered heat map of the usage in common between {len(names)} tasks.",
             *_unless(none or single, lambda: plots.sharing(tables.sharing(usage[-1], names))),
@@ -187,8 +197,8 @@ def _distances(summary: Summary, usage: np.ndarray, none: str) -> list[Plate]:
             "Does drift predict forgetting?",
             "One point a learnt task and later stage: how far its routes moved at that stage, and the score it lost "
             "there. The interval redraws points; points of one task are not independent, so it is rough.",
-            f"Scatter of score lost against route drift. {'' if pairs is None else correlation_text(pairs)}.",
-            *_unless(later, lambda: plots.drift_against_loss(pairs, score)),  # type: ignore[arg-type]
+            f"Scatter of score lost against route drift. {correlation_text(pairs)}.",
+            *_unless(later, lambda: plots.drift_against_loss(pairs, score)),
         ),
     ]
 
@@ -219,7 +229,8 @@ def _training(run: Run) -> list[Plate]:
             "gradient_norms",
             "training",
             "Gradient norms by layer (Fig. 3)",
-            "L2 norm of the gradient of each layer's A and B, mean over a stage's recorded steps, by depth; a panel a kind "
+            "L2 norm of the gradient of each layer's A and B, mean over a stage's recorded steps, by depth; a "
+            "panel a kind "
             "of layer, a line a stage. The shared bank has a panel of its own.",
             "Line charts of gradient norm by layer depth, one a kind of layer.",
             *unless("grad_norm", lambda: plots.gradient_norms(rows)),

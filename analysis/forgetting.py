@@ -1,4 +1,4 @@
-"""What a sequence of stages did to the scores: transfer, forgetting and averages, each a pure function of the score matrix.
+"""What stages did to the scores: transfer, forgetting and averages, each a pure function of the score matrix.
 
 The matrix R has shape (T + 1, T): row i holds every task's score after stage i (row 0: before any training), column j
 belongs to the task that stage j trains, and higher is better. With the paper's one-based j, R[j, j] is the score just
@@ -27,6 +27,15 @@ def _matrix(scores: ArrayLike) -> Array:
 
 def _mean(values: Array) -> float:
     return float(values.mean()) if values.size else float("nan")
+
+
+def _stage(stage: int | None, num_stages: int) -> int:
+    """Return ``stage``, by default the last one, or raise ValueError."""
+    if stage is None:
+        return num_stages
+    if not 1 <= stage <= num_stages:
+        raise ValueError(f"stage must be from 1 to {num_stages}, not {stage}")
+    return stage
 
 
 def just_trained(scores: ArrayLike) -> Array:
@@ -58,7 +67,7 @@ def backward_transfer(scores: ArrayLike) -> float:
 
 
 def forward_transfer(scores: ArrayLike) -> float:
-    """FWT = 1/(T-1) sum_{j>=2} (R[j-1, j] - R[0, j]): what earlier stages gave a task not yet trained. NaN for T = 1."""
+    """FWT = 1/(T-1) sum_{j>=2} (R[j-1, j] - R[0, j]): what earlier stages gave untrained tasks. NaN for T = 1."""
     matrix = _matrix(scores)
     return _mean(np.array([matrix[task, task] - matrix[0, task] for task in range(1, matrix.shape[1])]))
 
@@ -73,9 +82,7 @@ def forgetting_by_task(scores: ArrayLike, stage: int | None = None) -> Array:
     Neither the untrained row 0 nor row k itself is in the maximum, so that improvement reads as negative forgetting.
     """
     matrix = _matrix(scores)
-    stage = matrix.shape[1] if stage is None else stage
-    if not 1 <= stage <= matrix.shape[1]:
-        raise ValueError(f"stage must be from 1 to {matrix.shape[1]}, not {stage}")
+    stage = _stage(stage, matrix.shape[1])
     earlier = matrix[1:stage, : stage - 1]
     return earlier.max(axis=0) - matrix[stage, : stage - 1] if earlier.size else np.empty(0)
 
@@ -96,7 +103,5 @@ def intransigence(scores: ArrayLike, joint: ArrayLike, stage: int | None = None)
     diagonal, reference = just_trained(scores), np.asarray(joint, dtype=float)
     if reference.shape != diagonal.shape:
         raise ValueError(f"joint scores have shape {reference.shape}; the matrix has {len(diagonal)} tasks")
-    stage = len(diagonal) if stage is None else stage
-    if not 1 <= stage <= len(diagonal):
-        raise ValueError(f"stage must be from 1 to {len(diagonal)}, not {stage}")
+    stage = _stage(stage, len(diagonal))
     return float(reference[stage - 1] - diagonal[stage - 1])

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
+from analysis.frames import Frame
 from analysis.tables import task_names
 
 Array = NDArray[np.float64]
@@ -20,7 +21,7 @@ NUM_DRAWS = 1000
 _TOLERANCE = 1e-6
 
 
-def bootstrap_matrices(answers: pd.DataFrame, scores: pd.DataFrame, matrix: Array, num_draws: int = NUM_DRAWS) -> Array:
+def bootstrap_matrices(answers: Frame, scores: Frame, matrix: Array, num_draws: int = NUM_DRAWS) -> Array:
     """Redraw every task's test rows and return the score matrices that they give.
 
     The same redrawn rows score every stage, so differences between stages are paired. R2 is redrawn with the test
@@ -78,10 +79,10 @@ def interval(drawn: Array, measure: Callable[[ArrayLike], float], level: float =
 
 def rank_correlation(first: ArrayLike, second: ArrayLike) -> float:
     """Return Spearman's correlation (ties share their mean rank); NaN where one side does not vary."""
-    ranks = [pd.Series(np.asarray(side, dtype=float)).rank().to_numpy() for side in (first, second)]
-    if len(ranks[0]) < 2 or any(np.ptp(side) == 0 for side in ranks):
+    one, other = (pd.Series(np.asarray(side, dtype=float)).rank().to_numpy() for side in (first, second))
+    if len(one) < 2 or np.ptp(one) == 0 or np.ptp(other) == 0:
         return float("nan")
-    return float(np.corrcoef(*ranks)[0, 1])
+    return float(np.corrcoef(one, other)[0, 1])
 
 
 def correlation_interval(

@@ -12,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 
+from analysis.frames import Frame
 from continual import records
 
 
@@ -29,7 +30,7 @@ class Run:
 
     directory: Path
     manifest: Mapping[str, Any]
-    tables: Mapping[str, pd.DataFrame]
+    tables: Mapping[str, Frame]
     problems: Mapping[str, str] = field(default_factory=dict)
     """Table name to one line saying why it cannot be read; such a table is an empty frame."""
 
@@ -77,12 +78,12 @@ class Run:
 class Frames:
     """Many runs' tables, each one frame; the columns ``run`` and ``seed`` say whose a row is."""
 
-    scores: pd.DataFrame
-    answers: pd.DataFrame
-    routing: pd.DataFrame
-    separation: pd.DataFrame
-    drift: pd.DataFrame
-    gradients: pd.DataFrame
+    scores: Frame
+    answers: Frame
+    routing: Frame
+    separation: Frame
+    drift: Frame
+    gradients: Frame
     runs: tuple[Run, ...]
 
 
@@ -97,7 +98,7 @@ def load_run(directory: str | Path) -> Run:
     """
     directory = Path(directory)
     manifest = _manifest(directory)
-    tables: dict[str, pd.DataFrame] = {}
+    tables: dict[str, Frame] = {}
     problems: dict[str, str] = {}
     for name, schema in records.SCHEMAS.items():
         try:
@@ -149,7 +150,7 @@ def _manifest(directory: Path) -> dict[str, Any]:
     return manifest
 
 
-def _ordered(table: pd.DataFrame, stages: list[str]) -> pd.DataFrame:
+def _ordered(table: Frame, stages: list[str]) -> Frame:
     """Turn the task columns into categories in the order of training; a task of no stage comes last."""
     table = table.copy()
     for column in {"task", "other"} & set(table.columns):
@@ -158,6 +159,6 @@ def _ordered(table: pd.DataFrame, stages: list[str]) -> pd.DataFrame:
     return table.reset_index(drop=True)
 
 
-def _concat(frames: list[pd.DataFrame]) -> pd.DataFrame:
+def _concat(frames: list[Frame]) -> Frame:
     """Concatenate; the order of tasks survives only where all runs share it."""
     return pd.concat(frames, ignore_index=True)

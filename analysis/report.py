@@ -144,8 +144,12 @@ def _context(summary: Summary, figures: Sequence[Figure]) -> dict[str, object]:
     if why_not_averaged(run):
         key_numbers = [item | {"reason": item["reason"] and "not averaged"} for item in key_numbers]
     return {
-        **{"run": run, "facts": _facts(run), "verdict": words.verdict(summary), "key_numbers": key_numbers},
-        **{"sections": sections, "notices": _notices(run)},
+        "run": run,
+        "facts": _facts(run),
+        "verdict": words.verdict(summary),
+        "key_numbers": key_numbers,
+        "sections": sections,
+        "notices": _notices(run),
     }
 
 
@@ -168,8 +172,11 @@ def _tables(summary: Summary) -> dict[str, list[Table]]:
         "routing_entropy": [content.information_table(summary)],
         "sharing": [content.routing_story(summary)],
         "details": [
-            *(content.all_numbers(summary), content.matrix_table(summary), content.stage_table(run)),
-            *(content.trust_table(run), content.fact_table(run)),
+            content.all_numbers(summary),
+            content.matrix_table(summary),
+            content.stage_table(run),
+            content.trust_table(run),
+            content.fact_table(run),
         ],
     }
     return {place: [table for table in tables if table is not None] for place, tables in found.items()}

@@ -1,4 +1,4 @@
-"""How routing uses the bank: entropies, distances between usages, and what they say of atoms, as pure functions of arrays.
+"""How routing uses the bank: entropies, distances between usages, what they say of atoms; pure functions of arrays.
 
 Shapes: S stages, T tasks, N blocks, M atoms. A usage is a distribution over atoms on the last axis (sums to 1). Where a
 function takes blocks, it is computed per block and then averaged: averaging usages first would hide opposite shifts.

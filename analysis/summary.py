@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 from analysis import forgetting, intervals, routing, tables
+from analysis.frames import Frame
 from analysis.load import Run
 
 Array = NDArray[np.float64]
@@ -26,8 +26,15 @@ SCORE_MEASURES: dict[str, Callable[[ArrayLike], float]] = {
 }
 ROUTE_MEASURES = ("routing_entropy_nats", "route_drift", "kl_separation", "dead_atoms")
 KEYS = (
-    *("average_accuracy", "backward_transfer", "forward_transfer", "forgetting", "intransigence"),
-    *("average_incremental_accuracy", "learning_accuracy", *ROUTE_MEASURES, "trainable_parameters"),
+    "average_accuracy",
+    "backward_transfer",
+    "forward_transfer",
+    "forgetting",
+    "intransigence",
+    "average_incremental_accuracy",
+    "learning_accuracy",
+    *ROUTE_MEASURES,
+    "trainable_parameters",
 )
 _NEED_TWO_STAGES = ("backward_transfer", "forward_transfer", "forgetting", "route_drift", "kl_separation")
 _SCALES = {"accuracy": "share in [0, 1]", "score": "share in [0, 1]"}
@@ -42,7 +49,7 @@ class Summary:
     """
 
     run: Run
-    scores: pd.DataFrame
+    scores: Frame
     matrix: Array
     values: dict[str, float | int | None] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)

@@ -12,6 +12,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from analysis import routing
+from analysis.frames import Frame
 from analysis.load import Run
 
 Array = NDArray[np.float64]
@@ -23,7 +24,7 @@ _DISTANCES: dict[str, routing.Distance] = {
 }
 
 
-def task_names(frame: pd.DataFrame) -> list[str]:
+def task_names(frame: Frame) -> list[str]:
     """Return the tasks of ``frame`` in the order of training."""
     column = frame["task"]
     names = column.cat.categories if isinstance(column.dtype, pd.CategoricalDtype) else pd.unique(column)
@@ -35,7 +36,7 @@ def categories(names: list[str], order: list[str]) -> pd.Categorical:
     return pd.Categorical(names, categories=order, ordered=True)
 
 
-def headline(run: Run) -> pd.DataFrame:
+def headline(run: Run) -> Frame:
     """Return each task's headline score after each stage: columns stage, task, metric, value, constant.
 
     ``constant`` is what the best constant answer earns on the task, NaN where the manifest does not say.
@@ -51,8 +52,8 @@ def headline(run: Run) -> pd.DataFrame:
     return frame
 
 
-def score_matrix(scores: pd.DataFrame, last_stage: int) -> Array:
-    """Return R, shape (last_stage + 1, T), from a frame as :func:`headline` gives it; NaN where nothing was recorded."""
+def score_matrix(scores: Frame, last_stage: int) -> Array:
+    """Return R, shape (last_stage + 1, T), from a frame as :func:`headline` gives it; NaN where none was recorded."""
     tasks = task_names(scores)
     matrix = np.full((last_stage + 1, len(tasks)), np.nan)
     known = scores[scores["stage"] <= last_stage]
@@ -80,12 +81,12 @@ def usage_array(run: Run) -> Array | None:
     return np.where(recorded & np.isnan(usage), 0.0, usage)
 
 
-def usage(array: Array, tasks: list[str]) -> pd.DataFrame:
+def usage(array: Array, tasks: list[str]) -> Frame:
     """Return usage over blocks: columns stage, task, atom, value. ``array`` has shape (S + 1, T, N, M)."""
     return _tidy(array.mean(axis=2), tasks, "atom")
 
 
-def usage_change(array: Array, tasks: list[str], reference: str) -> pd.DataFrame:
+def usage_change(array: Array, tasks: list[str], reference: str) -> Frame:
     """Return how usage over blocks differs from an earlier stage's: columns stage, task, atom, value.
 
     Args:
@@ -104,20 +105,20 @@ def usage_change(array: Array, tasks: list[str], reference: str) -> pd.DataFrame
     return _tidy(change, tasks, "atom").dropna(subset="value", ignore_index=True)
 
 
-def _tidy(array: Array, tasks: list[str], last_axis: str) -> pd.DataFrame:
+def _tidy(array: Array, tasks: list[str], last_axis: str) -> Frame:
     stage, task, last = np.indices(array.shape)
     names = categories([tasks[index] for index in task.ravel()], tasks)
     return pd.DataFrame({"stage": stage.ravel(), "task": names, last_axis: last.ravel(), "value": array.ravel()})
 
 
-def over_blocks(frame: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+def over_blocks(frame: Frame, keys: list[str]) -> Frame:
     """Return one row a combination of ``keys`` with the mean over blocks: the recorded one, or else computed."""
     per_block = frame[frame["block"] >= 0]
     frame = per_block if len(per_block) else frame
     return frame.groupby(keys, observed=True, as_index=False)["value"].mean()
 
 
-def entropies(run: Run) -> pd.DataFrame:
+def entropies(run: Run) -> Frame:
     """Return routing entropies over blocks: columns stage, task, metric, value (nats).
 
     The metrics are "usage_entropy_nats" and, where it was recorded, "token_entropy_nats".
@@ -133,7 +134,7 @@ def entropies(run: Run) -> pd.DataFrame:
     return frame
 
 
-def atoms(usage_now: Array, tasks: list[str]) -> pd.DataFrame:
+def atoms(usage_now: Array, tasks: list[str]) -> Frame:
     """Return what each atom is used for at one stage, over blocks.
 
     Args:
@@ -161,7 +162,7 @@ def atom_entropies(usage_now: Array) -> Array:
     return np.divide(total, known.sum(axis=0), out=np.full(total.shape, np.nan), where=known.any(axis=0))
 
 
-def separation(run: Run) -> pd.DataFrame:
+def separation(run: Run) -> Frame:
     """Return distances between tasks after each stage, over blocks: columns stage, task, other, metric, value.
 
     The metrics are "js" and "kl" (task against other) and, with other == task, their nulls "js_split_half" and
@@ -184,7 +185,7 @@ def separation(run: Run) -> pd.DataFrame:
     return frame
 
 
-def separation_matrix(frame: pd.DataFrame, stage: int, metric: str) -> Array:
+def separation_matrix(frame: Frame, stage: int, metric: str) -> Array:
     """Return one stage's task-separation matrix, shape (T, T), 0 on the diagonal, NaN where nothing was recorded."""
     tasks = task_names(frame)
     rows = frame[(frame["stage"] == stage) & (frame["metric"] == metric)]
@@ -196,7 +197,7 @@ def separation_matrix(frame: pd.DataFrame, stage: int, metric: str) -> Array:
     return matrix
 
 
-def drift(run: Run) -> pd.DataFrame:
+def drift(run: Run) -> Frame:
     """Return how far each task's routes moved, over blocks: columns stage, task, reference, metric, value, null.
 
     ``reference`` is "previous" or "trained", the metrics "js", "kl" and "tv"; ``null`` is the split-half value of the
@@ -217,7 +218,7 @@ def drift(run: Run) -> pd.DataFrame:
     return frame.merge(null, on=["stage", "task", "metric"], how="left")
 
 
-def _computed_drift(usage_rows: Array, tasks: list[str]) -> pd.DataFrame:
+def _computed_drift(usage_rows: Array, tasks: list[str]) -> Frame:
     rows = []
     for stage in range(1, len(usage_rows)):
         for task, name in enumerate(tasks):
@@ -231,7 +232,7 @@ def _computed_drift(usage_rows: Array, tasks: list[str]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["stage", "task", "reference", "metric", "value"]).dropna(subset="value")
 
 
-def drift_matrix(frame: pd.DataFrame, last_stage: int, metric: str = "js", reference: str = "previous") -> Array:
+def drift_matrix(frame: Frame, last_stage: int, metric: str = "js", reference: str = "previous") -> Array:
     """Return drift as a matrix, shape (last_stage, T): row s - 1 holds stage s; NaN where nothing was recorded."""
     tasks = task_names(frame)
     rows = frame[(frame["metric"] == metric) & (frame["reference"] == reference)]
@@ -241,7 +242,7 @@ def drift_matrix(frame: pd.DataFrame, last_stage: int, metric: str = "js", refer
     return matrix
 
 
-def sharing(usage_now: Array, tasks: list[str]) -> pd.DataFrame:
+def sharing(usage_now: Array, tasks: list[str]) -> Frame:
     """Return the usage that each pair of tasks has in common at one stage: columns task, other, value (in [0, 1]), js.
 
     ``value`` is 1 - total variation, the mass of routing that falls on the same atoms; both are means over blocks.
@@ -253,7 +254,7 @@ def sharing(usage_now: Array, tasks: list[str]) -> pd.DataFrame:
     return frame
 
 
-def drift_and_loss(drift_frame: pd.DataFrame, matrix: Array) -> pd.DataFrame:
+def drift_and_loss(drift_frame: Frame, matrix: Array) -> Frame:
     """Pair, for each learnt task and later stage, its route drift with the score it lost there.
 
     Args:
@@ -263,7 +264,7 @@ def drift_and_loss(drift_frame: pd.DataFrame, matrix: Array) -> pd.DataFrame:
     Returns:
         Columns stage, task, value (JS against the stage before, nats), lost (R[s-1, j] - R[s, j]).
     """
-    moved = drift_matrix(drift_frame, len(matrix) - 1)
+    moved = drift_matrix(drift_frame, max(len(matrix) - 1, 0))
     tasks = task_names(drift_frame)
     pairs = [
         {

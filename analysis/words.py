@@ -117,7 +117,8 @@ def _kept(summary: Summary) -> str:
     trained = forgetting.just_trained(scores)
     worst = int(np.argmax((trained - scores[-1])[:-1]))
     name = summary.run.learnt[worst]
-    return f"What it learnt first fell by {change}, most on {name} ({number(trained[worst])} to {number(scores[-1, worst])})."
+    most = f"{name} ({number(trained[worst])} to {number(scores[-1, worst])})"
+    return f"What it learnt first fell by {change}, most on {most}."
 
 
 def _learnt(summary: Summary) -> str:

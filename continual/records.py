@@ -20,7 +20,7 @@ from typing import Any
 
 import pandas as pd
 import pyarrow as pa
-import pyarrow.compute  # noqa: F401  (makes pa.compute available)
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 _KEYS = [("run", pa.string()), ("seed", pa.int64()), ("stage", pa.int64()), ("task", pa.string())]
@@ -89,7 +89,7 @@ def truncate(run_dir: str | Path, last_stage: int) -> None:
         path = path_of(run_dir, table)
         if path.exists():
             kept = _read(path, schema)
-            kept = kept.filter(pa.compute.less_equal(kept["stage"], last_stage))
+            kept = kept.filter(pc.less_equal(kept["stage"], last_stage))
             _replace(path, kept)
 
 

@@ -1,4 +1,4 @@
-"""Figures of what routing uses: usage by task (paper, Fig. 6), its change (Fig. 7), entropies and specialists (Fig. 8)."""
+"""Figures of what routing uses: usage by task (paper, Fig. 6), its change (Fig. 7), specialists (Fig. 8)."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from analysis.frames import Frame
 from analysis.plots import style
 from analysis.tables import task_names
 
 Array = NDArray[np.float64]
 
 
-def _grid(frame: pd.DataFrame) -> tuple[int, float, int, int]:
+def _grid(frame: Frame) -> tuple[int, float, int, int]:
     """Return columns, panel height, number of atoms and first stage for one heat map a task."""
     num_atoms, first = int(frame["atom"].max()) + 1, int(frame["stage"].min())
     num_rows, num_tasks = int(frame["stage"].max()) - first + 1, frame["task"].nunique()
@@ -22,7 +23,7 @@ def _grid(frame: pd.DataFrame) -> tuple[int, float, int, int]:
     return columns, 0.75 + min(0.17 * max(num_rows, 5), 1.5), num_atoms, first
 
 
-def _cells(frame: pd.DataFrame, task: str, num_atoms: int, first: int, last: int) -> Array:
+def _cells(frame: Frame, task: str, num_atoms: int, first: int, last: int) -> Array:
     own = frame[frame["task"] == task]
     values = np.full((last - first + 1, num_atoms), np.nan)
     values[own["stage"] - first, own["atom"]] = own["value"]
@@ -35,7 +36,7 @@ def _label_cells(ax: Axes, name: str, first: int, last: int, num_atoms: int, col
     style.label_some(ax, "x", [str(atom) for atom in range(num_atoms)], 16 if columns <= 2 else 9)
 
 
-def atom_usage(usage: pd.DataFrame) -> Figure:
+def atom_usage(usage: Frame) -> Figure:
     """Draw one heat map a task, stages x atoms: the share of its routing weight that each atom gets (Fig. 6).
 
     Args:
@@ -57,7 +58,7 @@ def atom_usage(usage: pd.DataFrame) -> Figure:
     return figure
 
 
-def usage_drift(change: pd.DataFrame, reference: str = "in one stage") -> Figure:
+def usage_drift(change: Frame, reference: str = "in one stage") -> Figure:
     """Draw one heat map a task, stages x atoms: usage minus an earlier stage's usage (Fig. 7).
 
     Args:
@@ -82,7 +83,7 @@ def usage_drift(change: pd.DataFrame, reference: str = "in one stage") -> Figure
     return figure
 
 
-def routing_entropy(entropies: pd.DataFrame, num_atoms: int) -> Figure:
+def routing_entropy(entropies: Frame, num_atoms: int) -> Figure:
     """Draw each task's routing entropy by stage in a panel, as a share of ln M: of its usage, and of its tokens.
 
     Args:
@@ -111,7 +112,7 @@ def routing_entropy(entropies: pd.DataFrame, num_atoms: int) -> Figure:
     return figure
 
 
-def specialists(atoms: pd.DataFrame) -> Figure:
+def specialists(atoms: Frame) -> Figure:
     """Draw specialists against shared atoms: entropy over tasks against usage, and each atom's mix of tasks (Fig. 8).
 
     Args:
@@ -139,7 +140,7 @@ def specialists(atoms: pd.DataFrame) -> Figure:
     return figure
 
 
-def _scatter_atoms(ax: Axes, atoms: pd.DataFrame, num_atoms: int) -> None:
+def _scatter_atoms(ax: Axes, atoms: Frame, num_atoms: int) -> None:
     alive, dead = atoms[~atoms["dead"]], atoms[atoms["dead"] & atoms["entropy"].notna()]
     ax.axvline(1 / num_atoms, color=style.FAINT, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
     ax.scatter(
@@ -155,10 +156,11 @@ def _scatter_atoms(ax: Axes, atoms: pd.DataFrame, num_atoms: int) -> None:
         label="dead atom",
         clip_on=False,
     )
-    named = alive if num_atoms <= 20 else pd.concat([alive.nsmallest(5, "entropy"), alive.nlargest(5, "value")])
+    few = pd.concat([alive.nsmallest(5, "entropy"), alive.nlargest(5, "value")])
+    named: Frame = alive if num_atoms <= 20 else few
     for row in named.drop_duplicates("atom").itertuples():
         place = (row.value, row.entropy)
-        ax.annotate(str(row.atom), place, (5, 3), textcoords="offset points", fontsize=8, color=style.MUTED)  # type: ignore[arg-type]
+        ax.annotate(str(row.atom), place, (5, 3), textcoords="offset points", fontsize=8, color=style.MUTED)
     ax.set(xlabel="usage, mean over tasks (dashed: 1/M)", ylabel="entropy over tasks / ln T", ylim=(-0.04, 1.08))
     ax.set_xlim(left=0)
     ax.set_title("Low: a specialist of few tasks.  High: shared by all")

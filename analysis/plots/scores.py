@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import numpy as np
-import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis import intervals
+from analysis.frames import Frame
 from analysis.plots import style
 from analysis.tables import score_matrix as matrix_of
 from analysis.tables import task_names
 
 _FLOOR = -1.0
 """Scores below it (R2 has no lower end) are drawn at it, with their value written."""
-_AXIS_NAMES = {"accuracy": "accuracy", "score": "score", "r2": "R²"}
+_AXIS_NAMES = {"r2": "R²"}
 
 
-def score_name(scores: pd.DataFrame) -> str:
+def score_name(scores: Frame) -> str:
     """Return what to call the headline scores of ``scores`` on an axis."""
-    names = [_AXIS_NAMES.get(metric, metric) for metric in dict.fromkeys(scores["metric"])]
-    return names[0] if len(names) == 1 else "headline score" if names else "score"
+    metrics = {str(metric) for metric in scores["metric"]}
+    if len(metrics) > 1:
+        return "headline score"
+    metric = next(iter(metrics), "score")
+    return _AXIS_NAMES.get(metric, metric)
 
 
-def score_matrix(scores: pd.DataFrame) -> Figure:
+def score_matrix(scores: Frame) -> Figure:
     """Draw R as a heat map, stage x task, every cell's true value written and the just-trained cells framed.
 
     Args:
@@ -35,20 +38,23 @@ def score_matrix(scores: pd.DataFrame) -> Figure:
     height = (1.5 if crowded else 1.1) + 0.36 * len(matrix)
     figure = style.new_figure(height, min(style.WIDTH_INCHES, max(5.6, 2.6 + 1.15 * len(tasks))))
     ax = figure.subplots()
-    cells = style.heat(ax, matrix, style.amounts(), (0.0, 1.0), matrix)
+    below = bool((matrix < 0).any())
+    cmap, low = (style.gains_and_losses(), _FLOOR) if below else (style.amounts(), 0.0)
+    cells = style.heat(ax, matrix, cmap, (low, 1.0), matrix)
     rows = ["untrained", *(f"{stage + 1}  {style.short(name)}" for stage, name in enumerate(tasks[:last_stage]))]
     style.label_some(ax, "y", rows, 40)
     columns = [style.short(name) if crowded else style.wrapped(name) for name in tasks]
     style.label_some(ax, "x", columns, 40, 40 if crowded else 0)
     for stage in range(1, min(last_stage, len(tasks)) + 1):
-        style.outline(ax, stage, stage - 1)
+        style.outline(ax, stage, stage - 1, edgecolor="white", linewidth=3.4)
+        style.outline(ax, stage, stage - 1, edgecolor=style.INK if below else style.WARM)
     ax.set(xlabel="scored on task", ylabel="after stage")
-    below = bool((matrix < 0).any())
-    style.colour_bar(figure, cells, [ax], score_name(scores), "min" if below else "neither")
+    cut = "min" if (matrix < low).any() else "neither"
+    style.colour_bar(figure, cells, [ax], score_name(scores), cut)
     return figure
 
 
-def score_curves(scores: pd.DataFrame) -> Figure:
+def score_curves(scores: Frame) -> Figure:
     """Draw each task's score by stage in a panel of its own, the other tasks behind it in grey.
 
     Args:
@@ -77,8 +83,8 @@ def score_curves(scores: pd.DataFrame) -> Figure:
     return figure
 
 
-def _write_end(ax: Axes, scores: pd.DataFrame, task: str, last_stage: int) -> None:
-    """Write the final score at the curve's end, off its last stretch, and the true value of what lies under the axis."""
+def _write_end(ax: Axes, scores: Frame, task: str, last_stage: int) -> None:
+    """Write the final score at the curve's end, off its last stretch, and the value of what lies below the axis."""
     own = scores[scores["task"] == task]
     before = 0.0
     for stage, value in zip(own["stage"], own["value"], strict=True):
@@ -89,14 +95,20 @@ def _write_end(ax: Axes, scores: pd.DataFrame, task: str, last_stage: int) -> No
             continue
         early = stage < last_stage / 2
         ax.annotate(
-            *(style.number(value), place, (5 if early else -1, -5 if falling else 5)),
-            **{"textcoords": "offset points", "ha": "left" if early else "right", "va": "top" if falling else "bottom"},
-            **{"fontsize": 8.5, "color": style.ACCENT, "zorder": 4},
+            style.number(value),
+            place,
+            (5 if early else -1, -5 if falling else 5),
+            textcoords="offset points",
+            ha="left" if early else "right",
+            va="top" if falling else "bottom",
+            fontsize=8.5,
+            color=style.ACCENT,
+            zorder=4,
             bbox={"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.6},
         )
 
 
-def drift_against_loss(pairs: pd.DataFrame, score: str = "score") -> Figure:
+def drift_against_loss(pairs: Frame, score: str = "score") -> Figure:
     """Draw score lost against route drift, one point a learnt task and later stage, with the rank correlation.
 
     Args:
@@ -119,9 +131,9 @@ def drift_against_loss(pairs: pd.DataFrame, score: str = "score") -> Figure:
     if float(np.ptp(pairs["lost"])) > 5:
         ax.set_yscale("symlog", linthresh=1)
     for row in pairs.nlargest(3 if len(pairs) <= 40 else 1, "lost").itertuples():
-        if row.lost > 0:  # type: ignore[operator]
+        if row.lost > 0:
             text = f"stage {row.stage}" if few else f"{style.short(str(row.task))}, stage {row.stage}"
-            ax.annotate(text, (row.value, row.lost), (7, -3), textcoords="offset points", fontsize=8, color=style.MUTED)  # type: ignore[arg-type]
+            ax.annotate(text, (row.value, row.lost), (7, -3), textcoords="offset points", fontsize=8, color=style.MUTED)
     ax.margins(0.12)
     ax.locator_params(axis="x", nbins=6)
     ax.set_xlabel("route drift: JS against the stage before (nats)")
@@ -130,7 +142,7 @@ def drift_against_loss(pairs: pd.DataFrame, score: str = "score") -> Figure:
     return figure
 
 
-def correlation_text(pairs: pd.DataFrame) -> str:
+def correlation_text(pairs: Frame) -> str:
     """Return the rank correlation of drift and score lost, with its interval, in words."""
     value = intervals.rank_correlation(pairs["value"], pairs["lost"])
     if np.isnan(value):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from analysis.clusters import Merge, average_linkage, leaf_order
+from analysis.frames import Frame
 from analysis.plots import style
 from analysis.tables import separation_matrix as matrix_of
 from analysis.tables import task_names
@@ -24,7 +24,7 @@ def _task_labels(ax: Axes, names: list[str]) -> None:
     style.label_some(ax, "y", labels, 40)
 
 
-def separation_matrix(separation: pd.DataFrame) -> Figure:
+def separation_matrix(separation: Frame) -> Figure:
     """Draw how far apart the tasks' routes are after the last stage: KL, which has a direction, and JS (Fig. 9).
 
     Args:
@@ -50,7 +50,7 @@ def separation_matrix(separation: pd.DataFrame) -> Figure:
     return figure
 
 
-def separation_by_stage(separation: pd.DataFrame) -> Figure:
+def separation_by_stage(separation: Frame) -> Figure:
     """Draw the KL matrix after each stage, all on one colour scale, small (Fig. 9's evolution).
 
     Args:
@@ -80,7 +80,7 @@ def separation_by_stage(separation: pd.DataFrame) -> Figure:
     return figure
 
 
-def route_drift(drift: pd.DataFrame) -> Figure:
+def route_drift(drift: Frame) -> Figure:
     """Draw each task's route drift by stage in a panel, over its split-half null (Fig. 9).
 
     Args:
@@ -127,7 +127,7 @@ def _root_scale(ax: Axes, top: float) -> None:
     ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
 
 
-def sharing(shares: pd.DataFrame) -> Figure:
+def sharing(shares: Frame) -> Figure:
     """Draw who shares atoms with whom: the usage two tasks have in common, tasks clustered by their JS distance.
 
     Args:

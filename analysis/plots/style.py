@@ -18,6 +18,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
@@ -26,16 +27,26 @@ Array = NDArray[np.float64]
 WIDTH_INCHES = 10.0
 INK, MUTED, FAINT, GRID = "#1d2733", "#5d6b7a", "#b8c1cb", "#e6eaee"
 ACCENT, WARM = "#0f6f8f", "#c8553d"
-UNDER, MISSING = "#d9d2c9", "#eef0f2"
+MISSING = "#eef0f2"
 COLORS: list[Any] = [sns.color_palette("colorblind")[index] for index in (0, 1, 2, 4, 3, 9, 5, 8, 6, 7)]
 
 
-def amounts() -> Colormap:
-    """Return the map for amounts: near white at 0, deep blue at the top; what lies under 0 is a warm grey."""
+def _amount_colors() -> Array:
     colors = sns.color_palette("mako_r", as_cmap=True)(np.linspace(0.0, 0.82, 256))
     fade = np.clip(1 - np.linspace(0, 1, 256) / 0.3, 0, 1)[:, None] * 0.9
-    cmap = LinearSegmentedColormap.from_list("amounts", colors * (1 - fade) + np.ones(4) * fade)
-    return cmap.with_extremes(under=UNDER, bad=MISSING)
+    return colors * (1 - fade) + np.ones(4) * fade
+
+
+def amounts() -> Colormap:
+    """Return the map for amounts: near white at 0, deep blue at the top."""
+    return LinearSegmentedColormap.from_list("amounts", _amount_colors()).with_extremes(bad=MISSING)
+
+
+def gains_and_losses() -> Colormap:
+    """Return the map for scores that may be negative: :func:`amounts` above the middle, ever redder below it."""
+    losses = sns.light_palette(WARM, as_cmap=True)(np.linspace(0.08, 0.92, 256))[::-1]
+    cmap = LinearSegmentedColormap.from_list("gains_and_losses", np.vstack([losses, _amount_colors()]), N=512)
+    return cmap.with_extremes(bad=MISSING)
 
 
 def differences() -> Colormap:
@@ -47,9 +58,17 @@ def differences() -> Colormap:
 def look() -> Iterator[None]:
     """Apply the report's style inside the block, and leave matplotlib's settings as they were."""
     style = sns.axes_style("ticks") | {
-        **{"axes.edgecolor": FAINT, "axes.labelcolor": INK, "text.color": INK, "grid.color": GRID},
-        **{"xtick.color": MUTED, "ytick.color": MUTED, "xtick.labelcolor": INK, "ytick.labelcolor": INK},
-        **{"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True},
+        "axes.edgecolor": FAINT,
+        "axes.labelcolor": INK,
+        "text.color": INK,
+        "grid.color": GRID,
+        "xtick.color": MUTED,
+        "ytick.color": MUTED,
+        "xtick.labelcolor": INK,
+        "ytick.labelcolor": INK,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.axisbelow": True,
     }
     fonts = {
         "font.size": 9.5,
@@ -60,15 +79,16 @@ def look() -> Iterator[None]:
     }
     more = {"legend.fontsize": 8.5, "legend.frameon": False, "axes.titlelocation": "left", "axes.titleweight": "bold"}
     ticks = {"xtick.major.size": 3, "ytick.major.size": 3, "axes.titlepad": 6}
-    with mpl.rc_context(style | fonts | more | ticks | {"font.family": ["DejaVu Sans"], "svg.fonttype": "none"}):
+    text = {"font.family": ["DejaVu Sans"], "svg.fonttype": "none"}
+    settings: dict[Any, Any] = {**style, **fonts, **more, **ticks, **text}
+    with mpl.rc_context(settings):
         yield
 
 
 def new_figure(height_inches: float, width_inches: float = WIDTH_INCHES) -> Figure:
     """Return an empty figure that lays its axes out by itself."""
-    figure = Figure(figsize=(width_inches, height_inches), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.06, h_pad=0.06, wspace=0.03, hspace=0.04)  # type: ignore[union-attr]
-    return figure
+    layout = ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.06, wspace=0.03, hspace=0.04)
+    return Figure(figsize=(width_inches, height_inches), layout=layout)
 
 
 def balanced(num: int, most: int) -> int:
@@ -132,8 +152,8 @@ def step_of(num: int, most: int) -> int:
 def label_some(ax: Axes, axis: str, labels: Sequence[str], most: int, rotation: float = 0.0) -> None:
     """Label a heat map's cells along ``axis`` ("x" or "y"), as many as fit."""
     places = np.arange(0, len(labels), step_of(len(labels), most))
-    turn = {"rotation": rotation, "ha": "right", "rotation_mode": "anchor"} if rotation else {"rotation": 0}
-    chosen = [labels[place] for place in places]
+    turn: dict[str, Any] = {"rotation": rotation, "ha": "right", "rotation_mode": "anchor"} if rotation else {}
+    chosen = [labels[int(place)] for place in places]
     if axis == "x":
         ax.set_xticks(places + 0.5, chosen, **turn)
     else:
@@ -145,19 +165,28 @@ def heat(ax: Axes, values: Array, cmap: Colormap, limits: tuple[float, float], t
 
     Args:
         ax: Where.
-        values: Shape (rows, columns); NaN cells stay white.
+        values: Shape (rows, columns); NaN cells are a light grey.
         cmap: The colours.
         limits: The values of the first and the last colour.
         text: What to write into the cells, as numbers of the same shape; nothing is written for None.
     """
-    written = np.vectorize(number, otypes=[object])(text) if text is not None and text.size else False
-    lines = 0.0 if values.size > 600 else 0.6
-    size = 8.5 if values.shape[1] <= 12 else 7
+    written: dict[str, Any] = {}
+    if text is not None and text.size:
+        size = 8.5 if values.shape[1] <= 12 else 7
+        written = {"annot": np.vectorize(number, otypes=[object])(text), "fmt": "", "annot_kws": {"size": size}}
     sns.heatmap(
-        *(values,),
-        **{"ax": ax, "cmap": cmap, "vmin": limits[0], "vmax": limits[1], "cbar": False, "linewidths": lines},
-        **{"linecolor": "white", "rasterized": values.size > 400, "xticklabels": False, "yticklabels": False},
-        **{"annot": written, "fmt": "", "annot_kws": {"size": size}} if written is not False else {},
+        values,
+        ax=ax,
+        cmap=cmap,
+        vmin=limits[0],
+        vmax=limits[1],
+        cbar=False,
+        linewidths=0.0 if values.size > 600 else 0.6,
+        linecolor="white",
+        rasterized=values.size > 400,
+        xticklabels=False,
+        yticklabels=False,
+        **written,
     )
     for spine in ax.spines.values():
         spine.set(visible=True, color=FAINT, linewidth=0.6)
@@ -179,7 +208,7 @@ def colour_bar(figure: Figure, mappable: Any, axes: Sequence[Axes], label: str, 
         anchor=(0, 1 - 0.5 * alone),
     )
     bar.set_label(label)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.ax.spines["outline"].set_visible(False)
     bar.ax.tick_params(length=0)
 
 

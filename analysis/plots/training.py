@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import re
 
-import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from analysis.frames import Frame
 from analysis.plots import style
 
 BANK = "bank"
 
 
-def timeline(rows: pd.DataFrame) -> pd.DataFrame:
+def timeline(rows: Frame) -> Frame:
     """Return ``rows`` with a column ``when``: the step counted from the first stage's first step.
 
     Steps that start anew at each stage are put one stage after the other; steps already counted through are kept.
@@ -30,7 +30,7 @@ def timeline(rows: pd.DataFrame) -> pd.DataFrame:
     return rows
 
 
-def _by_stage(ax: Axes, rows: pd.DataFrame) -> None:
+def _by_stage(ax: Axes, rows: Frame) -> None:
     """Shade every second stage and name the stages above the axes."""
     spans = rows.groupby("stage")["when"].agg(["min", "max"])
     names = rows.drop_duplicates("stage").set_index("stage")["task"].astype(str)
@@ -53,7 +53,7 @@ def _by_stage(ax: Axes, rows: pd.DataFrame) -> None:
     ax.set_xlabel("training step, all stages" + ("; stages numbered above" if many else ""))
 
 
-def _faint_and_smooth(ax: Axes, rows: pd.DataFrame, label: str) -> None:
+def _faint_and_smooth(ax: Axes, rows: Frame, label: str) -> None:
     """Draw every step faintly and a running median over a twentieth of a stage's steps."""
     for index, (_, own) in enumerate(rows.groupby("stage")):
         window = max(1, len(own) // 20) | 1
@@ -62,7 +62,7 @@ def _faint_and_smooth(ax: Axes, rows: pd.DataFrame, label: str) -> None:
         ax.plot(own["when"], smooth, color=style.ACCENT, linewidth=1.6, label=label if index == 0 else None)
 
 
-def training_loss(gradients: pd.DataFrame) -> Figure:
+def training_loss(gradients: Frame) -> Figure:
     """Draw the training loss over all stages' steps.
 
     Args:
@@ -81,7 +81,7 @@ def training_loss(gradients: pd.DataFrame) -> Figure:
     return figure
 
 
-def gradient_concentration(gradients: pd.DataFrame) -> Figure:
+def gradient_concentration(gradients: Frame) -> Figure:
     """Draw how unevenly the gradient lies over layers: the largest norm / the mean norm, a step and an epoch (Fig. 4).
 
     Args:
@@ -94,7 +94,7 @@ def gradient_concentration(gradients: pd.DataFrame) -> Figure:
     ax.plot(rows["when"], rows["value"], ".", color=style.ACCENT, alpha=0.25, markersize=3.5, label="a step")
     epochs = rows.groupby(["stage", "epoch"]).agg(start=("when", "min"), end=("when", "max"), value=("value", "mean"))
     for index, row in enumerate(epochs.itertuples()):
-        span = (row.start - 0.5, row.end + 0.5)  # type: ignore[operator]
+        span = (row.start - 0.5, row.end + 0.5)
         ax.plot(
             span, (row.value,) * 2, color=style.WARM, linewidth=2.2, label="mean of an epoch" if index == 0 else None
         )
@@ -111,7 +111,7 @@ def _place(layer: str) -> tuple[str, int]:
     return kind, int(found.group()) if found else 0
 
 
-def gradient_norms(gradients: pd.DataFrame) -> Figure:
+def gradient_norms(gradients: Frame) -> Figure:
     """Draw the mean gradient norm by depth, a panel a kind of layer and a line a stage; the bank by stage (Fig. 3).
 
     Args:
@@ -137,7 +137,7 @@ def gradient_norms(gradients: pd.DataFrame) -> Figure:
     return figure
 
 
-def _draw_kind(ax: Axes, means: pd.DataFrame, kind: str, colors: dict[int, tuple[float, float, float]]) -> None:
+def _draw_kind(ax: Axes, means: Frame, kind: str, colors: dict[int, tuple[float, float, float]]) -> None:
     ax.set_title(style.short(kind.rsplit(".", 1)[-1], 22))
     if kind == BANK:
         ax.bar(means["stage"], means["value"], color=[colors[stage] for stage in means["stage"]], width=0.7)
@@ -153,7 +153,7 @@ def _draw_kind(ax: Axes, means: pd.DataFrame, kind: str, colors: dict[int, tuple
             markersize=4,
             linewidth=1.2,
             label=f"stage {stage}",
-        )  # type: ignore[index]
+        )
     ax.set_xlabel("layer depth")
     ax.locator_params(axis="x", integer=True, nbins=8)
 

@@ -109,11 +109,15 @@ class CausalLM(Backbone):
         """
         try:
             with quiet_transformers():
-                return (self._random_model() if self.random_init else self._pretrained_model()).eval()
+                model = (self._random_model() if self.random_init else self._pretrained_model()).eval()
         except ConfigError:
             raise
         except Exception as error:  # transformers raises anything from OSError to SafetensorError for a bad folder
             raise ConfigError(f"cannot load the model {self.model!r}: {one_line(error)}") from error
+        # Logits are wanted of a prompt's last tokens alone. That slice is not contiguous, and for such a one torch
+        # copies the head's weight once for every row: on a CPU, longer than all the layers before it take.
+        model.get_output_embeddings().register_forward_pre_hook(_contiguous)
+        return model
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -268,6 +272,10 @@ class CausalLM(Backbone):
     def _load_tokenizer(self) -> Any:
         source, options = self._files
         return AutoTokenizer.from_pretrained(source, **options)
+
+
+def _contiguous(module: torch.nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+    return (args[0].contiguous(),)
 
 
 def random_model(config: Any, dtype: torch.dtype, attn_implementation: str, seed: int) -> PreTrainedModel:

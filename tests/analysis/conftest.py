@@ -66,7 +66,9 @@ def routing_tables(directory: Path, names: list[str], usage: np.ndarray) -> None
     for stage, task in np.ndindex(usage.shape[:2]):
         key = keys(stage, names[task])
         for block, atom in np.ndindex(usage.shape[2:]):
-            routing.append(key | {"block": block, "atom": atom} | value("usage", usage[stage, task, block, atom]))
+            routing.append(
+                key | {"block": block, "atom": atom} | value("usage", float(usage[stage, task, block, atom]))
+            )
         for block, entropy in enumerate(measures.entropy_nats(usage[stage, task])):
             for metric, share in (("usage_entropy_nats", 1.0), ("token_entropy_nats", 0.6)):
                 routing.append(key | {"block": block, "atom": -1} | value(metric, share * entropy))
@@ -119,7 +121,7 @@ def gradient_rows(names: list[str], finished: int, num_steps: int, seed: int) ->
 
 def description(metric: str, constant: float, instruction: str, num_rows: int) -> dict[str, Any]:
     kind = {"accuracy": "labels", "score": "free", "r2": "regression"}[metric]
-    rows = {"train_rows": 512, "test_rows": num_rows, "cut_rows": 3, "constant_score": constant}
+    rows = {"train_rows": 512, "test_rows": num_rows, "cut_rows": {"train": 3, "test": 0}, "constant_score": constant}
     return {"kind": kind, "metric": metric, "higher_is_better": True, "instruction": instruction, "labels": None} | rows
 
 

@@ -1,4 +1,4 @@
-"""Forgetting and transfer, worked by hand on a 3-stage and a 4-stage matrix, and properties that hold for any matrix."""
+"""Forgetting and transfer, worked by hand on a 3-stage and a 4-stage matrix, and properties of any matrix."""
 
 from __future__ import annotations
 

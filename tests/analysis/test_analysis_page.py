@@ -1,4 +1,4 @@
-"""The page in a real browser (Debian's chromium and chromium-driver, spoken to over WebDriver); skipped where absent."""
+"""The page in a real browser (Debian's chromium and chromium-driver, over WebDriver); skipped where absent."""
 
 from __future__ import annotations
 
@@ -124,8 +124,9 @@ def test_tables_sort_both_ways(browser: Browser, small_report: Path) -> None:
 @needs_browser
 def test_every_link_of_the_contents_leads_somewhere(browser: Browser, small_report: Path) -> None:
     browser.open(small_report)
-    lost = "return [...document.querySelectorAll('nav a')].filter(a => !document.querySelector(a.getAttribute('href'))).length"
-    assert browser.run(lost) == 0
+    leads = "document.querySelector(link.getAttribute('href'))"
+    lost = browser.run(f"return [...document.querySelectorAll('nav a')].filter(link => !{leads}).length")
+    assert lost == 0
 
 
 @needs_browser

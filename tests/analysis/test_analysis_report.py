@@ -348,5 +348,6 @@ def test_every_figure_draws_at_any_size(make_run: MakeRun, num_tasks: int, num_a
     drawn = [plate for plate in plates(summarise(load_run(run))) if plate.draw is not None]
     assert {plate.name for plate in drawn} == FIGURES
     for plate in drawn:
-        figure = plate.draw()  # type: ignore[misc]
+        assert plate.draw is not None
+        figure = plate.draw()
         assert figure.get_figwidth() <= 10 and figure.get_axes()
