@@ -164,7 +164,11 @@ class AtomBank(nn.Module):
             return logits.softmax(dim=-1)  # equal logits have no top k
         top, index = logits.topk(self.config.top_k, dim=-1)
         weights = top.softmax(dim=-1)  # float32 under autocast, whatever the logits are
-        return weights.new_zeros(logits.shape).scatter(-1, index, weights)
+        routes = weights.new_zeros(logits.shape).scatter(-1, index, weights)
+        if self.config.query_source == "instruction_only":  # no instruction: again equal logits
+            tied = logits.amax(dim=-1, keepdim=True) == logits.amin(dim=-1, keepdim=True)
+            routes = torch.where(tied, 1 / self.config.num_atoms, routes)
+        return routes
 
 
 def initial_atoms(num_atoms: int, rank: int, kind: str, scale: float) -> Tensor:
