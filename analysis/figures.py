@@ -157,7 +157,7 @@ def _distances(summary: Summary, usage: np.ndarray, none: str) -> list[Plate]:
             "distance",
             "Task separation (Fig. 9)",
             f"How far apart the tasks' routes are, in nats, mean over blocks. {_KL}; JS is symmetric and at most "
-            "ln 2 ≈ 0.69.",
+            "ln 2 ≈ 0.69. Diagonal: the split-half null, the distance between two halves of the task's own rows.",
             f"Heat maps of KL and JS between tasks' routes after the last stage; {alt}.",
             *_unless(apart, lambda: plots.separation_matrix(separation)),
         ),

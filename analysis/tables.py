@@ -186,15 +186,18 @@ def separation(run: Run) -> Frame:
 
 
 def separation_matrix(frame: Frame, stage: int, metric: str) -> Array:
-    """Return one stage's task-separation matrix, shape (T, T), 0 on the diagonal, NaN where nothing was recorded."""
+    """Return one stage's task-separation matrix, shape (T, T), NaN where nothing was recorded.
+
+    The diagonal holds each task's split-half null, 0 where none was recorded.
+    """
     tasks = task_names(frame)
-    rows = frame[(frame["stage"] == stage) & (frame["metric"] == metric)]
+    now = frame[frame["stage"] == stage]
     matrix = np.full((len(tasks), len(tasks)), np.nan)
-    matrix[rows["task"].cat.codes, rows["other"].cat.codes] = rows["value"]
-    if metric == "js":
-        matrix = np.where(np.isnan(matrix), matrix.T, matrix)
     np.fill_diagonal(matrix, 0.0)
-    return matrix
+    for name in (metric, f"{metric}_split_half"):
+        rows = now[now["metric"] == name]
+        matrix[rows["task"].cat.codes, rows["other"].cat.codes] = rows["value"]
+    return np.where(np.isnan(matrix), matrix.T, matrix) if metric == "js" else matrix
 
 
 def drift(run: Run) -> Frame:
