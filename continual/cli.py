@@ -1,9 +1,9 @@
 """Lightning's command line over the same classes: one stage by hand, or the whole sequence.
 
-    python -m continual.cli fit --config configs/one_stage.yaml            one stage (also: validate, test, predict)
-    python -m continual.cli run-stages --config configs/stages.yaml        the sequence, as continual.run runs it
-    python -m continual.cli run-stages --config configs/stages.yaml --print_config
-    python -m continual.cli fit --help
+python -m continual.cli fit --config configs/one_stage.yaml            one stage (also: validate, test, predict)
+python -m continual.cli run-stages --config configs/stages.yaml        the sequence, as continual.run runs it
+python -m continual.cli run-stages --config configs/stages.yaml --print_config
+python -m continual.cli fit --help
 """
 
 from __future__ import annotations
@@ -13,10 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import ArgumentError
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from continual import run
-from continual.experiment import TRAINER_DEFAULTS, make_parser
+from continual.errors import ConfigError
+from continual.experiment import TRAINER_DEFAULTS, Stage, make_parser
+from continual.explain import explain
 from continual.module import ContinualModule
 from continual.quiet import quieten
 from continual.stage_data import StageData
@@ -25,7 +28,9 @@ RUN_STAGES = "run-stages"
 _OWN_KEYS = ("config", "out", "resume")
 
 # A stage by hand is an ordinary Lightning run, with Lightning's own bar and checkpoints.
-_STAGE_DEFAULTS = {k: v for k, v in TRAINER_DEFAULTS.items() if k not in ("enable_progress_bar", "enable_checkpointing")}
+_STAGE_DEFAULTS = {
+    k: v for k, v in TRAINER_DEFAULTS.items() if k not in ("enable_progress_bar", "enable_checkpointing")
+}
 
 
 class ContinualCLI(LightningCLI):
@@ -34,12 +39,25 @@ class ContinualCLI(LightningCLI):
     The four methods overridden here are not part of Lightning's public interface; a test holds them to what it does.
     """
 
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Make a parser that raises what is wrong and takes no shortened names: max_epoch is no max_epochs."""
+        return super().init_parser(**{"exit_on_error": False, "allow_abbrev": False} | kwargs)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse, with what is wrong on one line."""
+        try:
+            super().parse_arguments(parser, args)
+        except ArgumentError as error:
+            raise ConfigError(explain(error, {}, Stage)) from error
+
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         super()._add_subcommands(parser, **kwargs)
-        action = next(action for action in parser._actions if hasattr(action, "add_subcommand"))
+        action: Any = next(action for action in parser._actions if hasattr(action, "add_subcommand"))
         description = "Train one adapter across the stages of a configuration, and report what was forgotten."
         stages = make_parser(self.init_parser(description=description))
-        stages.add_argument("--out", type=str | None, default=None, help="The run's directory (default: runs/NAME-TIME).")
+        stages.add_argument(
+            "--out", type=str | None, default=None, help="The run's directory (default: runs/NAME-TIME)."
+        )
         stages.add_argument("--resume", type=str | None, default=None, help="Go on with the run in this directory.")
         action.add_subcommand(RUN_STAGES, stages, help=description)
 
@@ -72,10 +90,15 @@ def _run_stage(argv: list[str]) -> Path:
 
 
 def _run_stages(argv: list[str]) -> Path:
+    resuming = run.OneLineParser(prog=f"python -m continual.cli {RUN_STAGES}", add_help=False, allow_abbrev=False)
+    resuming.add_argument("--resume", type=Path)
+    known, others = resuming.parse_known_args(argv[1:])
+    if known.resume and others:
+        raise ConfigError("--resume takes nothing beside it: the run goes on as it was configured")
+    if known.resume:
+        return run.run(None, resume=known.resume)
     cli = _build(argv)
     config = cli.config[RUN_STAGES]
-    if config.resume:
-        return run.run(None, resume=Path(config.resume))
     stem = Path(str(config.config[-1])).stem if config.config else "stages"
     kept = config.clone()
     for key in _OWN_KEYS:

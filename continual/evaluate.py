@@ -9,12 +9,14 @@ Shapes: B rows, P prompt columns, L label tokens, C candidate labels, V vocabula
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from continual.adapters import QueryableLoraModel
 from continual.stage_data import Candidates
@@ -72,7 +74,7 @@ def score_batch(module: ContinualModule, task: Task, batch: dict[str, Any], max_
 
 
 def label_log_likelihoods(model: Any, forward: dict[str, Tensor], candidates: Candidates) -> Tensor:
-    """Return log p(label | prompt), (B, C), of every candidate label, from one pass over prompt and labels.
+    """Return log p(label | prompt), (B, C), of every candidate label, from one pass over prompt and labels; on the CPU.
 
     Args:
         model: The language model.
@@ -97,11 +99,12 @@ def label_log_likelihoods(model: Any, forward: dict[str, Tensor], candidates: Ca
     # prompt, every later one by the token before it.
     places = torch.arange(num_label, device=device)
     predictor = torch.where(offset == 0, 0, places)
-    scores = torch.zeros(num_rows, len(candidates.names), device=device)
+    log_p = torch.zeros(num_rows, num_label, device=device)
     for row in range(num_rows):  # row by row: a float32 copy of (B, L, V) would be the largest tensor of the run
-        log_p = logits[row].float().log_softmax(dim=-1)[predictor, label_ids]
-        scores[row] = torch.zeros_like(scores[row]).index_add(0, segment, log_p)
-    return scores
+        log_p[row] = logits[row].float().log_softmax(dim=-1)[predictor, label_ids]
+    # Summed on the CPU: a GPU adds up in an order that changes from run to run.
+    scores = torch.zeros(num_rows, len(candidates.names), dtype=torch.float64)
+    return scores.index_add(1, segment.cpu(), log_p.cpu().double())
 
 
 def _tree_mask(prompt_mask_BP: Tensor, segment_L: Tensor, dtype: torch.dtype) -> Tensor:
@@ -137,9 +140,13 @@ def _rank_labels(module: ContinualModule, task: Task, batch: dict[str, Any]) -> 
 
 
 def _generate(module: ContinualModule, task: Task, batch: dict[str, Any], max_answer_tokens: int) -> Outcome:
-    forward, tokenizer = batch["forward"], module.backbone.tokenizer
+    model: Any = module.model
+    backbone: Any = module.backbone
+    forward, tokenizer = batch["forward"], backbone.tokenizer
     inputs = {name: value for name, value in forward.items() if name != "position_ids"}
-    output = module.model.generate(
+    # The defaults that come with a model (a repetition penalty, say) are for chatting, and generate would add them.
+    model.generation_config = GenerationConfig()
+    output = model.generate(
         **inputs,
         max_new_tokens=max_answer_tokens,
         do_sample=False,
@@ -147,7 +154,7 @@ def _generate(module: ContinualModule, task: Task, batch: dict[str, Any], max_an
         pad_token_id=tokenizer.pad_token_id,
     )
     new = output[:, forward["input_ids"].shape[1] :].tolist()
-    predictions = [module.backbone.decode(ids) for ids in new]
+    predictions = [backbone.decode(ids) for ids in new]
     return Outcome(
         rows=[row["row"] for row in batch["rows"]],
         values=[float(task.score_answer(row, text)) for row, text in zip(batch["rows"], predictions, strict=True)],
@@ -157,6 +164,7 @@ def _generate(module: ContinualModule, task: Task, batch: dict[str, Any], max_an
 
 
 def _predict(module: ContinualModule, batch: dict[str, Any]) -> Outcome:
+    assert module.model is not None
     predicted, target = module.model(**batch["forward"]).float(), batch["labels"].float()
     return Outcome(
         rows=[row["row"] for row in batch["rows"]],
@@ -166,7 +174,7 @@ def _predict(module: ContinualModule, batch: dict[str, Any]) -> Outcome:
     )
 
 
-def _keep_prompt_routes(outcome: Outcome, routes: list[Tensor | None], batch: dict[str, Any]) -> None:
+def _keep_prompt_routes(outcome: Outcome, routes: Sequence[Tensor | None], batch: dict[str, Any]) -> None:
     """Keep the routes of the prompt's columns: never those of the labels' or the generated tokens."""
     mask = batch["forward"].get("attention_mask")
     if mask is None:  # a regression row is one token

@@ -1,5 +1,6 @@
 """An experiment as its configuration file describes it: parse, override, check, and write out what was resolved.
 
+    name: stages                                             the file's stem unless given
     seed: 0
     model: {backbone: ..., adapter: ..., optimizer: ...}     arguments of ContinualModule
     data: {batch_size: 8, ...}                               arguments of StageData, for every stage
@@ -21,6 +22,7 @@ import lightning as L
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeInt, PositiveInt
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from continual import manifest
 from continual.errors import ConfigError
@@ -62,7 +64,7 @@ class Experiment:
     """A checked configuration, with its objects built.
 
     Attributes:
-        name: The run's name: the file's stem and a hash of what was resolved.
+        name: The run's name: the configuration's and a hash of what was resolved.
         seed: Decides everything random.
         threads: CPU threads; torch's default when not given. CPU results depend on it.
         model: The module, not yet loaded.
@@ -86,21 +88,30 @@ class Experiment:
         return stage.max_epochs or self.trainer["max_epochs"]
 
     def make_trainer(self, stage: Stage | None, run_dir: Path, callbacks: Sequence[L.Callback]) -> L.Trainer:
-        """Return a fresh Trainer: a second fit of one that has run trains nothing, without a word."""
+        """Return a fresh Trainer: a second fit of one that has run trains nothing, without a word.
+
+        Raises:
+            ConfigError: Lightning refuses the arguments, or this machine lacks what they ask for.
+        """
         arguments = copy.deepcopy(self.trainer)
         own = arguments.pop("callbacks", None) or []
         own = list(own) if isinstance(own, Sequence) else [own]
         if stage is not None:
             arguments["max_epochs"] = self.epochs(stage)
-        return L.Trainer(**arguments | {"default_root_dir": str(run_dir), "limit_val_batches": 0},
-                         callbacks=[*own, *callbacks])
+        arguments |= {"default_root_dir": str(run_dir), "limit_val_batches": 0, "callbacks": [*own, *callbacks]}
+        try:
+            return L.Trainer(**arguments)
+        except (ValueError, TypeError, MisconfigurationException) as error:
+            raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
 
 
 def make_parser(parser: ArgumentParser | None = None) -> ArgumentParser:
     """Return the parser of a configuration: a new one, or ``parser`` with a configuration's keys added."""
     parser = parser or ArgumentParser(exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--name", type=str | None, default=None, help="The run's name; the file's stem if null.")
     parser.add_argument("--seed", type=NonNegativeInt, default=0, help="Decides everything random.")
-    parser.add_argument("--threads", type=PositiveInt | None, default=None, help="CPU threads; torch's default if null.")
+    count: Any = PositiveInt  # a class made at run time, which a type checker does not follow
+    parser.add_argument("--threads", type=count | None, default=None, help="CPU threads; torch's default if null.")
     parser.add_class_arguments(ContinualModule, "model")
     parser.add_class_arguments(StageData, "data", skip={"task", "seed"}, instantiate=False)
     parser.add_class_arguments(L.Trainer, "trainer", instantiate=False)
@@ -123,7 +134,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the configuration {path}: {getattr(error, 'strerror', None) or error}") from error
+        raise ConfigError(
+            f"cannot read the configuration {path}: {getattr(error, 'strerror', None) or error}"
+        ) from error
     return parse(text, path.stem, overrides, str(path))
 
 
@@ -137,18 +150,23 @@ def parse(text: str, stem: str, overrides: Sequence[str] = (), where: str = "con
         raise ConfigError(f"{where} has to be a mapping with the keys model and stages")
     for override in overrides:
         _apply(tree, override)
+    _check_groups(tree, where)
     _check_stage_names(tree, where)
+    if tree.get("name") is None:
+        tree["name"] = stem
     parser = make_parser()
     try:
-        config = parser.parse_object(tree)
+        config = parser.parse_object(copy.deepcopy(tree))  # it takes keys out of what it is given
         objects = parser.instantiate(config)
+        resolved = parser.dump(config, skip_none=False)
     except ConfigError:
         raise
     except Exception as error:  # jsonargparse wraps whatever a constructor raises in types of its own
         raise ConfigError(f"{where}: {explain(error, tree, Stage)}") from error
-    resolved = parser.dump(config, skip_none=False)
+    if not isinstance(config.trainer.max_epochs, int) or config.trainer.max_epochs < 1:
+        raise ConfigError(f"{where}: trainer.max_epochs must be at least 1, got {config.trainer.max_epochs}")
     return Experiment(
-        name=f"{stem}-{manifest.sha256(resolved)[:8]}",
+        name=f"{config.name}-{manifest.sha256(resolved)[:8]}",
         seed=objects.seed,
         threads=objects.threads,
         model=objects.model,
@@ -161,6 +179,12 @@ def parse(text: str, stem: str, overrides: Sequence[str] = (), where: str = "con
 
 def _as_dict(namespace: Any) -> dict[str, Any]:
     return vars(namespace).copy() if isinstance(namespace, Namespace) else dict(namespace)
+
+
+def _check_groups(tree: dict[str, Any], where: str) -> None:
+    for group in ("model", "data", "trainer"):
+        if group in tree and not isinstance(tree[group], dict):
+            raise ConfigError(f"{where}: {group} has to be a mapping of its arguments, got {tree[group]!r}")
 
 
 def _check_stage_names(tree: dict[str, Any], where: str) -> None:

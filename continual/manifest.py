@@ -73,6 +73,9 @@ def check_new(run_dir: Path) -> None:
         raise ConfigError(f"{run_dir} holds a run already: go on with it (--resume {run_dir}) or name another --out")
     if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
         raise ConfigError(f"{run_dir} exists and is not an empty directory: name another --out")
+    ancestor = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    if not ancestor.is_dir() or not os.access(ancestor, os.W_OK):
+        raise ConfigError(f"{run_dir} cannot be made: {ancestor} is not a directory that can be written to")
 
 
 def read(run_dir: Path) -> tuple[Manifest, str]:

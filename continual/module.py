@@ -7,19 +7,19 @@ import math
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.cli import OptimizerCallable
-from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from continual.adapters import QueryableLoraConfig, QueryableLoraModel
-from continual.backbones import Backbone, SentenceEncoder
+from continual.backbones import Backbone, CausalLM, SentenceEncoder
 from continual.errors import ConfigError, RunError
 from continual.evaluate import Outcome, is_routed, score_batch
 from continual.instructions import GENERAL_INSTRUCTIONS
@@ -69,7 +69,7 @@ class ContinualModule(L.LightningModule):
         """Load the backbone and put the adapter in; a second call does nothing.
 
         Raises:
-            ConfigError: The backbone cannot be loaded or the adapter does not fit it.
+            ConfigError: The backbone or start_from cannot be loaded, or the adapter does not fit the backbone.
         """
         if self.model is not None:
             return
@@ -87,12 +87,15 @@ class ContinualModule(L.LightningModule):
         self.model.train()
         self._fix_instruction_reference()
         if self.start_from is not None:
-            self.load_adapter(Path(self.start_from))
+            try:
+                self.load_adapter(Path(self.start_from))
+            except RunError as error:
+                raise ConfigError(f"model.start_from: {error}") from error
 
     def _fix_instruction_reference(self) -> None:
         if not self.uses_instructions or self.tuner is None:
             return
-        if self.backbone.kind == "causal_lm":
+        if isinstance(self.backbone, CausalLM):
             ids = [self.backbone.encode_instruction(text) for text in GENERAL_INSTRUCTIONS]
             encodings = torch.cat([self.tuner.encode_instruction(torch.tensor([tokens])) for tokens in ids])
         else:
@@ -103,7 +106,9 @@ class ContinualModule(L.LightningModule):
     @property
     def tuner(self) -> QueryableLoraModel | None:
         """Our routed tuner, where the adapter is one."""
-        return self.model.base_model if self.model is not None and is_routed(self.model) else None
+        if self.model is None or not is_routed(self.model):
+            return None
+        return cast(QueryableLoraModel, self.model.base_model)
 
     @property
     def uses_instructions(self) -> bool:
@@ -163,7 +168,8 @@ class ContinualModule(L.LightningModule):
         data = self.scored[dataloader_idx]
         outcome = score_batch(self, data.task, batch, data.max_answer_tokens if data.task.kind == "free" else 0)
         mean = math.fsum(outcome.values) / len(outcome.values)
-        self.log("score", mean, logger=False, batch_size=len(outcome.values), on_epoch=True)
+        name = "squared_error" if data.task.kind == "regression" else data.task.metric
+        self.log(name, mean, batch_size=len(outcome.values), on_epoch=True)  # logger=False would keep it from `test`
         return outcome
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> Outcome:
@@ -192,19 +198,22 @@ class ContinualModule(L.LightningModule):
         """Read the adapter that ``save_adapter`` wrote.
 
         Raises:
-            RunError: A file is missing or does not hold every trainable tensor.
+            RunError: A file is missing or does not hold every tensor that ``save_adapter`` writes.
         """
         assert self.model is not None
         path = folder / "adapter_model.safetensors"
         try:
-            result = set_peft_model_state_dict(self.model, load_file(path))
+            tensors = load_file(path)
+            result = set_peft_model_state_dict(self.model, tensors)
         except Exception as error:  # safetensors raises its own type for a damaged file
             raise RunError(f"cannot read the adapter {path}: {' '.join(str(error).split())}") from error
         trainable = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
-        if lost := trainable & set(result.missing_keys):
+        saved = set(get_peft_model_state_dict(self.model, save_embedding_layers=False))
+        if lost := saved - set(tensors) or trainable & set(result.missing_keys):
             raise RunError(f"the adapter {path} lacks {len(lost)} tensors, such as {sorted(lost)[0]}")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the frozen backbone out of Lightning's checkpoints."""
-        frozen = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
+        named = self.named_parameters(remove_duplicate=False)  # a head that is tied to the embeddings has two names
+        frozen = {name for name, parameter in named if not parameter.requires_grad}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}

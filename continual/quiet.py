@@ -12,6 +12,7 @@ def quieten() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning)
     for message in (
         ".*does not have many workers.*",
         ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
@@ -19,5 +20,6 @@ def quieten() -> None:
         ".*Found .* module\\(s\\) in eval mode.*",
         ".*Trying to infer the `batch_size`.*",
         ".*litlogger.*",
+        ".*`loftq_config` specified but will be ignored.*",  # the resolved configuration says {} for "none"
     ):
         warnings.filterwarnings("ignore", message=message)

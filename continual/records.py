@@ -72,7 +72,7 @@ def append(run_dir: str | Path, table: str, rows: Iterable[Mapping[str, Any]]) -
         RecordError: A row has other columns than the schema, or the file at hand cannot be read.
     """
     rows = list(rows)
-    schema, path = SCHEMAS[table], path_of(run_dir, table)
+    path, schema = path_of(run_dir, table), SCHEMAS[table]
     for row in rows:
         if set(row) != set(schema.names):
             odd = sorted(set(row) ^ set(schema.names))
@@ -89,7 +89,7 @@ def truncate(run_dir: str | Path, last_stage: int) -> None:
         path = path_of(run_dir, table)
         if path.exists():
             kept = _read(path, schema)
-            kept = kept.filter(pc.less_equal(kept["stage"], last_stage))
+            kept = kept.filter(pc.field("stage") <= last_stage)
             _replace(path, kept)
 
 
@@ -97,7 +97,7 @@ def read(run_dir: str | Path, table: str) -> pd.DataFrame:
     """Read a table as a frame with the schema's columns; a table never written is an empty frame.
 
     Raises:
-        RecordError: The file is cut short or is no parquet; the message names it.
+        RecordError: The file is cut short, is no parquet or has other columns; the message names it.
     """
     path = path_of(run_dir, table)
     if not path.exists():
@@ -107,9 +107,13 @@ def read(run_dir: str | Path, table: str) -> pd.DataFrame:
 
 def _read(path: Path, schema: pa.Schema) -> pa.Table:
     try:
-        return pq.read_table(path, schema=schema)
+        table = pq.read_table(path)
     except (pa.ArrowException, OSError) as error:
         raise RecordError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from error
+    if not table.schema.equals(schema):  # reading by the schema would fill a column that is not there with nothing
+        odd = sorted({str(column) for column in table.schema} ^ {str(column) for column in schema})
+        raise RecordError(f"{path}: the file's columns differ from the schema in {', '.join(odd) or 'their order'}")
+    return table
 
 
 def _replace(path: Path, table: pa.Table) -> None:

@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from continual.errors import ConfigError, RunError
 
@@ -25,20 +24,31 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run from the command line; return the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m continual.run", description=__doc__.splitlines()[0])
+    return guarded(lambda: _work(sys.argv[1:] if argv is None else argv))
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Raises what is wrong with a command line, for ``guarded`` to print."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (see {self.prog} --help)")
+
+
+def _work(argv: Sequence[str]) -> Path:
+    parser = OneLineParser(prog="python -m continual.run", description=str(__doc__).splitlines()[0], allow_abbrev=False)
     parser.add_argument("config", nargs="?", help="the experiment's YAML file")
     parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="changes to the configuration")
     parser.add_argument("--out", type=Path, metavar="DIR", help="the run's directory (default: runs/NAME-TIME)")
     parser.add_argument("--resume", type=Path, metavar="DIR", help="go on with the run in DIR")
     arguments = parser.parse_intermixed_args(argv)
-    if (arguments.config is None) == (arguments.resume is None):
+    if arguments.resume and (arguments.config or arguments.out or arguments.overrides):
+        parser.error("--resume takes no configuration, --out or override: the run goes on as it was configured")
+    if not arguments.resume and not arguments.config:
         parser.error("give a configuration file, or --resume DIR")
-    if arguments.resume and (arguments.out or arguments.overrides):
-        parser.error("--resume takes neither --out nor overrides: the run goes on as it was configured")
     from continual.quiet import quieten
 
     quieten()
-    return guarded(lambda: run(arguments.config, arguments.out, arguments.overrides, arguments.resume))
+    return run(arguments.config, arguments.out, arguments.overrides, arguments.resume)
 
 
 def run(
@@ -92,8 +102,10 @@ def _go_on(run_dir: Path) -> Path:
     state, text = manifest.read(run_dir)
     if state.complete:
         print(f"All {len(state.stages)} stages of {run_dir} are finished: nothing to do.")
+        if not (run_dir / "report" / "report.html").is_file():
+            print(f"There is no report yet: python -m analysis.report {run_dir}")
         return run_dir
-    sequence = StageSequence(experiment.parse(text, state.run.rpartition("-")[0]), run_dir)
+    sequence = StageSequence(experiment.parse(text, state.run, where=str(run_dir / manifest.CONFIG_NAME)), run_dir)
     print(f"Going on with {run_dir} after stage {state.finished_stage} of {len(state.stages)}.")
     sequence.prepare(state)
     sequence.run()
@@ -113,6 +125,7 @@ def finish(run_dir: Path) -> Path:
 
 def guarded(work: Callable[[], Path]) -> int:
     """Do the work, print the directory it returns, and turn errors into one line and an exit status."""
+    from continual.records import RecordError
     from tasks import TaskError
 
     try:
@@ -120,10 +133,13 @@ def guarded(work: Callable[[], Path]) -> int:
     except (ConfigError, TaskError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
-    except RunError as error:
+    except (RunError, RecordError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as error:
+        # Lightning turns the one into the other while a trainer is at work.
+        if isinstance(error, SystemExit) and not isinstance(error.__context__, KeyboardInterrupt):
+            raise
         print("interrupted; go on with --resume", file=sys.stderr)
         return 130
     return 0
@@ -135,5 +151,4 @@ def one_line(error: BaseException) -> str:
 
 
 if __name__ == "__main__":
-    warnings.filterwarnings("ignore", category=FutureWarning)
     sys.exit(main())

@@ -14,11 +14,10 @@ import torch
 from continual import manifest, records
 from continual.callbacks import GradientRecorder, RouteRecorder, ScoreRecorder, StageProgress
 from continual.callbacks.progress import ScoreTable, plan
-from continual.errors import ConfigError
+from continual.errors import ConfigError, RunError
 from continual.experiment import Experiment
 from continual.manifest import Manifest
 from continual.stage_data import StageData
-from tasks import TaskError
 
 
 class AllTasks(L.LightningDataModule):
@@ -102,7 +101,7 @@ class Sequence:
         trainer = self.experiment.make_trainer(stage, self.run_dir, [*self._callbacks, self.gradients])
         trainer.fit(self.module, datamodule=data)
         if trainer.global_step == 0:
-            raise RuntimeError(f"stage {stage.name!r} trained no step")
+            raise RunError(f"stage {stage.name!r} trained no step: the trainer's limits leave none")
         return trainer
 
     def _score(self, index: int, trainer: L.Trainer) -> None:
@@ -175,5 +174,5 @@ def _named(stage: str) -> Iterator[None]:
     """Put the stage's name before the message of whatever is wrong with its task."""
     try:
         yield
-    except (ConfigError, TaskError) as error:
+    except ValueError as error:  # a ConfigError, a TaskError, or StageData refusing its arguments
         raise ConfigError(f"stages.{stage}: {error}") from error

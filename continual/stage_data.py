@@ -11,16 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from continual.backbones import Backbone
+from continual.backbones import Backbone, CausalLM
 from continual.errors import ConfigError
 from tasks import Task
+from tasks.base import Split
 
 IGNORED = -100  # the label that cross-entropy passes over
 
@@ -52,25 +53,28 @@ class EncodedTask:
         ConfigError: The task and the backbone do not fit, or a row does not fit without cutting its question.
     """
 
-    def __init__(self, task: Task, backbone: Backbone, split: str, max_tokens: int) -> None:
+    def __init__(self, task: Task, backbone: Backbone, split: Split, max_tokens: int) -> None:
         wanted = "regressor" if task.kind == "regression" else "causal_lm"
         if backbone.kind != wanted:
             raise ConfigError(f"a {task.kind} task needs a {wanted} backbone, not {type(backbone).__name__}")
-        self.task, self.backbone = task, backbone
+        self.task = task
+        self.backbone: Any = backbone  # what text needs, CausalLM alone has
         self.cut_rows = self.cut_tokens = 0
-        self.rows = [self._encode(source, max_tokens) for source in task.rows(split)]
+        if task.kind != "regression":
+            # The same room for every row: a prompt cut to fit its own answer would tell how long that answer is.
+            answers = task.labels or set(task.rows("train")["answer"][:])
+            max_tokens -= max(len(self.backbone.encode_answer(text)) for text in answers)
+        self.rows = [self._encode(cast(dict[str, Any], source), max_tokens) for source in task.rows(split)]
 
-    def _encode(self, source: dict[str, Any], max_tokens: int) -> Row:
+    def _encode(self, source: dict[str, Any], max_prompt_tokens: int) -> Row:
         if self.task.kind == "regression":
             return Row(source, self.task.instruction)
-        answer = self.backbone.encode_answer(source["answer"])
-        longest = max_tokens - len(answer)
         prompt, cut = self.backbone.encode_prompt(
-            self.task.instruction, source["context"], source["question"], longest
+            self.task.instruction, source["context"], source["question"], max_prompt_tokens
         )
         self.cut_rows += cut > 0
         self.cut_tokens += cut
-        return Row(source, self.task.instruction, prompt, answer)
+        return Row(source, self.task.instruction, prompt, self.backbone.encode_answer(source["answer"]))
 
 
 @dataclass  # not frozen: Lightning moves its tensors to the device
@@ -92,7 +96,7 @@ class Candidates:
     offset_L: Tensor
 
     @classmethod
-    def of(cls, backbone: Backbone, own: Sequence[str], others: Sequence[str] = ()) -> Candidates:
+    def of(cls, backbone: CausalLM, own: Sequence[str], others: Sequence[str] = ()) -> Candidates:
         """Encode the labels ``own`` and those of ``others`` that are not among them."""
         names = tuple(dict.fromkeys([*own, *others]))
         encoded = [backbone.encode_answer(name) for name in names]
@@ -124,7 +128,8 @@ class Collator:
         candidates: Candidates | None = None,
         encoder: Any = None,
     ) -> None:
-        self.backbone, self.with_instructions, self.answers = backbone, with_instructions, answers
+        self.backbone: Any = backbone
+        self.with_instructions, self.answers = with_instructions, answers
         self.candidates, self.encoder = candidates, encoder
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
@@ -236,7 +241,8 @@ class StageData(L.LightningDataModule):
     Args:
         task: The task.
         batch_size: Rows of a training batch.
-        max_tokens: Longest prompt and answer together; a longer prompt loses the end of its context.
+        max_tokens: Longest prompt and answer together; a prompt that leaves no room for the task's longest label (or
+            training answer) loses the end of its context.
         eval_batch_tokens: Padded tokens of a scoring batch.
         validation_rows: Training rows held out of training (the last ones), scored by ``validate``.
         num_workers: Processes that collate training batches.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -9,17 +10,18 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from continual.adapters.layer import layer_of as layer_of_module
 from continual.errors import RunError
 
 
 def layer_of(parameter_name: str) -> str:
-    """Return the layer that an adapter's parameter belongs to, or "bank" for one that all layers share.
+    """Return the layer that an adapter's parameter belongs to, or "bank" for one that lies outside the backbone.
 
-    The layer is the part of the name up to its last index: "model.layers.3" of
-    "base_model.model.model.layers.3.self_attn.q_proj.lora_A.default.weight".
+    The layer is the module's name up to its last index, "model.layers.3" of
+    "base_model.model.model.layers.3.self_attn.q_proj.lora_A.default.weight", or the module where there is none, "head".
     """
-    match = re.match(r"(?:base_model\.)?(?:model\.)?(.*?\d+)(?=\.)(?!.*\.\d+\.)", parameter_name)
-    return match.group(1) if match else "bank"
+    path = parameter_name.removeprefix("base_model.model.")
+    return "bank" if path == parameter_name else layer_of_module(re.sub(r"\.\w+\.default(\.\w+)?$", "", path))
 
 
 class GradientRecorder(L.Callback):
@@ -46,29 +48,37 @@ class GradientRecorder(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Group the trainable parameters by layer."""
-        named = [(n.removeprefix("model."), p) for n, p in pl_module.named_parameters() if p.requires_grad]
-        self._parameters: list[nn.Parameter] = [parameter for _, parameter in named]
-        names = [layer_of(name) for name, _ in named]
+        layers: dict[nn.Parameter, set[str]] = {}  # a bank may hang in every layer (VB-LoRA's does)
+        for name, parameter in pl_module.named_parameters(remove_duplicate=False):
+            if parameter.requires_grad:
+                layers.setdefault(parameter, set()).add(layer_of(name.removeprefix("model.")))
+        self._parameters = list(layers)
+        names = [min(found) if len(found) == 1 else "bank" for found in layers.values()]
         self._layers = list(dict.fromkeys(names))
         self._index = torch.tensor([self._layers.index(name) for name in names])
         self._own = torch.tensor([name != "bank" for name in self._layers])
+        self._losses: list[Tensor] = []
+        self._norms: Tensor | None = None
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Keep the norms of this step, on the device."""
         zero = torch.zeros((), device=pl_module.device)
-        norms = torch._foreach_norm([zero if p.grad is None else p.grad for p in self._parameters])
-        squares = torch.stack([norm.float() for norm in norms]).square()
-        index = self._index.to(squares.device)
-        self._norms = torch.zeros(len(self._layers), device=squares.device).index_add(0, index, squares).sqrt()
+        gradients = [zero if p.grad is None else p.grad for p in self._parameters]
+        norms = torch._foreach_norm(gradients)  # type: ignore[reportPrivateImportUsage]
+        self._norms = torch.stack([norm.float() for norm in norms])
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Keep the loss; look at what is kept once in a while."""
-        loss = outputs["loss"].detach()
+        """Keep the loss; look at what is kept once in a while. A step may take several batches: their mean counts."""
+        self._losses.append(outputs["loss"].detach() * trainer.accumulate_grad_batches)  # Lightning divided it
+        if self._norms is None:
+            return
+        loss = torch.stack(self._losses).mean()
         self._pending.append((trainer.global_step, trainer.current_epoch, loss, self._norms))
+        self._losses, self._norms = [], None
         if loss.device.type == "cpu" or len(self._pending) >= 16:
             self._settle()
 
@@ -78,10 +88,13 @@ class GradientRecorder(L.Callback):
 
     def _settle(self) -> None:
         for step, epoch, loss, norms in self._pending:
-            value, layer_norms = loss.item(), norms.cpu()
-            if not torch.isfinite(torch.tensor(value)):
+            value = loss.item()
+            if not math.isfinite(value):
                 raise RunError(f"stage {self.keys['task']!r}, step {step}: the loss is {value}; the stage is dropped")
             self._add(step, epoch, "train_loss", "", value, 1, "lower")
+            # On the CPU: a GPU adds up in an order that changes from run to run.
+            squares = torch.zeros(len(self._layers), dtype=torch.float64)
+            layer_norms = squares.index_add(0, self._index, norms.cpu().double().square()).sqrt()
             own = layer_norms[self._own]
             if len(own) and own.mean() > 0:
                 self._add(step, epoch, "grad_concentration", "", (own.max() / own.mean()).item(), len(own))

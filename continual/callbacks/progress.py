@@ -29,7 +29,8 @@ class StageProgress(L.Callback):
         """Advance; read the loss only when the bar is about to be drawn, so that a GPU is not made to wait."""
         assert self._bar is not None
         if self._bar.update(trainer.global_step - self._bar.n):
-            self._bar.set_postfix_str(f"loss {outputs['loss'].item():.3f}", refresh=False)
+            loss = outputs["loss"].item() * trainer.accumulate_grad_batches  # Lightning divided it
+            self._bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Close the bar."""
@@ -67,17 +68,18 @@ class StageProgress(L.Callback):
 def plan(experiment: Any, stages: list[Any], counts: dict[str, int], run_dir: Any) -> str:
     """Return the run's plan as text: stages, rows, steps and parameters."""
     share = counts["trainable_parameters"] / counts["total_parameters"]
+    width = max(24, *(len(stage.name) for stage, _ in stages))
     lines = [
         f"Run {run_dir}",
         f"  {experiment.model.backbone.name} with {type(experiment.model.adapter).__name__}: "
         f"{counts['trainable_parameters']:,} of {counts['total_parameters']:,} parameters train ({share:.2%})",
-        f"  {'stage':>5}  {'task':<24} {'metric':<9} {'train rows':>10} {'test rows':>9} {'steps':>6}",
+        f"  {'stage':>5}  {'task':<{width}} {'metric':<9} {'train rows':>10} {'test rows':>9} {'steps':>6}",
     ]
     for index, (stage, data) in enumerate(stages, start=1):
         steps = data.num_batches * experiment.epochs(stage)
         facts = data.facts()
         lines.append(
-            f"  {index:>5}  {stage.name:<24} {data.task.metric:<9} {len(data.train_rows):>10} "
+            f"  {index:>5}  {stage.name:<{width}} {data.task.metric:<9} {len(data.train_rows):>10} "
             f"{facts['test_rows']:>9} {steps:>6}"
         )
     return "\n".join(lines)
@@ -88,7 +90,7 @@ class ScoreTable:
 
     def __init__(self, names: list[str]) -> None:
         self.names = names
-        self.widths = [max(8, len(name)) for name in names]
+        self.widths = [max(10, len(name)) for name in names]
         self.has_heading = False
 
     def show(self, title: str, scores: dict[str, float]) -> None:
@@ -99,6 +101,7 @@ class ScoreTable:
             self.has_heading = True
         cells = []
         for name, width in zip(self.names, self.widths, strict=True):
-            cell = f"{scores[name]:.3f}"
+            score = scores[name]
+            cell = f"{score:.3f}" if abs(score) < 100 else f"{score:.1e}"  # an R2 has no lower bound
             cells.append((f"[{cell}]" if name == title else f"{cell} ").rjust(width))
         print(f"{title[:28]:<28}  {'  '.join(cells)}", flush=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import numpy as np
@@ -36,9 +36,10 @@ class RouteRecorder(L.Callback):
     def restore(self, routing: pd.DataFrame) -> None:
         """Take the usages of finished stages from the table ``routing``."""
         rows = routing[routing["metric"] == "usage"]
-        for (stage, task), group in rows.groupby(["stage", "task"]):
+        for key, group in rows.groupby(["stage", "task"]):
+            stage, task = cast(tuple[int, str], key)
             table = group.pivot(index="block", columns="atom", values="value").sort_index().sort_index(axis=1)
-            self.usage.setdefault(int(stage), {})[str(task)] = table.to_numpy()
+            self.usage.setdefault(int(stage), {})[task] = table.to_numpy()
 
     def start(self, keys: dict[str, Any], tasks: list[Any], trained_stage: dict[str, int]) -> None:
         """Begin scoring ``tasks``; ``trained_stage`` says after which stage each task was learnt."""
@@ -76,7 +77,7 @@ class RouteRecorder(L.Callback):
     def _add_usage(self, task: str, sums: _TaskRoutes) -> None:
         usage, count = self.usage[self.keys["stage"]][task], sums.num_tokens
         for block, atom in np.ndindex(*usage.shape):
-            self._row("routing", task, "usage", usage[block, atom], count, block=block, atom=atom)
+            self._row("routing", task, "usage", float(usage[block, atom]), count, block=block, atom=atom)
         for metric, values in (
             ("usage_entropy_nats", entropy_nats(usage)),
             ("token_entropy_nats", sums.token_entropy()),

@@ -68,7 +68,10 @@ class ScoreRecorder(L.Callback):
 
 def _metrics_of(task: Any) -> dict[str, Metric]:
     if task.kind == "regression":
-        return {"r2": R2Score().set_dtype(torch.float64), "rmse": MeanSquaredError(squared=False)}
+        return {
+            "r2": R2Score().set_dtype(torch.float64),
+            "rmse": MeanSquaredError(squared=False).set_dtype(torch.float64),
+        }
     metrics: dict[str, Metric] = {task.metric: MeanMetric().set_dtype(torch.float64)}
     if task.kind == "labels":
         metrics["accuracy_seen"] = MeanMetric().set_dtype(torch.float64)

@@ -1,0 +1,229 @@
+"""A run that was killed anywhere and resumed is, byte for byte, the run that was not."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import yaml
+
+from continual.module import ContinualModule
+from continual.sequence import Sequence
+
+ROOT = Path(__file__).resolve().parents[2]
+Tree = dict[str, Any]
+
+# Where a run is killed, and the last stage that its manifest then holds.
+POINTS = {
+    "before stage 0 is scored": -1,
+    "before stage 0 is committed": -1,
+    "between stages": 1,
+    "while stage 1 trains": 0,
+    "while stage 2 trains": 1,
+    "between two tables": 0,
+    "inside a table": 0,
+    "before the adapter is in place": 1,
+    "inside the manifest": 1,
+}
+
+# Imports once, then forks a process for each point; each kills itself there, as kill -9 would.
+KILLER = '''
+import os, signal, sys
+import torch
+torch.set_num_threads(1)
+from continual import manifest, records, run, sequence
+from continual.module import ContinualModule
+import analysis.report
+
+def die(*arguments, **keywords):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def before(owner, name, when):
+    """Die where owner.name is about to be called with arguments that fit."""
+    call = getattr(owner, name)
+    def wrapped(*arguments, **keywords):
+        if when(*arguments):
+            die()
+        return call(*arguments, **keywords)
+    setattr(owner, name, wrapped)
+
+def arm(point):
+    stage = lambda n: lambda self, *rest: self.manifest.finished_stage == n - 1
+    if point == "before stage 0 is scored":
+        before(sequence.Sequence, "_score", stage(0))
+    elif point == "before stage 0 is committed":
+        before(manifest.Manifest, "commit", lambda self, folder: self.finished_stage == 0)
+    elif point == "between stages":
+        before(sequence.Sequence, "_fit", stage(2))
+    elif point in ("while stage 1 trains", "while stage 2 trains"):
+        task = "animals" if "1" in point else "colours"
+        before(ContinualModule, "training_step",
+               lambda self, batch, index: self.trainer.datamodule.name == task and index == 2)
+    elif point == "between two tables":
+        before(records, "append", lambda folder, table, rows: table == "routing" and rows[0]["stage"] == 1)
+    elif point == "inside a table":
+        seen = []
+        before(records.os, "replace", lambda source, target: str(target).endswith("answers.parquet")
+               and (seen.append(1) or len(seen) == 2))
+    elif point == "before the adapter is in place":
+        before(os, "replace", lambda source, target: str(target).endswith("stage-02"))
+    elif point == "inside the manifest":
+        before(os, "replace", lambda source, target: str(target).endswith("manifest.json")
+               and '"finished_stage": 2' in open(source).read())
+
+config, folder, *points = sys.argv[1:]
+for index, point in enumerate(points):
+    child = os.fork()
+    if child == 0:
+        arm(point)
+        run.main([config, "--out", f"{folder}/{index}"])
+        os._exit(99)
+    print(point, -os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), sep="=", file=sys.stderr)
+'''
+
+
+@pytest.fixture(scope="module")
+def killed(base_tree: Tree, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A run directory for every point that a run was killed at."""
+    folder = tmp_path_factory.mktemp("killed")
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(base_tree))
+    command = [sys.executable, "-c", KILLER, str(folder / "tiny.yaml"), str(folder), *POINTS]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    for point in POINTS:
+        assert f"{point}={int(signal.SIGKILL)}" in done.stderr, done.stderr[-2000:]
+    return {point: folder / str(index) for index, point in enumerate(POINTS)}
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_a_killed_run_resumes_to_the_same_bytes(
+    killed: dict[str, Path], finished: Path, engine: Callable, contents: Callable, point: str
+) -> None:
+    run_dir = killed[point]
+    assert json.loads((run_dir / "manifest.json").read_text())["finished_stage"] == POINTS[point]
+    for folder in (run_dir / "adapters").glob("stage-*"):
+        assert (folder / "adapter_model.safetensors").is_file() and (folder / "adapter_config.json").is_file()
+    result = engine("--resume", run_dir)
+    assert result.code == 0, result.err
+    assert result.last_line == str(run_dir)
+    assert f"Going on with {run_dir} after stage {POINTS[point]} of 2." in result.out
+    whole, resumed = contents(finished), contents(run_dir)
+    assert set(resumed) == set(whole)
+    assert [name for name in whole if whole[name] != resumed[name]] == []
+    assert list(run_dir.rglob(".*")) == []  # no temporary file stays behind
+
+
+def test_a_finished_run_resumed_does_nothing_and_says_so(finished: Path, engine: Callable) -> None:
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in finished.rglob("*") if path.is_file()}
+    result = engine("--resume", finished)
+    assert result.code == 0 and result.last_line == str(finished)
+    assert "All 2 stages" in result.out and "nothing to do" in result.out
+    assert before == {
+        path: (path.stat().st_mtime_ns, path.read_bytes()) for path in finished.rglob("*") if path.is_file()
+    }
+
+
+@pytest.fixture
+def half_done(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run whose manifest says that only stage 1 is finished."""
+    run_dir = tmp_path / "half"
+    shutil.copytree(finished, run_dir)
+    state = json.loads((run_dir / "manifest.json").read_text())
+    (run_dir / "manifest.json").write_text(json.dumps(state | {"finished_stage": 1, "complete": False}))
+    return run_dir
+
+
+def test_rows_of_a_stage_that_is_not_finished_are_dropped(
+    half_done: Path, finished: Path, engine: Callable, contents: Callable
+) -> None:
+    assert engine("--resume", half_done).code == 0
+    assert contents(half_done) == contents(finished)
+
+
+def test_an_edited_configuration_is_refused(half_done: Path, engine: Callable, contents: Callable) -> None:
+    with open(half_done / "experiment.yaml", "a", encoding="utf-8") as file:
+        file.write("# a note\n")
+    before = contents(half_done)
+    result = engine("--resume", half_done)
+    assert result.code == 2 and result.err.count("\n") == 1
+    assert result.err.startswith(f"error: {half_done / 'experiment.yaml'} was edited")
+    assert contents(half_done) == before
+
+
+@pytest.mark.parametrize(
+    "name, code", [("manifest.json", 1), ("scores.parquet", 1), ("adapters/stage-01/adapter_model.safetensors", 1)]
+)
+def test_a_damaged_file_is_named(half_done: Path, engine: Callable, name: str, code: int) -> None:
+    (half_done / name).write_bytes((half_done / name).read_bytes()[:50])
+    result = engine("--resume", half_done)
+    assert result.code == code and result.err.count("\n") == 1
+    assert result.err.startswith("error: ") and str(half_done / name) in result.err
+
+
+class PoisonOnce(L.Callback):
+    """Puts a NaN into the adapter at one step of one stage, unless ``PoisonOnce.cured``."""
+
+    cured = False
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if not self.cured and trainer.datamodule.name == "colours" and batch_idx == 2:  # type: ignore[attr-defined]
+            with torch.no_grad():
+                next(p for p in pl_module.parameters() if p.requires_grad).fill_(float("nan"))
+
+
+def test_a_nan_loss_drops_its_stage_and_keeps_the_others(
+    finished: Path,
+    tree: Tree,
+    write: Callable,
+    engine: Callable,
+    contents: Callable,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    callbacks: Any = Sequence._callbacks.fget  # type: ignore[attr-defined]
+    poison = PoisonOnce()
+    monkeypatch.setattr(Sequence, "_callbacks", property(lambda self: [*callbacks(self), poison]))
+    result = engine(write(tree), "--out", tmp_path / "run")
+    assert result.code == 1
+    error = result.err.splitlines()[-1]
+    assert error.startswith("error: ") and "'colours'" in error and "step 3" in error and "nan" in error
+    state = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert state["finished_stage"] == 1 and not state["complete"]
+    assert sorted(path.name for path in (tmp_path / "run" / "adapters").iterdir()) == ["stage-00", "stage-01"]
+    poison.cured = True
+    assert engine("--resume", tmp_path / "run").code == 0
+    assert contents(tmp_path / "run") == contents(finished)
+
+
+def test_an_interrupt_ends_with_130_and_can_be_resumed(
+    finished: Path,
+    tree: Tree,
+    write: Callable,
+    engine: Callable,
+    contents: Callable,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupt(self: ContinualModule, batch: Any, batch_idx: int) -> None:
+        raise KeyboardInterrupt
+
+    handler = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        patch.setattr(ContinualModule, "training_step", interrupt)
+        try:
+            result = engine(write(tree), "--out", tmp_path / "run")
+        finally:
+            signal.signal(signal.SIGINT, handler)  # Lightning ignores the signal from then on
+    assert result.code == 130 and "--resume" in result.err.splitlines()[-1]
+    assert engine("--resume", tmp_path / "run").code == 0
+    assert contents(tmp_path / "run") == contents(finished)
