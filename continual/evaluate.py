@@ -36,6 +36,7 @@ class Outcome:
         predictions: Each row's answer as text.
         targets: Each row's true answer (regression: the true value).
         seen_values: Label tasks: 1.0 where the answer is right among all labels seen; None where only own ones count.
+        generated_values: Label tasks: 1.0 where the generated text is the label; None where nothing is generated.
         routes: Of each block, the routing weights of the prompt's tokens, (B, P, M); None without a router.
         prompt_mask: 1 for the prompt's own tokens, 0 for padding, (B, P); None without routes.
     """
@@ -45,6 +46,7 @@ class Outcome:
     predictions: list[str]
     targets: list[Any]
     seen_values: list[float] | None = None
+    generated_values: list[float] | None = None
     routes: list[Tensor] | None = None
     prompt_mask: Tensor | None = None
 
@@ -57,13 +59,15 @@ def score_batch(module: ContinualModule, task: Task, batch: dict[str, Any], max_
         module: The adapted model.
         task: The task that the rows come from; judges the answers.
         batch: From ``StageData.test_dataloader``.
-        max_answer_tokens: Longest free answer, in tokens.
+        max_answer_tokens: Longest generated answer, in tokens; with 0, labels are ranked and not generated too.
     """
     tuner = module.tuner
     recording = tuner.record_routes() if tuner is not None else nullcontext([])
     with recording as passes:
         if task.kind == "labels":
             outcome = _rank_labels(module, task, batch)
+            if max_answer_tokens:
+                outcome.generated_values = _generate(module, task, batch, max_answer_tokens).values
         elif task.kind == "free":
             outcome = _generate(module, task, batch, max_answer_tokens)
         else:

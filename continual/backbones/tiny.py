@@ -29,7 +29,7 @@ class TinyCausalLM(CausalLM):
         num_heads: int = 4,
         num_kv_heads: int = 2,
         dtype: Literal["float32", "bfloat16"] = "float32",
-        attn_implementation: str = "sdpa",
+        attn_implementation: Literal["sdpa", "eager"] = "sdpa",
         prompt_format: Literal["plain", "chat"] = "plain",
     ) -> None:
         """Keeps its arguments. The weights depend on `seed` and the sizes alone."""

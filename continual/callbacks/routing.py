@@ -126,10 +126,10 @@ class _TaskRoutes:
 
     def add(self, routes: list[Tensor], mask_BP: Tensor, rows: Iterable[int]) -> None:
         """Add routes of each block, (B, P, M), over the tokens that ``mask_BP`` marks."""
-        mask = mask_BP.to(torch.float32).unsqueeze(-1)
+        padding = ~mask_BP.bool().unsqueeze(-1)
         weights, entropies = [], []
         for route in routes:
-            route = route.float() * mask
+            route = route.float().masked_fill(padding, 0.0)
             weights.append(route.sum(dim=1))  # (B, M)
             entropies.append(-torch.xlogy(route, route).sum())
         half = torch.tensor([_half_of(row) for row in rows])

@@ -22,7 +22,7 @@ class ScoreRecorder(L.Callback):
         """Begin scoring ``tasks`` (StageData, in loader order); ``keys`` are the columns run, seed and stage."""
         self.keys, self.tasks = keys, tasks
         self.rows, self.answers = [], []
-        self._metrics: list[dict[str, Metric]] = [_metrics_of(data.task) for data in tasks]
+        self._metrics: list[dict[str, Metric]] = [_metrics_of(data) for data in tasks]
         self._counts = [0] * len(tasks)
 
     def on_test_batch_end(
@@ -45,6 +45,8 @@ class ScoreRecorder(L.Callback):
                 metric.update(predicted, torch.tensor(outcome.targets, dtype=torch.float64))
             elif name == "accuracy_seen":
                 metric.update(values if outcome.seen_values is None else torch.tensor(outcome.seen_values))
+            elif name == "exact_match":
+                metric.update(torch.tensor(outcome.generated_values))
             else:
                 metric.update(values)
         name = self.tasks[dataloader_idx].name
@@ -66,7 +68,8 @@ class ScoreRecorder(L.Callback):
         return {row["task"]: row["value"] for row in self.rows if row["metric"] == wanted[row["task"]]}
 
 
-def _metrics_of(task: Any) -> dict[str, Metric]:
+def _metrics_of(data: Any) -> dict[str, Metric]:
+    task = data.task
     if task.kind == "regression":
         return {
             "r2": R2Score().set_dtype(torch.float64),
@@ -75,4 +78,6 @@ def _metrics_of(task: Any) -> dict[str, Metric]:
     metrics: dict[str, Metric] = {task.metric: MeanMetric().set_dtype(torch.float64)}
     if task.kind == "labels":
         metrics["accuracy_seen"] = MeanMetric().set_dtype(torch.float64)
+        if data.generates:
+            metrics["exact_match"] = MeanMetric().set_dtype(torch.float64)
     return metrics

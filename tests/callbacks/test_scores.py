@@ -16,8 +16,8 @@ from continual.records import SCHEMAS
 KEYS = {"run": "r", "seed": 3, "stage": 2}
 
 
-def stage(name: str, kind: str, metric: str) -> Any:
-    return SimpleNamespace(name=name, task=SimpleNamespace(kind=kind, metric=metric))
+def stage(name: str, kind: str, metric: str, generates: bool = False) -> Any:
+    return SimpleNamespace(name=name, task=SimpleNamespace(kind=kind, metric=metric), generates=generates)
 
 
 def recorded(stages: list[Any], outcomes: list[tuple[int, Outcome]]) -> ScoreRecorder:
@@ -72,6 +72,14 @@ def test_label_scores_by_hand() -> None:
     assert recorder.answers[0] == KEYS | {"task": "a", "row": 0, "value": 0.0, "prediction": "x"}
     assert all(set(row) == set(SCHEMAS["scores"].names) for row in recorder.rows)
     assert all(set(row) == set(SCHEMAS["answers"].names) for row in recorder.answers)
+
+
+def test_exact_match_stands_beside_the_accuracy_where_labels_are_generated_too() -> None:
+    outcome = Outcome([0, 1, 2, 3], [1.0, 1.0, 1.0, 0.0], list("abcd"), list("abcx"))
+    outcome.generated_values = [1.0, 0.0, 0.0, 0.0]
+    recorder = recorded([stage("a", "labels", "accuracy", generates=True)], [(0, outcome)])
+    assert values(recorder)["a", "exact_match"] == 0.25
+    assert recorder.headline() == {"a": 0.75}
 
 
 def test_free_scores_are_the_mean_of_what_the_scorer_gave() -> None:
