@@ -35,6 +35,7 @@ class Manifest:
         model: Facts of backbone and adapter.
         environment: Versions, device and threads that produced the numbers.
         stage_seconds: Wall-clock seconds of each finished stage, training and scoring.
+        stored_bytes: Bytes on disk that the strategy keeps for later stages, after each finished stage.
         format: Version of this layout.
     """
 
@@ -48,6 +49,7 @@ class Manifest:
     model: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     stage_seconds: dict[str, float] = field(default_factory=dict)
+    stored_bytes: dict[str, int] = field(default_factory=dict)
     format: int = 1
 
     def commit(self, run_dir: Path) -> None:
