@@ -1,5 +1,20 @@
 """Strategies against forgetting, one class each; a configuration names one under ``model.strategy``."""
 
+from continual.strategies.agem import AGEM
 from continual.strategies.base import Sequential, Strategy
+from continual.strategies.ewc import EWC, OnlineEWC
+from continual.strategies.lwf import LwF
+from continual.strategies.olora import OLoRA
+from continual.strategies.replay import DERPlusPlus, ExperienceReplay
 
-__all__ = ["Sequential", "Strategy"]
+__all__ = [
+    "AGEM",
+    "EWC",
+    "DERPlusPlus",
+    "ExperienceReplay",
+    "LwF",
+    "OLoRA",
+    "OnlineEWC",
+    "Sequential",
+    "Strategy",
+]
