@@ -51,9 +51,8 @@ class MemoryStrategy(Strategy):
         """Raise ConfigError where classes are to be balanced and a task has none."""
         for data in stages:
             if self.memory.class_balanced and data.task.kind != "labels":
-                raise ConfigError(
-                    f"model.strategy: class_balanced needs label tasks, and {data.name} is {data.task.kind}"
-                )
+                kind = data.task.kind
+                raise ConfigError(f"model.strategy: class_balanced needs label tasks, and {data.name!r} is {kind}")
 
     def end_stage(self, module: ContinualModule, data: StageData, stage: int) -> None:
         """Show the memory the stage's training rows."""
