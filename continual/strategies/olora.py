@@ -21,20 +21,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftModel
-from peft.tuners import lora
+from peft import PeftModel
 from torch import Tensor, nn
 
-from continual.errors import ConfigError
 from continual.strategies.base import Strategy, require_at_least
+from continual.strategies.plain_lora import check_plain_lora, lora_layers
 
 if TYPE_CHECKING:
     from continual.module import ContinualModule
     from continual.stage_data import StageData
 
 _ALL, _NEW = "default", "new"  # adapters: all earlier pairs, and the one being trained
-# Fields of a LoraConfig under which a stack of pairs would no longer be the sum of the pairs.
-_PLAIN = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "target_parameters", "lora_bias")
 
 
 class OLoRA(Strategy):
@@ -56,18 +53,7 @@ class OLoRA(Strategy):
 
     def check(self, module: ContinualModule, stages: Sequence[StageData]) -> None:
         """Raise ConfigError for any adapter but plain LoRA on linear layers."""
-        config = module.adapter
-        if type(config) is not LoraConfig:
-            raise ConfigError(f"model.strategy: OLoRA needs the adapter peft.LoraConfig, not {type(config).__name__}")
-        if odd := [name for name in _PLAIN if getattr(config, name, None)] + ["bias"] * (config.bias != "none"):
-            raise ConfigError(f"model.strategy: OLoRA needs plain LoRA: leave {', '.join(odd)} of model.adapter out")
-        if config.init_lora_weights is not True:
-            raise ConfigError("model.strategy: OLoRA needs pairs that start at 0: leave init_lora_weights out")
-        for part in module.modules():
-            if isinstance(part, lora.LoraLayer) and not isinstance(part, lora.Linear):
-                raise ConfigError(
-                    f"model.strategy: OLoRA adapts linear layers alone, not {type(part.base_layer).__name__}"
-                )
+        check_plain_lora(module, "OLoRA")
 
     def begin_stage(self, module: ContinualModule, data: StageData, stage: int) -> None:
         """Freeze the pairs so far and add a new one; the first stage trains the adapter's own."""
@@ -143,4 +129,4 @@ class OLoRA(Strategy):
 
 
 def _layers(module: ContinualModule) -> list[Any]:
-    return [part for part in module.modules() if isinstance(part, lora.Linear)]
+    return list(lora_layers(module).values())
