@@ -70,6 +70,7 @@ class Sequence:
             with _named(data.name):
                 data.prepare(self.module)
         self.module.strategy.check(self.module, self.data)
+        self.module.strategy.prepare(self.module)
         if resumed is None:
             self.manifest = self._new_manifest()
             manifest.create(self.run_dir, experiment.resolved, self.manifest)

@@ -6,10 +6,12 @@ from continual.strategies.ewc import EWC, OnlineEWC
 from continual.strategies.lwf import LwF
 from continual.strategies.olora import OLoRA
 from continual.strategies.replay import DERPlusPlus, ExperienceReplay
+from continual.strategies.seqr import SEQR
 
 __all__ = [
     "AGEM",
     "EWC",
+    "SEQR",
     "DERPlusPlus",
     "ExperienceReplay",
     "LwF",

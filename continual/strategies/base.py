@@ -1,6 +1,7 @@
 """What a strategy against forgetting may do, and when: the hooks of one stage, in the order that they are called.
 
     check           once, before anything is written: refuse what the method cannot serve
+    prepare         once: freeze what the method never trains
     load            on resuming: take up what ``save`` left after the last finished stage
     begin_stage     the stage's seed is set, the model is on the CPU, the optimizer does not exist yet
     mix             the rows and batches to train on
@@ -56,6 +57,9 @@ class Strategy(L.Callback):
 
     def check(self, module: ContinualModule, stages: Sequence[StageData]) -> None:
         """Raise ConfigError where the method cannot serve the adapter, the backbone or a task."""
+
+    def prepare(self, module: ContinualModule) -> None:
+        """Freeze what the method never trains."""
 
     def begin_stage(self, module: ContinualModule, data: StageData, stage: int) -> None:
         """Get ready for stage number ``stage`` (from 1) on ``data``."""

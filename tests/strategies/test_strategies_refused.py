@@ -32,6 +32,7 @@ from continual.strategies import Sequential
         ("OnlineEWC", {"decay": 1.5}, "model.strategy.decay must lie in"),
         ("LwF", {"temperature": 0.0}, "model.strategy.temperature must be above 0"),
         ("LwF", {"weight": -2.0}, "model.strategy.weight must be at least 0"),
+        ("SEQR", {"calibration_rows": 0}, "calibration_rows must be at least 1"),
         ("OLoRA", {"weight": -0.5}, "model.strategy.weight must be at least 0"),
         ("ExperienceReplay", {"sise": 3}, "did you mean size"),
         ("ExperienceReplai", {}, "did you mean ExperienceReplay"),
@@ -47,6 +48,7 @@ def test_bad_argument(strategy: str, arguments: dict[str, Any], message: str, co
     ("strategy", "adapter", "overrides", "message"),
     [
         ("OLoRA", "queryable", [], "OLoRA needs the adapter peft.LoraConfig, not QueryableLoraConfig"),
+        ("SEQR", "queryable", [], "SEQR needs the adapter peft.LoraConfig, not QueryableLoraConfig"),
         ("OLoRA", "lora", ["model.adapter.init_args.use_dora=true"], "leave use_dora of model.adapter out"),
         ("OLoRA", "lora", ["model.adapter.init_args.bias=all"], "leave bias of model.adapter out"),
         ("OLoRA", "lora", ["model.adapter.init_args.target_modules=[embed_tokens]"], "linear layers alone"),

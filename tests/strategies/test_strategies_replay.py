@@ -33,7 +33,7 @@ def test_reservoir_keeps_every_row_with_the_same_probability() -> None:
         kept.update(item.row.prompt_ids[0] for item in memory.items)
     expected = 2000 * 5 / 20
     chi_square = sum((kept[row] - expected) ** 2 / expected for row in range(20))
-    # A row is kept or not: its count varies by 1 - 5/20 of its mean. 43.8 is the 0.999 quantile at 19 degrees of freedom.
+    # A row is kept or not: its count's variance is 1 - 5/20 of its mean. 43.8: 0.999 quantile, 19 degrees of freedom.
     assert chi_square / (1 - 5 / 20) < 43.8
 
 
