@@ -57,7 +57,7 @@ class AGEM(MemoryStrategy):
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Project the gradients, before they are clipped."""
+        """Project the gradients: after their norms are recorded, before they are clipped."""
         if not self.stage or not self.memory.items:
             return
         module: ContinualModule = pl_module  # type: ignore[assignment]

@@ -14,6 +14,7 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import pyarrow as pa
@@ -47,7 +48,7 @@ class Kept:
         numbers = {name: row.source[name] for name in ("x", "y") if name in row.source}
         return cls(Row(numbers, row.instruction, row.prompt_ids, row.answer_ids), stage)
 
-    @property
+    @cached_property
     def label(self) -> str:
         """The class: the stage and its answer's token ids."""
         return f"{self.stage}:{' '.join(map(str, self.row.answer_ids))}"

@@ -11,6 +11,7 @@ import pytest
 
 from continual import experiment, manifest
 from continual.files import size_bytes
+from continual.module import ContinualModule
 from continual.sequence import Sequence
 
 STRATEGIES: dict[str, dict[str, Any]] = {
@@ -32,9 +33,39 @@ class Killed(RuntimeError):
     """Stands for the end of the process."""
 
 
-@pytest.mark.parametrize(("strategy", "adapter"), [case for case in CASES if case not in LORA_ONLY])
+def _kill(patch: pytest.MonkeyPatch, moment: str) -> None:
+    """Let the third stage end before its second step, its scores or its commit."""
+    owner, name = {
+        "train": (ContinualModule, "training_step"),
+        "score": (Sequence, "_score"),
+        "commit": (manifest.Manifest, "commit"),
+    }[moment]
+    original = getattr(owner, name)
+
+    def die(self: Any, *arguments: Any) -> Any:
+        if moment == "train":
+            last = self.strategy.stage == 3 and self.trainer.global_step == 1
+        else:
+            last = arguments[0] == 3 if moment == "score" else self.finished_stage == 3
+        if last:
+            raise Killed
+        return original(self, *arguments)
+
+    patch.setattr(owner, name, die)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "adapter", "moment"),
+    [(*case, "score") for case in CASES if case not in LORA_ONLY]
+    + [(name, "lora", moment) for name in ("DERPlusPlus", "OLoRA") for moment in ("train", "commit")],
+)
 def test_killed_run_goes_on_to_the_same_scores(
-    strategy: str, adapter: str, configure: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    strategy: str,
+    adapter: str,
+    moment: str,
+    configure: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     text = configure(strategy, adapter, num_stages=3, rows=4, **STRATEGIES[strategy])
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -44,15 +75,8 @@ def test_killed_run_goes_on_to_the_same_scores(
 
     killed = Sequence(experiment.parse(text, "strategy"), cut)
     killed.prepare()
-    score = Sequence._score
     with monkeypatch.context() as patch:
-
-        def die(self: Sequence, index: int, trainer: Any) -> None:
-            if index == 3:
-                raise Killed
-            score(self, index, trainer)
-
-        patch.setattr(Sequence, "_score", die)
+        _kill(patch, moment)
         with pytest.raises(Killed):
             killed.run()
     state, resolved = manifest.read(cut)
