@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import platform
-import shutil
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from continual.errors import ConfigError, RunError
+from continual.files import whole_folder
 
 CONFIG_NAME = "experiment.yaml"
 MANIFEST_NAME = "manifest.json"
@@ -36,6 +36,7 @@ class Manifest:
         model: Facts of backbone and adapter.
         environment: Versions, device and threads that produced the numbers.
         stage_seconds: Wall-clock seconds of each finished stage, training and scoring.
+        stored_bytes: Bytes on disk that the strategy keeps for later stages, after each finished stage.
         format: Version of this layout.
     """
 
@@ -49,6 +50,7 @@ class Manifest:
     model: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     stage_seconds: dict[str, float] = field(default_factory=dict)
+    stored_bytes: dict[str, int] = field(default_factory=dict)
     format: int = 1
 
     def commit(self, run_dir: Path) -> None:
@@ -63,12 +65,9 @@ class Manifest:
 
 def create(run_dir: Path, config_text: str, manifest: Manifest) -> None:
     """Make a new run directory with its configuration and first manifest, whole or not at all."""
-    temporary = run_dir.with_name(f".{run_dir.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    (temporary / CONFIG_NAME).write_text(config_text, encoding="utf-8")
-    manifest.commit(temporary)
-    os.replace(temporary, run_dir)  # run_dir is not there or empty: check_new saw to it
+    with whole_folder(run_dir) as temporary:
+        (temporary / CONFIG_NAME).write_text(config_text, encoding="utf-8")
+        manifest.commit(temporary)
 
 
 def check_new(run_dir: Path) -> None:

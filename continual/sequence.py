@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -67,6 +68,8 @@ class Sequence:
         for data in self.data:
             with _named(data.name):
                 data.prepare(self.module)
+        self.module.strategy.check(self.module, self.data)
+        self.module.strategy.prepare(self.module)
         if resumed is None:
             self.manifest = self._new_manifest()
             manifest.create(self.run_dir, experiment.resolved, self.manifest)
@@ -85,9 +88,12 @@ class Sequence:
             self._score(index, trainer)
             self._write(index)
             self.manifest.stage_seconds[str(index)] = round(time.monotonic() - started, 1)
+            self.manifest.stored_bytes[str(index)] = self.module.strategy.stored_bytes()
             self.manifest.finished_stage = index
             self.manifest.complete = index == len(self.data)
             self.manifest.commit(self.run_dir)
+            # Only now: until the commit, resuming would start from what the stage before left.
+            shutil.rmtree(self._strategy_folder(index - 1), ignore_errors=True)
             table.show(self._title(index), self.scores.headline())
 
     # -- one stage ----------------------------------------------------------------------------------------------------
@@ -98,7 +104,9 @@ class Sequence:
         L.seed_everything(self._seed(index), workers=True, verbose=False)
         self.gradients.start(self._keys(index) | {"task": stage.name})
         self.progress.title = f"stage {index}/{len(self.data)} {stage.name}"
-        trainer = self.experiment.make_trainer(stage, self.run_dir, [*self._callbacks, self.gradients])
+        self.module.strategy.start(self.module, data, index)
+        callbacks = [*self._callbacks, self.gradients, self.module.strategy]
+        trainer = self.experiment.make_trainer(stage, self.run_dir, callbacks)
         trainer.fit(self.module, datamodule=data)
         if trainer.global_step == 0:
             raise RunError(f"stage {stage.name!r} trained no step: the trainer's limits leave none")
@@ -125,12 +133,17 @@ class Sequence:
         folder = self.run_dir / "adapters" / f"stage-{index:02d}"
         folder.parent.mkdir(exist_ok=True)
         self.module.save_adapter(folder)
+        if index:
+            self.module.strategy.save(self._strategy_folder(index))
 
     # -- what stands around it ----------------------------------------------------------------------------------------
 
     @property
     def _callbacks(self) -> list[L.Callback]:
         return [self.scores, self.routes, self.progress]
+
+    def _strategy_folder(self, index: int) -> Path:
+        return self.run_dir / "strategy" / f"stage-{index:02d}"
 
     def _seed(self, index: int) -> int:
         return (self.experiment.seed * 1009 + index) % 2**32
@@ -143,7 +156,7 @@ class Sequence:
 
     def _new_manifest(self) -> Manifest:
         experiment, module = self.experiment, self.module
-        adapter = module.adapter
+        adapter, strategy = module.adapter, module.strategy
         trainer = experiment.make_trainer(None, self.run_dir, [])
         return Manifest(
             run=experiment.name,
@@ -154,6 +167,8 @@ class Sequence:
             model={
                 "backbone": module.backbone.name,
                 "adapter": f"{type(adapter).__module__}.{type(adapter).__qualname__}",
+                "strategy": type(strategy).__name__,
+                "keeps_training_rows": strategy.needs_rows,
                 **module.parameter_counts(),
                 **{name: getattr(adapter, name, None) for name in ("num_atoms", "num_blocks", "top_k", "prior_weight")},
             },
@@ -164,6 +179,8 @@ class Sequence:
         """Drop what an interrupted stage left behind and load the last finished adapter and usages."""
         finished = self.manifest.finished_stage
         records.truncate(self.run_dir, finished)
+        if finished >= 1:
+            self.module.strategy.load(self.module, self._strategy_folder(finished))
         if finished >= 0:
             self.module.load_adapter(self.run_dir / "adapters" / f"stage-{finished:02d}")
             self.routes.restore(records.read(self.run_dir, "routing"))

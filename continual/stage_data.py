@@ -315,11 +315,13 @@ class StageData(L.LightningDataModule):
         return {**self.task.description(), "cut_rows": cut, "trained_rows": len(self.train_rows)}
 
     def train_dataloader(self) -> DataLoader:
-        """Return shuffled batches of rows of like length."""
+        """Return shuffled batches of rows of like length, with what the module's strategy mixes in."""
         rows = self.train_rows
+        batches = LengthBatches([row.length for row in rows], self.batch_size, self.seed)
+        rows, batches = self._module.strategy.mix(rows, batches)
         return DataLoader(
             rows,  # type: ignore[arg-type]
-            batch_sampler=LengthBatches([row.length for row in rows], self.batch_size, self.seed),
+            batch_sampler=batches,
             collate_fn=self._collator(answers=True),
             num_workers=self.num_workers,
         )
@@ -333,6 +335,10 @@ class StageData(L.LightningDataModule):
     def test_dataloader(self) -> DataLoader:
         """Return the task's test rows, to be scored."""
         return self._scoring_loader(self._encoded["test"].rows)
+
+    def collate(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """Return rows, of any stage, as one training batch."""
+        return self._collator(answers=True)(rows)
 
     def _scoring_loader(self, rows: list[Row]) -> DataLoader:
         candidates, extra = None, 0

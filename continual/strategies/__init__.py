@@ -1,0 +1,22 @@
+"""Strategies against forgetting, one class each; a configuration names one under ``model.strategy``."""
+
+from continual.strategies.agem import AGEM
+from continual.strategies.base import Sequential, Strategy
+from continual.strategies.ewc import EWC, OnlineEWC
+from continual.strategies.lwf import LwF
+from continual.strategies.olora import OLoRA
+from continual.strategies.replay import DERPlusPlus, ExperienceReplay
+from continual.strategies.seqr import SEQR
+
+__all__ = [
+    "AGEM",
+    "EWC",
+    "SEQR",
+    "DERPlusPlus",
+    "ExperienceReplay",
+    "LwF",
+    "OLoRA",
+    "OnlineEWC",
+    "Sequential",
+    "Strategy",
+]

@@ -1,0 +1,187 @@
+"""What a strategy against forgetting may do, and when: the hooks of one stage, in the order that they are called.
+
+    check           once, before anything is written: refuse what the method cannot serve
+    prepare         once: freeze what the method never trains
+    load            on resuming: take up what ``save`` left after the last finished stage
+    begin_stage     the stage's seed is set, the model is on the CPU, the optimizer does not exist yet
+    mix             the rows and batches to train on
+    penalty         each step: what is added to the loss
+    on_before_optimizer_step   each step (Lightning's own hook): the gradients may be changed
+    end_stage       the stage is trained, the model is still on its device
+    save            the stage is scored; what is written here is all that the next stage may know of this one
+
+Everything random is drawn from the stage's own seed (``data.seed``), so that no random state has to be kept.
+
+Shapes: B rows, L label columns (the first answer's column and all after it), V vocabulary, P trainable parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import lightning as L
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+
+from continual.errors import RunError
+from continual.files import size_bytes, whole_folder
+
+if TYPE_CHECKING:
+    from continual.module import ContinualModule
+    from continual.stage_data import Row, StageData
+
+
+class Strategy(L.Callback):
+    """What keeps earlier tasks while one adapter learns the next. By itself it does nothing.
+
+    A constructor keeps its arguments and raises ValueError for those out of range.
+
+    Attributes:
+        needs_rows: Whether training rows of earlier stages are kept.
+        data: The rows of the stage under way.
+        stage: Number of the stage under way, from 1; 0 outside of a sequence (one stage by hand has no past).
+    """
+
+    needs_rows: ClassVar[bool] = False
+    data: StageData
+    stage: int = 0
+    _stored_bytes: int = 0
+
+    # -- what a method fills in ---------------------------------------------------------------------------------------
+
+    def check(self, module: ContinualModule, stages: Sequence[StageData]) -> None:
+        """Raise ConfigError where the method cannot serve the adapter, the backbone or a task."""
+
+    def prepare(self, module: ContinualModule) -> None:
+        """Freeze what the method never trains."""
+
+    def begin_stage(self, module: ContinualModule, data: StageData, stage: int) -> None:
+        """Get ready for stage number ``stage`` (from 1) on ``data``."""
+
+    def mix(self, rows: list[Row], batches: Sampler[list[int]]) -> tuple[list[Row], Sampler[list[int]]]:
+        """Return the rows to train on and the batches of their indices."""
+        return rows, batches
+
+    def penalty(self, module: ContinualModule, batch: dict[str, Any], outputs: Tensor) -> Tensor | None:
+        """Return what to add to a batch's loss; None for nothing.
+
+        Args:
+            module: The adapted model, in training.
+            batch: The training batch.
+            outputs: What ``module.outputs`` gave for it: logits (B, L, V), or predictions (B,) of a regressor.
+        """
+        return None
+
+    def end_stage(self, module: ContinualModule, data: StageData, stage: int) -> None:
+        """Keep what later stages need of this one."""
+
+    def write(self, folder: Path) -> None:
+        """Write into the empty ``folder`` what is kept between stages."""
+
+    def read(self, module: ContinualModule, folder: Path) -> None:
+        """Take up what ``write`` wrote."""
+
+    def stored_bytes(self) -> int:
+        """Return the bytes on disk that the method keeps for later stages, beyond one adapter; 0 before any stage."""
+        return self._stored_bytes
+
+    # -- what the engine calls ----------------------------------------------------------------------------------------
+
+    def start(self, module: ContinualModule, data: StageData, stage: int) -> None:
+        """Begin a stage."""
+        self.data, self.stage = data, stage
+        self.begin_stage(module, data, stage)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """End the stage; the recorders, called before, have refused a loss that is not finite."""
+        if self.stage:
+            with forward_context(pl_module):
+                self.end_stage(pl_module, self.data, self.stage)  # type: ignore[arg-type]
+
+    def save(self, folder: Path) -> None:
+        """Write what is kept between stages, whole or not at all; no folder for a method that keeps nothing."""
+        if type(self).write is not Strategy.write:
+            with whole_folder(folder) as temporary:
+                self.write(temporary)
+            self._stored_bytes = size_bytes(folder)
+
+    def load(self, module: ContinualModule, folder: Path) -> None:
+        """Take up what ``save`` wrote.
+
+        Raises:
+            RunError: A file is missing or damaged.
+        """
+        try:
+            self.read(module, folder)
+        except RunError:
+            raise
+        except Exception as error:  # parquet, safetensors and JSON each have errors of their own
+            raise RunError(f"cannot read what the strategy kept in {folder}: {' '.join(str(error).split())}") from error
+        self._stored_bytes = size_bytes(folder)
+
+    # -- what methods share -------------------------------------------------------------------------------------------
+
+    def collate(self, module: ContinualModule, rows: Sequence[Row]) -> dict[str, Any]:
+        """Return rows of any stage as a training batch on the module's device."""
+        return move_data_to_device(self.data.collate(rows), module.device)
+
+
+class Sequential(Strategy):
+    """Plain fine-tuning, stage after stage: nothing is kept and nothing is added. The lower baseline."""
+
+
+def trainable(module: ContinualModule) -> list[nn.Parameter]:
+    """Return the trainable parameters, in the order that the model registers them."""
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def flat(tensors: Sequence[Tensor]) -> Tensor:
+    """Return tensors as one float32 vector, (P,)."""
+    return torch.cat([tensor.flatten().float() for tensor in tensors])
+
+
+def flat_gradient(loss: Tensor, parameters: Sequence[nn.Parameter], retain_graph: bool = False) -> Tensor:
+    """Return the gradient of ``loss`` as one vector, (P,); ``.grad`` stays as it is."""
+    gradients = torch.autograd.grad(loss, parameters, retain_graph=retain_graph, allow_unused=True)
+    return flat([torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)])
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Switch dropout off inside the ``with``."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+def forward_context(module: L.LightningModule) -> Any:
+    """Return the context that training steps run in (mixed precision, say), for passes outside of one."""
+    trainer = getattr(module, "_trainer", None)
+    return nullcontext() if trainer is None else trainer.precision_plugin.forward_context()
+
+
+def save_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Write named tensors into ``folder``."""
+    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, folder / "tensors.safetensors")
+
+
+def load_tensors(folder: Path) -> dict[str, Tensor]:
+    """Read what ``save_tensors`` wrote."""
+    return load_file(folder / "tensors.safetensors")
+
+
+def require_at_least(least: float, **values: float) -> None:
+    """Raise ValueError for the first value below ``least``."""
+    for name, value in values.items():
+        if not value >= least:
+            raise ValueError(f"model.strategy.{name} must be at least {least:g}, got {value:g}")

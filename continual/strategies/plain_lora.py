@@ -1,0 +1,37 @@
+"""What strategies that take plain LoRA apart have in common."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from peft import LoraConfig
+from peft.tuners import lora
+
+from continual.errors import ConfigError
+
+if TYPE_CHECKING:
+    from continual.module import ContinualModule
+
+# Fields of a LoraConfig under which an update is more than (lora_alpha / r) B A of the same rank everywhere.
+_PLAIN = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "target_parameters", "lora_bias")
+
+
+def check_plain_lora(module: ContinualModule, method: str) -> None:
+    """Raise ConfigError for any adapter but plain LoRA on linear layers."""
+    config = module.adapter
+    if type(config) is not LoraConfig:
+        raise ConfigError(f"model.strategy: {method} needs the adapter peft.LoraConfig, not {type(config).__name__}")
+    if odd := [name for name in _PLAIN if getattr(config, name, None)] + ["bias"] * (config.bias != "none"):
+        raise ConfigError(f"model.strategy: {method} needs plain LoRA: leave {', '.join(odd)} of model.adapter out")
+    if config.init_lora_weights is not True:
+        raise ConfigError(f"model.strategy: {method} needs updates that start at 0: leave init_lora_weights out")
+    for part in module.modules():
+        if isinstance(part, lora.LoraLayer) and not isinstance(part, lora.Linear):
+            raise ConfigError(
+                f"model.strategy: {method} adapts linear layers alone, not {type(part.base_layer).__name__}"
+            )
+
+
+def lora_layers(module: ContinualModule) -> dict[str, Any]:
+    """Return the adapted layers by name, in the order that the model registers them."""
+    return {name: part for name, part in module.named_modules() if isinstance(part, lora.Linear)}

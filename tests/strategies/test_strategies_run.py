@@ -1,0 +1,99 @@
+"""Every strategy end to end: it trains a sequence, and a run that is killed goes on to the same scores to the byte."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from continual import experiment, manifest
+from continual.files import size_bytes
+from continual.module import ContinualModule
+from continual.sequence import Sequence
+
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "Sequential": {},
+    "ExperienceReplay": {"size": 4},
+    "DERPlusPlus": {"size": 4, "memory_batch_size": 2},
+    "AGEM": {"size": 4, "memory_batch_size": 2},
+    "EWC": {"weight": 10.0, "fisher_rows": 3},
+    "OnlineEWC": {"weight": 10.0, "fisher_rows": 3},
+    "LwF": {},
+    "OLoRA": {},
+    "SEQR": {"calibration_rows": 3},
+}
+CASES = [(name, adapter) for name in STRATEGIES for adapter in ("lora", "queryable", "regressor")]
+LORA_ONLY = [("OLoRA", "queryable"), ("SEQR", "queryable")]
+
+
+class Killed(RuntimeError):
+    """Stands for the end of the process."""
+
+
+def _kill(patch: pytest.MonkeyPatch, moment: str) -> None:
+    """Let the third stage end before its second step, its scores or its commit."""
+    owner, name = {
+        "train": (ContinualModule, "training_step"),
+        "score": (Sequence, "_score"),
+        "commit": (manifest.Manifest, "commit"),
+    }[moment]
+    original = getattr(owner, name)
+
+    def die(self: Any, *arguments: Any) -> Any:
+        if moment == "train":
+            last = self.strategy.stage == 3 and self.trainer.global_step == 1
+        else:
+            last = arguments[0] == 3 if moment == "score" else self.finished_stage == 3
+        if last:
+            raise Killed
+        return original(self, *arguments)
+
+    patch.setattr(owner, name, die)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "adapter", "moment"),
+    [(*case, "score") for case in CASES if case not in LORA_ONLY]
+    + [(name, "lora", moment) for name in ("DERPlusPlus", "OLoRA") for moment in ("train", "commit")],
+)
+def test_killed_run_goes_on_to_the_same_scores(
+    strategy: str,
+    adapter: str,
+    moment: str,
+    configure: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    text = configure(strategy, adapter, num_stages=3, rows=4, **STRATEGIES[strategy])
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run = Sequence(experiment.parse(text, "strategy"), whole)
+    run.prepare()
+    run.run()
+
+    killed = Sequence(experiment.parse(text, "strategy"), cut)
+    killed.prepare()
+    with monkeypatch.context() as patch:
+        _kill(patch, moment)
+        with pytest.raises(Killed):
+            killed.run()
+    state, resolved = manifest.read(cut)
+    assert state.finished_stage == 2
+    resumed = Sequence(experiment.parse(resolved, "strategy"), cut)
+    resumed.prepare(state)
+    resumed.run()
+
+    for table in ("scores", "answers", "gradients"):
+        assert (whole / f"{table}.parquet").read_bytes() == (cut / f"{table}.parquet").read_bytes(), table
+    last = "adapters/stage-03/adapter_model.safetensors"
+    assert (whole / last).read_bytes() == (cut / last).read_bytes()
+    facts = json.loads((cut / "manifest.json").read_text())
+    assert facts["model"]["strategy"] == strategy
+    kept = size_bytes(whole / "strategy")
+    if strategy == "OLoRA":
+        kept += run.module.strategy._pair_bytes  # type: ignore[attr-defined]
+        assert 0 < (whole / last).stat().st_size - run.module.strategy._pair_bytes < 4096  # type: ignore[attr-defined]
+    assert facts["stored_bytes"]["3"] == kept
+    assert [path.name for path in (whole / "strategy").glob("*")] in ([], ["stage-03"])
