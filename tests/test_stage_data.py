@@ -104,7 +104,7 @@ def test_the_loss_of_a_batch_is_that_of_its_rows_alone() -> None:
         log_p = logits[len(row.prompt_ids) - 1 : -1].log_softmax(dim=-1)
         total -= log_p[range(len(row.answer_ids)), row.answer_ids].sum().item()
         num_tokens += len(row.answer_ids)
-    assert module.loss(batch).item() == pytest.approx(total / num_tokens, rel=1e-5)
+    assert module.loss(batch, module.outputs(batch)).item() == pytest.approx(total / num_tokens, rel=1e-5)
 
 
 def test_prompts_are_padded_left_with_positions_from_zero() -> None:

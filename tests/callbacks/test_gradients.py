@@ -44,7 +44,7 @@ def by_hand(module: Any, batch: dict[str, Any]) -> dict[str, tuple[float, int]]:
     """Return layer -> (norm, tensors) of one batch's gradients, from a copy of the module."""
     module = copy.deepcopy(module)
     module.train()
-    module.loss(batch).backward()
+    module.loss(batch, module.outputs(batch)).backward()
     squares, counts = defaultdict(float), defaultdict(int)
     for name, parameter in module.model.named_parameters():
         if parameter.requires_grad:
@@ -122,7 +122,7 @@ def test_the_loss_is_the_one_that_was_computed(make_module, make_data, make_trai
     module = make_module()
     data = make_data(module, num_rows=4, batch_size=4)
     (batch,) = data.train_dataloader()
-    expected = module.train().loss(batch).item()
+    expected = module.train().loss(batch, module.outputs(batch)).item()
     recorder = GradientRecorder()
     recorder.start(KEYS)
     make_trainer(recorder, max_epochs=1).fit(module, datamodule=data)
@@ -134,7 +134,7 @@ def test_a_step_of_several_batches_has_one_loss_their_mean(make_module, make_dat
     data = make_data(module, num_rows=12, batch_size=2)
     losses: list[float] = []
     loss = module.loss
-    module.loss = lambda batch: (losses.append(loss(batch).item()), loss(batch))[1]
+    module.loss = lambda *given: (losses.append(loss(*given).item()), loss(*given))[1]
     recorder = GradientRecorder()
     recorder.start(KEYS)
     make_trainer(recorder, max_epochs=1, accumulate_grad_batches=3).fit(module, datamodule=data)
@@ -148,7 +148,7 @@ def test_a_loss_that_is_no_number_names_stage_and_step(bad: float, make_module, 
     module = make_module()
     data = make_data(module, num_rows=12, batch_size=2)
     loss, calls = module.loss, []
-    module.loss = lambda batch: (calls.append(1), loss(batch) * (bad if len(calls) == 3 else 1))[1]
+    module.loss = lambda *given: (calls.append(1), loss(*given) * (bad if len(calls) == 3 else 1))[1]
     recorder = GradientRecorder()
     recorder.start(KEYS)
     with pytest.raises(RunError, match=rf"^stage 'one', step 3: the loss is {bad}; the stage is dropped$"):

@@ -121,7 +121,7 @@ def test_an_error_closes_the_bar(bars: list[Bar], make_module, make_data, make_t
     module = make_module()
     data = make_data(module, num_rows=4, batch_size=2)
 
-    def broken(batch: Any) -> Any:
+    def broken(*given: Any) -> Any:
         raise RuntimeError("broken")
 
     module.loss = broken
