@@ -10,7 +10,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench clean
+.PHONY: help setup demo test clean
 
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' Makefile
@@ -35,9 +35,6 @@ test: $(INSTALLED)  ## lint, check types and run the whole test suite
 	@$(PY) -m pyright
 	@echo "==> Running the tests"
 	@$(PY) -m pytest
-
-bench: $(INSTALLED)  ## run the measurements in benchmarks/
-	@for script in benchmarks/*.py; do echo "==> $$script"; $(PY) "$$script" || exit 1; done
 
 clean:  ## remove .venv and caches (runs/ stays)
 	@echo "==> Removing .venv and caches"

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from continual.adapters import QueryableLoraModel
-from continual.stage_data import Candidates
+from continual.batches import Candidates
 from tasks import Task
 
 if TYPE_CHECKING:

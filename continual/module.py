@@ -20,11 +20,11 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from continual.adapters import QueryableLoraConfig, QueryableLoraModel
 from continual.backbones import Backbone, CausalLM, SentenceEncoder
+from continual.batches import IGNORED
 from continual.errors import ConfigError, RunError
 from continual.evaluate import Outcome, is_routed, score_batch
 from continual.files import whole_folder
 from continual.instructions import GENERAL_INSTRUCTIONS
-from continual.stage_data import IGNORED
 from continual.strategies import Sequential, Strategy
 
 _PLAIN = lazy_instance(Sequential)  # a default that a resolved configuration can name

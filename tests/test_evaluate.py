@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from continual import evaluate
 from continual.adapters import QueryableLoraConfig
 from continual.backbones import MLPRegressor, TinyCausalLM
+from continual.batches import Candidates, Collator, Row
 from continual.evaluate import Outcome, is_routed, label_log_likelihoods, score_batch
 from continual.module import ContinualModule
-from continual.stage_data import Candidates, Collator, Row, StageData
+from continual.stage_data import StageData
 from tasks import Task
 from tasks.base import Split, text_rows
 

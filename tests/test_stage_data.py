@@ -16,9 +16,11 @@ from peft import LoraConfig
 
 from continual.adapters import QueryableLoraConfig
 from continual.backbones import MLPRegressor, TinyCausalLM
+from continual.batches import IGNORED, Candidates, EncodedTask, LengthBatches, token_batches
 from continual.errors import ConfigError
 from continual.module import ContinualModule
-from continual.stage_data import IGNORED, Candidates, EncodedTask, LengthBatches, StageData, token_batches
+from continual.stage_data import StageData
+from continual.strategies import Sequential
 from tasks import Task
 from tasks.base import Split, text_rows
 
@@ -54,7 +56,9 @@ class MemoryTask(Task):
 
 def stub(backbone: Any = BACKBONE, uses_instructions: bool = False) -> Any:
     """Return what StageData asks of a module."""
-    return SimpleNamespace(backbone=backbone, uses_instructions=uses_instructions, instruction_encoder=None)
+    return SimpleNamespace(
+        backbone=backbone, uses_instructions=uses_instructions, instruction_encoder=None, strategy=Sequential()
+    )
 
 
 def prepared(task: Task, module: Any = None, **arguments: Any) -> StageData:

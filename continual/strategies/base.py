@@ -33,8 +33,9 @@ from continual.errors import RunError
 from continual.files import size_bytes, whole_folder
 
 if TYPE_CHECKING:
+    from continual.batches import Row
     from continual.module import ContinualModule
-    from continual.stage_data import Row, StageData
+    from continual.stage_data import StageData
 
 
 class Strategy(L.Callback):

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from continual.stage_data import IGNORED
+from continual.batches import IGNORED
 from continual.strategies.base import Strategy, evaluating, require_at_least
 
 if TYPE_CHECKING:

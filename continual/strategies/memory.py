@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from torch.utils.data import Sampler
 
-from continual.stage_data import Row
+from continual.batches import Row
 
 _SCHEMA = pa.schema(
     [

@@ -26,8 +26,9 @@ from continual.strategies.base import Strategy, evaluating, load_tensors, requir
 from continual.strategies.memory import Kept, MixedBatches, RowMemory
 
 if TYPE_CHECKING:
+    from continual.batches import Row
     from continual.module import ContinualModule
-    from continual.stage_data import Row, StageData
+    from continual.stage_data import StageData
 
 
 class MemoryStrategy(Strategy):

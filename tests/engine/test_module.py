@@ -14,9 +14,10 @@ from torch import Tensor
 
 from continual.adapters import QueryableLoraConfig
 from continual.backbones import MLPRegressor, TinyCausalLM
+from continual.batches import Collator, Row
 from continual.errors import ConfigError, RunError
 from continual.module import ContinualModule
-from continual.stage_data import Collator, Row, StageData
+from continual.stage_data import StageData
 from tasks import RegressionTask, TextTask
 
 ROWS = [

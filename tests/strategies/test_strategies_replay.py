@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from continual.batches import LengthBatches, Row
 from continual.files import size_bytes
-from continual.stage_data import LengthBatches, Row
 from continual.strategies import DERPlusPlus, ExperienceReplay
 from continual.strategies.base import Strategy, evaluating
 from continual.strategies.memory import RowMemory

@@ -1,0 +1,234 @@
+"""Rows as a model takes them: tokenised once, put into batches of like length, and padded.
+
+Training rows are padded on the right and need no attention mask; their labels cover the columns from the first answer
+of the batch on, so that the head of the language model runs on those alone. Prompts to be scored are padded on the
+left, so that the last column predicts the first token of any answer.
+
+Shapes: B rows of a batch, P prompt columns, S prompt and answer columns, L candidate tokens of all labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from continual.backbones import Backbone, CausalLM
+from continual.errors import ConfigError
+from tasks import Task
+from tasks.base import Split
+
+IGNORED = -100  # the label that cross-entropy passes over
+
+
+@dataclass
+class Row:
+    """One encoded row: a prompt and its answer as token ids (text), or inputs and a value (regression)."""
+
+    source: dict[str, Any]
+    instruction: str
+    prompt_ids: list[int] = field(default_factory=list)
+    answer_ids: list[int] = field(default_factory=list)
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and answer."""
+        return len(self.prompt_ids) + len(self.answer_ids)
+
+
+class EncodedTask:
+    """One split of a task, encoded for a backbone.
+
+    Attributes:
+        rows: The encoded rows, in the task's order.
+        cut_rows: Rows whose context was cut to fit ``max_tokens``.
+        cut_tokens: Context tokens that were cut in all.
+
+    Raises:
+        ConfigError: The task and the backbone do not fit, or a row does not fit without cutting its question.
+    """
+
+    def __init__(self, task: Task, backbone: Backbone, split: Split, max_tokens: int) -> None:
+        wanted = "regressor" if task.kind == "regression" else "causal_lm"
+        if backbone.kind != wanted:
+            raise ConfigError(f"a {task.kind} task needs a {wanted} backbone, not {type(backbone).__name__}")
+        self.task = task
+        self.backbone: Any = backbone  # what text needs, CausalLM alone has
+        self.cut_rows = self.cut_tokens = 0
+        if task.kind != "regression":
+            # The same room for every row: a prompt cut to fit its own answer would tell how long that answer is.
+            answers = task.labels or set(task.rows("train")["answer"][:])
+            max_tokens -= max(len(self.backbone.encode_answer(text)) for text in answers)
+        self.rows = [self._encode(cast(dict[str, Any], source), max_tokens) for source in task.rows(split)]
+
+    def _encode(self, source: dict[str, Any], max_prompt_tokens: int) -> Row:
+        if self.task.kind == "regression":
+            return Row(source, self.task.instruction)
+        prompt, cut = self.backbone.encode_prompt(
+            self.task.instruction, source["context"], source["question"], max_prompt_tokens
+        )
+        self.cut_rows += cut > 0
+        self.cut_tokens += cut
+        return Row(source, self.task.instruction, prompt, self.backbone.encode_answer(source["answer"]))
+
+
+@dataclass  # not frozen: Lightning moves its tensors to the device
+class Candidates:
+    """The labels that a row's prompt is scored against, flattened so that one pass scores them all.
+
+    Attributes:
+        names: Label texts; the first ``num_own`` are the task's own, the rest were seen in other stages.
+        num_own: How many are the task's own.
+        ids_L: Token ids of all labels, end marks included, one label after the other.
+        segment_L: Which label a token belongs to.
+        offset_L: Place of a token within its label.
+    """
+
+    names: tuple[str, ...]
+    num_own: int
+    ids_L: Tensor
+    segment_L: Tensor
+    offset_L: Tensor
+
+    @classmethod
+    def of(cls, backbone: CausalLM, own: Sequence[str], others: Sequence[str] = ()) -> Candidates:
+        """Encode the labels ``own`` and those of ``others`` that are not among them."""
+        names = tuple(dict.fromkeys([*own, *others]))
+        encoded = [backbone.encode_answer(name) for name in names]
+        return cls(
+            names,
+            len(own),
+            torch.tensor([token for ids in encoded for token in ids]),
+            torch.tensor([index for index, ids in enumerate(encoded) for _ in ids]),
+            torch.tensor([offset for ids in encoded for offset in range(len(ids))]),
+        )
+
+
+class Collator:
+    """Pads rows into a batch: a dictionary of tensors, the rows themselves under "rows".
+
+    Args:
+        backbone: Tokenises instructions; pads with its tokenizer's padding token.
+        with_instructions: Whether the adapter has an instruction prior to feed.
+        answers: Whether the answers follow the prompts (training) or prompts stand alone (scoring).
+        candidates: Labels to score, for a task that has them.
+        encoder: Encodes instructions for a backbone without words.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        with_instructions: bool,
+        answers: bool,
+        candidates: Candidates | None = None,
+        encoder: Any = None,
+    ) -> None:
+        self.backbone: Any = backbone
+        self.with_instructions, self.answers = with_instructions, answers
+        self.candidates, self.encoder = candidates, encoder
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """Return the batch; see the module's docstring for the shapes."""
+        batch = self._text(rows) if self.backbone.kind == "causal_lm" else self._numbers(rows)
+        batch["rows"] = [row.source for row in rows]
+        batch["forward"] |= self._instructions([row.instruction for row in rows])
+        return batch
+
+    def _text(self, rows: Sequence[Row]) -> dict[str, Any]:
+        return self._with_answers(rows) if self.answers else self._prompts(rows)
+
+    def _with_answers(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """Pad on the right: a causal model never sees it, so that no attention mask is needed."""
+        width, pad = max(row.length for row in rows), self.backbone.tokenizer.pad_token_id
+        first = min(len(row.prompt_ids) for row in rows)  # the first column that is an answer's in any row
+        ids, labels = [], []
+        for row in rows:
+            padding = width - row.length
+            ids.append(row.prompt_ids + row.answer_ids + [pad] * padding)
+            labels.append([IGNORED] * (len(row.prompt_ids) - first) + row.answer_ids + [IGNORED] * padding)
+        return {"forward": {"input_ids": torch.tensor(ids)}, "labels": torch.tensor(labels)}
+
+    def _prompts(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """Pad on the left: the last column of every row predicts the first token of its answer."""
+        width, pad = max(len(row.prompt_ids) for row in rows), self.backbone.tokenizer.pad_token_id
+        lengths = [len(row.prompt_ids) for row in rows]
+        mask = torch.tensor([[0] * (width - length) + [1] * length for length in lengths])
+        batch: dict[str, Any] = {
+            "forward": {
+                "input_ids": torch.tensor([[pad] * (width - len(r.prompt_ids)) + r.prompt_ids for r in rows]),
+                "attention_mask": mask,
+                "position_ids": (mask.cumsum(dim=1) - 1).clamp_min(0),
+            }
+        }
+        if self.candidates is not None:
+            batch["candidates"] = self.candidates
+        return batch
+
+    def _numbers(self, rows: Sequence[Row]) -> dict[str, Any]:
+        return {
+            "forward": {"x": torch.tensor([row.source["x"] for row in rows])},
+            "labels": torch.tensor([row.source["y"] for row in rows]),
+        }
+
+    def _instructions(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        if not self.with_instructions:
+            return {}
+        if self.backbone.kind == "causal_lm":
+            encoded = {text: self.backbone.encode_instruction(text) for text in set(texts)}
+            width = max(1, *(len(ids) for ids in encoded.values()))
+            padded = {text: ids + [-1] * (width - len(ids)) for text, ids in encoded.items()}
+            return {"instruction_ids": torch.tensor([padded[text] for text in texts])}
+        return {"instruction_encoding": self.encoder.encode(list(texts))}
+
+
+class LengthBatches(Sampler[list[int]]):
+    """Batches of rows of like length, in an order that the seed and the epoch alone decide.
+
+    Rows are shuffled, cut into pools of ``pool`` batches, sorted by length within a pool and batched; the batches are
+    shuffled. Each pass over the sampler is the next epoch.
+
+    Args:
+        lengths: Tokens of every row.
+        batch_size: Rows a batch.
+        seed: Decides the order.
+        pool: Batches that are sorted together; the smaller, the more random, the larger, the less padding.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, pool: int = 8) -> None:
+        self.lengths, self.batch_size, self.seed, self.pool = lengths, batch_size, seed, pool
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return -(-len(self.lengths) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
+        self.epoch += 1
+        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        size = self.batch_size * self.pool
+        pools = [sorted(order[i : i + size], key=lambda row: self.lengths[row]) for i in range(0, len(order), size)]
+        batches = [p[i : i + self.batch_size] for p in pools for i in range(0, len(p), self.batch_size)]
+        for index in torch.randperm(len(batches), generator=generator).tolist():
+            yield batches[index]
+
+
+def token_batches(lengths: Sequence[int], extra: int, max_tokens: int) -> list[list[int]]:
+    """Return batches of row indices, longest rows first, of at most ``max_tokens`` padded tokens (at least one row).
+
+    Args:
+        lengths: Prompt tokens of every row.
+        extra: Columns that scoring adds to every row (its labels' tokens).
+        max_tokens: Rows times columns of a batch.
+    """
+    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+    batches: list[list[int]] = []
+    for row in order:
+        if batches and (len(batches[-1]) + 1) * (lengths[batches[-1][0]] + extra) <= max_tokens:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return batches
