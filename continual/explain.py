@@ -62,6 +62,7 @@ def _what(text: str, classes: list[str]) -> str:
         return f"there is no class {name!r} in {module}{near(name, names)}"
     if found := _UNION.search(text):
         kinds = re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1", found.group(1)).replace("NoneType", "null")
+        kinds = re.sub(r"typing\.Literal\[(.*?)\]", r"\1", kinds)
         return f"expected {kinds.replace(', ', ' or ')}, got {' '.join(found.group(2).split())}"
     if found := _PLAIN.search(text):
         return f"expected {found.group(1)}, got {' '.join(found.group(2).split())}"

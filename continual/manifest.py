@@ -11,8 +11,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from continual.errors import ConfigError, RunError
 from continual.files import whole_folder
 
@@ -110,5 +108,7 @@ def sha256(text: str) -> str:
 
 def environment(device: str) -> dict[str, Any]:
     """Return what the numbers of a run may depend on besides its configuration."""
+    import torch  # here, so that a manifest is read without it
+
     facts: dict[str, Any] = {name: metadata.version(name) for name in _PACKAGES}
     return facts | {"python": platform.python_version(), "device": device, "threads": torch.get_num_threads()}

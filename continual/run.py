@@ -60,12 +60,12 @@ def run(
         ConfigError, TaskError: The configuration or an input is wrong; nothing was written.
         RunError: A stage failed; the stages before it are kept.
     """
-    # Imported here: a misspelt option should not have to wait for torch.
-    from continual import experiment
-
     if resume is not None:
         return _go_on(resume)
     assert config is not None
+    # Imported here: neither a misspelt option nor a run that is finished should have to wait for torch.
+    from continual import experiment
+
     run_dir = _new_dir(out, Path(config).stem)
     return _start(experiment.load(config, overrides), run_dir)
 
@@ -96,8 +96,7 @@ def _start(experiment: Experiment, run_dir: Path) -> Path:
 
 
 def _go_on(run_dir: Path) -> Path:
-    from continual import experiment, manifest
-    from continual.sequence import Sequence as StageSequence
+    from continual import manifest
 
     state, text = manifest.read(run_dir)
     if state.complete:
@@ -105,6 +104,10 @@ def _go_on(run_dir: Path) -> Path:
         if not (run_dir / "report" / "report.html").is_file():
             print(f"There is no report yet: python -m analysis.report {run_dir}")
         return run_dir
+
+    from continual import experiment
+    from continual.sequence import Sequence as StageSequence
+
     sequence = StageSequence(experiment.parse(text, state.run, where=str(run_dir / manifest.CONFIG_NAME)), run_dir)
     print(f"Going on with {run_dir} after stage {state.finished_stage} of {len(state.stages)}.")
     sequence.prepare(state)
