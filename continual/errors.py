@@ -7,3 +7,9 @@ class ConfigError(ValueError):
 
 class RunError(RuntimeError):
     """Something failed while a run was under way: one line naming what and where. The command exits with 1."""
+
+
+def one_line(error: BaseException, limit: int | None = None) -> str:
+    """Return an error's message on one line, cut to ``limit`` characters; its class where it has no message."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if limit is None or len(text) <= limit else text[: limit - 3] + "..."

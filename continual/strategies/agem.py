@@ -8,8 +8,6 @@ the batch and g_ref that of rows drawn from the memory, where <g, g_ref> < 0 the
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import lightning as L
@@ -17,12 +15,10 @@ import torch
 from torch import Tensor
 
 from continual.strategies.base import flat, flat_gradient, forward_context, require_at_least, trainable
-from continual.strategies.memory import Kept
 from continual.strategies.replay import MemoryStrategy
 
 if TYPE_CHECKING:
     from continual.module import ContinualModule
-    from continual.stage_data import StageData
 
 
 def project(gradient_P: Tensor, reference_P: Tensor) -> Tensor:
@@ -50,10 +46,6 @@ class AGEM(MemoryStrategy):
         require_at_least(1, memory_batch_size=memory_batch_size)
         self.memory_batch_size = memory_batch_size
 
-    def begin_stage(self, module: ContinualModule, data: StageData, stage: int) -> None:
-        """Start drawing from the memory."""
-        self._draws: Iterator[Kept] = self.memory.draw(random.Random(data.seed))
-
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
@@ -62,7 +54,7 @@ class AGEM(MemoryStrategy):
             return
         module: ContinualModule = pl_module  # type: ignore[assignment]
         parameters = trainable(module)
-        items = [next(self._draws) for _ in range(min(self.memory_batch_size, len(self.memory)))]
+        items = self.draw(self.memory_batch_size)
         with torch.enable_grad(), forward_context(module):
             batch = self.collate(module, [item.row for item in items])
             reference = flat_gradient(module.loss(batch, module.outputs(batch)), parameters)

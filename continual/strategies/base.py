@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 
-from continual.errors import RunError
+from continual.errors import RunError, one_line
 from continual.files import size_bytes, whole_folder
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ class Strategy(L.Callback):
         except RunError:
             raise
         except Exception as error:  # parquet, safetensors and JSON each have errors of their own
-            raise RunError(f"cannot read what the strategy kept in {folder}: {' '.join(str(error).split())}") from error
+            raise RunError(f"cannot read what the strategy kept in {folder}: {one_line(error)}") from error
         self._stored_bytes = size_bytes(folder)
 
     # -- what methods share -------------------------------------------------------------------------------------------

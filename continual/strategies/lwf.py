@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from continual.batches import IGNORED
 from continual.strategies.base import Strategy, evaluating, require_at_least
 
 if TYPE_CHECKING:
@@ -53,13 +52,11 @@ class LwF(Strategy):
         """Return the distillation loss on the batch."""
         if not self.teacher or not self.weight:
             return None
-        before = self._before(module, batch)
-        if outputs.dim() == 1:
-            return self.weight * F.mse_loss(outputs, before)
-        log_p, log_q = ((logits / self.temperature).log_softmax(dim=-1) for logits in (before, outputs))
-        answer = batch["labels"] != IGNORED
-        divergence = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(dim=-1)
-        return self.weight * self.temperature**2 * (divergence * answer).sum() / answer.sum()
+        before, now = (module.answer_outputs(batch, each) for each in (self._before(module, batch), outputs))
+        if module.backbone.kind == "regressor":
+            return self.weight * F.mse_loss(now, before)
+        log_p, log_q = ((logits / self.temperature).log_softmax(dim=-1) for logits in (before, now))
+        return self.weight * self.temperature**2 * F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
 
     @torch.no_grad()
     def _before(self, module: ContinualModule, batch: dict[str, Any]) -> Tensor:

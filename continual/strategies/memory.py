@@ -12,16 +12,19 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from torch.utils.data import Sampler
 
 from continual.batches import Row
+
+_Item = TypeVar("_Item")
 
 _SCHEMA = pa.schema(
     [
@@ -85,11 +88,6 @@ class RowMemory:
             elif (place := self._place_of(item, rng)) is not None:
                 self.items[place] = item
 
-    def draw(self, rng: random.Random) -> Iterator[Kept]:
-        """Yield rows for ever, each once before any comes again."""
-        while True:
-            yield from rng.sample(self.items, len(self.items))
-
     def _place_of(self, item: Kept, rng: random.Random) -> int | None:
         """Return the place that a row takes in a full memory; None where it is passed over."""
         if not self.class_balanced:
@@ -137,6 +135,12 @@ class RowMemory:
             )
 
 
+def in_rounds(items: Sequence[_Item], rng: random.Random) -> Iterator[_Item]:
+    """Yield items for ever, at random, each once before any comes again."""
+    while True:
+        yield from rng.sample(items, len(items))
+
+
 class MixedBatches(Sampler[list[int]]):
     """Batches of new rows, each with ``num_old`` rows of the memory behind them; as many batches as without.
 
@@ -156,11 +160,6 @@ class MixedBatches(Sampler[list[int]]):
         return len(self.batches)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[list[int]]:
-        old = self._old()
+        old = in_rounds(range(self.first, self.first + self.num_kept), self.rng)
         for batch in self.batches:
             yield [*batch, *(next(old) for _ in range(self.num_old))]
-
-    def _old(self) -> Iterator[int]:
-        while True:
-            for index in self.rng.sample(range(self.num_kept), self.num_kept):
-                yield self.first + index

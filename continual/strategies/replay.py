@@ -12,7 +12,7 @@ z' are the logits that the model gave when the row was stored.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from torch.utils.data import Sampler
 
 from continual.errors import ConfigError
 from continual.strategies.base import Strategy, evaluating, load_tensors, require_at_least, save_tensors
-from continual.strategies.memory import Kept, MixedBatches, RowMemory
+from continual.strategies.memory import Kept, MixedBatches, RowMemory, in_rounds
 
 if TYPE_CHECKING:
     from continual.batches import Row
@@ -54,6 +54,14 @@ class MemoryStrategy(Strategy):
             if self.memory.class_balanced and data.task.kind != "labels":
                 kind = data.task.kind
                 raise ConfigError(f"model.strategy: class_balanced needs label tasks, and {data.name!r} is {kind}")
+
+    def begin_stage(self, module: ContinualModule, data: StageData, stage: int) -> None:
+        """Start drawing from the memory."""
+        self._draws = in_rounds(self.memory.items, random.Random(data.seed))
+
+    def draw(self, num_rows: int) -> list[Kept]:
+        """Return the next ``num_rows`` rows of the memory, or all where it holds fewer."""
+        return [next(self._draws) for _ in range(min(num_rows, len(self.memory)))]
 
     def end_stage(self, module: ContinualModule, data: StageData, stage: int) -> None:
         """Show the memory the stage's training rows."""
@@ -129,22 +137,18 @@ class DERPlusPlus(MemoryStrategy):
         self.alpha, self.beta, self.memory_batch_size = alpha, beta, memory_batch_size
         self.logits: dict[Kept, Tensor] = {}
 
-    def begin_stage(self, module: ContinualModule, data: StageData, stage: int) -> None:
-        """Start drawing from the memory."""
-        self._draws: Iterator[Kept] = self.memory.draw(random.Random(data.seed))
-
     def penalty(self, module: ContinualModule, batch: dict[str, Any], outputs: Tensor) -> Tensor | None:
         """Return the two terms on rows of the memory."""
         if not self.stage or not self.memory.items:
             return None
         total = outputs.new_zeros(())
         if self.alpha:
-            items = self._draw()
+            items = self.draw(self.memory_batch_size)
             old = self.collate(module, [item.row for item in items])
             stored = torch.cat([self.logits[item].float() for item in items]).to(module.device)
             total = total + self.alpha * F.mse_loss(module.answer_outputs(old, module.outputs(old)), stored)
         if self.beta:
-            old = self.collate(module, [item.row for item in self._draw()])
+            old = self.collate(module, [item.row for item in self.draw(self.memory_batch_size)])
             total = total + self.beta * module.loss(old, module.outputs(old))
         return total
 
@@ -170,9 +174,6 @@ class DERPlusPlus(MemoryStrategy):
         lengths = [max(1, len(item.row.answer_ids)) for item in self.memory.items]
         logits = load_tensors(folder)["logits"].split(lengths) if lengths else []
         self.logits = dict(zip(self.memory.items, logits, strict=True))
-
-    def _draw(self) -> list[Kept]:
-        return [next(self._draws) for _ in range(min(self.memory_batch_size, len(self.memory)))]
 
 
 def _smallest(logits: Tensor) -> Tensor:
