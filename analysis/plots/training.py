@@ -155,7 +155,10 @@ def _draw_kind(ax: Axes, means: Frame, kind: str, colors: dict[int, tuple[float,
             label=f"stage {stage}",
         )
     ax.set_xlabel("layer depth")
-    ax.locator_params(axis="x", integer=True, nbins=8)
+    if means["depth"].nunique() == 1:  # a head, say: matplotlib would make up a scale around its one place
+        ax.set_xticks(means["depth"].unique())
+    else:
+        ax.locator_params(axis="x", integer=True, nbins=8)
 
 
 def _same_scale(axes: list[Axes], values: pd.Series) -> None:
