@@ -62,6 +62,13 @@ class QueryableLoraConfig(PeftConfig):
     layers_pattern: list[str] | str | None = field(
         default=None, metadata={"help": "Name of the layer list that layers_to_transform indexes, if it is unusual."}
     )
+    frozen_A_seed: int | None = field(
+        default=None,
+        metadata={
+            "help": "Draw every A_l from this seed and never train it, so that adapters of one seed read the same "
+            "low-rank states (arXiv 2402.16842: B carries most of what is learnt). Not given: A_l is trained."
+        },
+    )
     num_atoms: int = field(default=16, metadata={"help": "Atoms in the bank."})
     top_k: int = field(default=4, metadata={"help": "Atoms that a token may use; num_atoms means all."})
     num_blocks: int = field(default=6, metadata={"help": "Blocks of consecutive layers; each routes once a token."})
@@ -108,6 +115,8 @@ class QueryableLoraConfig(PeftConfig):
             raise ValueError(f"top_k ({self.top_k}) is larger than num_atoms ({self.num_atoms})")
         if self.key_dim is not None and self.key_dim < 1:
             raise ValueError(f"key_dim must be at least 1, got {self.key_dim}")
+        if self.frozen_A_seed is not None and self.frozen_A_seed < 0:
+            raise ValueError(f"frozen_A_seed must not be negative, got {self.frozen_A_seed}")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout must lie in [0, 1), got {self.lora_dropout}")
         if self.prior_weight < 0:

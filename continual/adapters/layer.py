@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+import zlib
+from collections.abc import Sequence
 from typing import Any, NoReturn, cast
 
 import torch
@@ -27,6 +29,7 @@ class QueryableLinear(nn.Module, BaseTunerLayer):
     Attributes:
         blocks: Adapter name -> index of the block of layers that this projection belongs to.
         leads: Names of the adapters for which this projection is its block's first, the one whose state routes.
+        frozen_A: Names of the adapters whose A is never trained.
         routing_state: Adapter name -> state of the forward pass under way; set for each pass, None outside.
     """
 
@@ -44,21 +47,29 @@ class QueryableLinear(nn.Module, BaseTunerLayer):
         self.queryable_dropout = nn.ModuleDict()
         self.blocks: dict[str, int] = {}
         self.leads: set[str] = set()
+        self.frozen_A: set[str] = set()
         self.routing_state: dict[str, RoutingState] | None = None
         # A reference, not a submodule: the tuner owns the banks, so that each is saved once.
         self._banks: dict[str, AtomBank] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
 
-    def update_layer(self, adapter_name: str, config: QueryableLoraConfig, bank: AtomBank) -> None:
-        """Add the adapter ``adapter_name``: A as LoRA starts it, B = 0, so that the layer computes what it did."""
+    def update_layer(self, adapter_name: str, config: QueryableLoraConfig, bank: AtomBank, place: str) -> None:
+        """Add the adapter ``adapter_name``: A as LoRA starts it, B = 0, so that the layer computes what it did.
+
+        ``place`` is the layer's name in the model; with the configuration's seed it decides an A that is not trained.
+        """
         self.r[adapter_name] = config.r
         self.scaling[adapter_name] = config.lora_alpha / config.r
         dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout > 0 else nn.Identity()
         self.queryable_dropout[adapter_name] = dropout
         self.queryable_A[adapter_name] = nn.Parameter(torch.empty(config.r, self.in_features))
         self.queryable_B[adapter_name] = nn.Parameter(torch.zeros(self.out_features, config.r))
-        nn.init.kaiming_uniform_(self.queryable_A[adapter_name], a=math.sqrt(5))
+        generator = None
+        if config.frozen_A_seed is not None:
+            self.frozen_A.add(adapter_name)
+            generator = torch.Generator().manual_seed(config.frozen_A_seed + zlib.crc32(place.encode()))
+        nn.init.kaiming_uniform_(self.queryable_A[adapter_name], a=math.sqrt(5), generator=generator)
         self._banks[adapter_name] = bank
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
@@ -73,20 +84,41 @@ class QueryableLinear(nn.Module, BaseTunerLayer):
         result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
             return result
+        if self.routing_state is None:
+            raise RuntimeError("an adapted layer was called on its own: call the model that the adapter was put into")
         for name in self.active_adapters:
-            if name in self.queryable_A:
+            if name in self.queryable_A and name in self.routing_state:  # no state: this pass does not use it
                 result = result + self._update(name, x).to(result.dtype)
         return result
 
     def _update(self, name: str, x: Tensor) -> Tensor:
-        if self.routing_state is None:
-            raise RuntimeError("an adapted layer was called on its own: call the model that the adapter was put into")
+        assert self.routing_state is not None
         state, bank, block = self.routing_state[name], self._banks[name], self.blocks[name]
         weight_A, weight_B = self.queryable_A[name], self.queryable_B[name]
         u = F.linear(self.queryable_dropout[name](self._cast_input_dtype(x, weight_A.dtype)), weight_A)
         if name in self.leads:
             bank.route(state, block, u)
-        return F.linear(bank.apply_route(state, block, u), weight_B) * self.scaling[name]
+        routed = bank.apply_route(state, block, u)
+        if state.observe is not None:
+            state.observe(self, name, routed)
+        update = F.linear(routed, weight_B) * self.scaling[name]
+        if state.weight_B is not None:
+            update = update * state.weight_B.view(-1, *([1] * (update.dim() - 1)))
+        return update
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Make these the active adapters; an A that is never trained stays without a gradient."""
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self._keep_frozen()
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Switch the gradients of the named adapters; an A that is never trained stays without one."""
+        super().set_requires_grad(adapter_names, requires_grad)
+        self._keep_frozen()
+
+    def _keep_frozen(self) -> None:
+        for name in self.frozen_A:
+            self.queryable_A[name].requires_grad_(False)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy and pickle without the pass under way: activation checkpointing leaves one behind, with its graph."""
@@ -104,6 +136,7 @@ class QueryableLinear(nn.Module, BaseTunerLayer):
         self._banks.pop(adapter_name, None)
         self.blocks.pop(adapter_name, None)
         self.leads.discard(adapter_name)
+        self.frozen_A.discard(adapter_name)
         super().delete_adapter(adapter_name)
 
 

@@ -92,11 +92,11 @@ class QueryableLoraModel(BaseTuner):
     ) -> None:
         bank = self._bank(adapter_name)
         if isinstance(target, QueryableLinear):
-            target.update_layer(adapter_name, peft_config, bank)
+            target.update_layer(adapter_name, peft_config, bank, current_key)
             return
         layer = QueryableLinear(target)
         layer._active_adapter = self.active_adapters
-        layer.update_layer(adapter_name, peft_config, bank)
+        layer.update_layer(adapter_name, peft_config, bank, current_key)
         self._replace_module(parent, target_name, layer, target)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
@@ -122,11 +122,11 @@ class QueryableLoraModel(BaseTuner):
     def _freeze_banks_like_layers(self) -> None:
         # PEFT switches (and, when an adapter is added, restores) the gradients of what lies in the layers only.
         for name, bank in self.queryable_bank.items():
-            bank.requires_grad_(any(layer.queryable_A[name].requires_grad for layer in self._layers(name)))
+            bank.requires_grad_(any(layer.queryable_B[name].requires_grad for layer in self._layers(name)))
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         bank, layers = self.queryable_bank[adapter_name], list(self._layers(adapter_name))
-        trainable = layers[0].queryable_A[adapter_name].requires_grad
+        trainable = layers[0].queryable_B[adapter_name].requires_grad
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         for layer in layers:  # a cast makes new parameters, and those start trainable
             layer.set_requires_grad(adapter_name, trainable)

@@ -17,6 +17,7 @@ whatever stands before the last axis of the adapted layer's input, (B, T) or (B,
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -40,12 +41,16 @@ class RoutingState:
         log_prior_BM: lambda * log pi(c) of each row, (B, M); None where the prior is off.
         states: z_b of each block met so far, (..., r).
         routes: alpha_b of each block met so far, (..., M).
+        weight_B: What each row's update is multiplied by, (B,); None for 1.
+        observe: Called with a layer, the adapter's name and S_b u, (..., r), before B; None for nobody.
     """
 
     operator_KR: Tensor
     log_prior_BM: Tensor | None
     states: list[Tensor | None] = field(default_factory=list)
     routes: list[Tensor | None] = field(default_factory=list)
+    weight_B: Tensor | None = None
+    observe: Callable[[nn.Module, str, Tensor], None] | None = None
 
 
 class AtomBank(nn.Module):

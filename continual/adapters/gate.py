@@ -1,0 +1,205 @@
+"""Whose atoms answer a row: the growing bank's gate over stages, from the row's own text and its instruction.
+
+The bank's routing logits have two parts, as the paper's have, and each is anchored for every stage that is learnt:
+
+    state    log (1/C) sum_c exp(-d^2(f, mu_c) / (2 T))     f: the row's features, mu_c: the stage's stored centroids
+    prior    cos(e, e_t) / tau                              e: encoding of the instruction, e_t: the stage's own
+
+d^2 is the Mahalanobis distance under one covariance that all stages share (linear discriminant analysis with a mixture
+of centroids for each stage); the mean over n tokens varies more the fewer there are, so d^2 is divided by 1 + a / n.
+A further choice, to abstain, has the state score of a row at the edge of the nearest stage (its ``radius``) and the
+prior of an unrelated instruction: what is like no stage is answered by the backbone as it is. The choice is hard, one
+stage a row or none, so that a stage that is not chosen has no part in a row's answer, to the last bit.
+
+Centroids, encodings and the covariance are all that is kept: no rows. (Choices throughout: the paper has no stages.)
+
+Shapes: B rows, F features, E width of an instruction's encoding, S stages, C centroids of a stage.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ABSTAIN = -1
+
+
+@dataclass
+class Anchors:
+    """What the gate keeps of one stage.
+
+    Attributes:
+        centroids_CF: Means of the stage's rows, one a label (or a cluster), (C, F).
+        radius: Squared distance to the nearest centroid that 99 of 100 of the stage's own rows stay within.
+        instruction_E: The instruction's encoding, (E,), of unit length; zeros for none.
+        adapters: Names of the adapters that answer the stage's rows together, its own last.
+    """
+
+    centroids_CF: Tensor
+    radius: float
+    instruction_E: Tensor
+    adapters: list[str] = field(default_factory=list)
+
+
+class StageGate:
+    """Chooses a stage for each row, or none.
+
+    Args:
+        num_features: F.
+        instruction_dim: E.
+        temperature: T, of the state's part; above 1 because features are far from normal.
+        prior_temperature: tau, of the instruction's part.
+        abstain_cosine: Cosine that an unrelated instruction has to a stage's own.
+        length_scale: a, in tokens.
+        shrinkage: Share of the covariance that is taken from a round one of the same size.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        instruction_dim: int,
+        temperature: float = 5.0,
+        prior_temperature: float = 0.05,
+        abstain_cosine: float = 0.35,
+        length_scale: float = 20.0,
+        shrinkage: float = 0.05,
+    ) -> None:
+        self.temperature, self.prior_temperature = temperature, prior_temperature
+        self.abstain_cosine, self.length_scale, self.shrinkage = abstain_cosine, length_scale, shrinkage
+        self.stages: dict[str, Anchors] = {}
+        self.scatter_FF = torch.zeros(num_features, num_features, dtype=torch.float64)
+        self.num_rows = 0
+        self.instruction_dim = instruction_dim
+        self._ready: tuple[torch.device, Tensor, Tensor, Tensor, Tensor, Tensor] | None = None
+
+    # -- learning -----------------------------------------------------------------------------------------------------
+
+    def add(self, name: str, features_nF: Tensor, lengths_n: Tensor, groups_n: Tensor, instruction_E: Tensor) -> None:
+        """Anchor a stage.
+
+        Args:
+            name: The stage.
+            features_nF: Features of its training rows, (n, F).
+            lengths_n: Tokens that each was computed from.
+            groups_n: Group of each row, (n,) integers; a centroid is kept for each group.
+            instruction_E: Encoding of its instruction; zeros for none.
+        """
+        features, weight = features_nF.double().cpu(), self._spread(lengths_n.cpu()).double()
+        groups = groups_n.cpu().unique(return_inverse=True)[1]
+        share = F.one_hot(groups).double() / weight.unsqueeze(1)
+        centroids = (share.T @ features) / share.sum(dim=0).unsqueeze(1)
+        residuals = (features - centroids[groups]) / weight.sqrt().unsqueeze(1)
+        self.scatter_FF += residuals.T @ residuals
+        self.num_rows += len(features)
+        self.stages[name] = Anchors(centroids.float(), 0.0, F.normalize(instruction_E.float().cpu(), dim=0))
+        self._ready = None
+        nearest = self.distances(features_nF, lengths_n)[:, self._owner() == len(self.stages) - 1].amin(dim=1)
+        self.stages[name].radius = nearest.quantile(0.99).item()
+        self._ready = None
+
+    def drop(self, name: str) -> Anchors:
+        """Forget a stage's anchors. The covariance, which tells no stages apart, stays: so do the others' choices."""
+        self._ready = None
+        return self.stages.pop(name)
+
+    # -- choosing -----------------------------------------------------------------------------------------------------
+
+    def distances(self, features_BF: Tensor, lengths_B: Tensor) -> Tensor:
+        """Return d^2 to every centroid of every stage in turn, (B, sum of C)."""
+        whiten, centre, centroids, _, _ = self._prepared(features_BF.device)
+        points = (features_BF.float() - centre) @ whiten
+        return torch.cdist(points, centroids).square() / self._spread(lengths_B).unsqueeze(1)
+
+    def logits(self, features_BF: Tensor, lengths_B: Tensor, instruction_BE: Tensor | None) -> Tensor:
+        """Return the logits of abstaining and of each stage, (B, 1 + S).
+
+        Args:
+            features_BF: Features of each row's own text, (B, F).
+            lengths_B: Tokens they were computed from, (B,); 0 for a row without text, whose state then says nothing.
+            instruction_BE: Encoding of each row's instruction, (B, E); a row of zeros, or None: no instruction.
+        """
+        *_, instructions, radii = self._prepared(features_BF.device)
+        distances = self.distances(features_BF, lengths_B.clamp_min(1))
+        scores = -distances / (2 * self.temperature)
+        owner = self._owner().to(scores.device)
+        state = torch.stack(
+            [scores[:, owner == i].logsumexp(dim=1) - (owner == i).sum().log() for i in range(len(self.stages))], dim=1
+        )
+        edge = -radii / (2 * self.temperature)
+        # Abstaining wins just where the row lies outside of every stage's radius.
+        away = state.amax(dim=1, keepdim=True) + (edge - state).amin(dim=1, keepdim=True)
+        both = torch.cat([away, state], dim=1) * (lengths_B > 0).unsqueeze(1)
+        if instruction_BE is None:
+            return both
+        given = instruction_BE.abs().amax(dim=1, keepdim=True) > 0
+        cosine = F.normalize(instruction_BE.float(), dim=1) @ instructions.T
+        unrelated = torch.full_like(cosine[:, :1], self.abstain_cosine)
+        return both + torch.cat([unrelated, cosine], dim=1) * given / self.prior_temperature
+
+    def choose(self, features_BF: Tensor, lengths_B: Tensor, instruction_BE: Tensor | None = None) -> Tensor:
+        """Return the index of each row's stage, (B,), ``ABSTAIN`` for none; see ``logits``."""
+        if not self.stages:
+            return torch.full_like(lengths_B, ABSTAIN)
+        return self.logits(features_BF, lengths_B, instruction_BE).argmax(dim=1) - 1
+
+    def _spread(self, lengths: Tensor) -> Tensor:
+        """Return how much more than a long row's features those of a row of so many tokens vary."""
+        return 1 + self.length_scale / lengths.clamp_min(1).float()
+
+    def _owner(self) -> Tensor:
+        """Return the stage's index of every centroid."""
+        return torch.tensor([i for i, a in enumerate(self.stages.values()) for _ in a.centroids_CF])
+
+    def _prepared(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Return the whitening map, the centre, the whitened centroids, the instructions and the radii, on a device."""
+        if self._ready is None or self._ready[0] != device:
+            covariance = self.scatter_FF / max(1, self.num_rows)
+            size = covariance.diagonal().mean().clamp_min(1e-12)
+            covariance = (1 - self.shrinkage) * covariance + self.shrinkage * size * torch.eye(len(covariance))
+            whiten = torch.linalg.inv(torch.linalg.cholesky(covariance)).T
+            centroids = torch.cat([anchors.centroids_CF for anchors in self.stages.values()]).double()
+            centre = centroids.mean(dim=0)
+            parts = (
+                whiten.float(),
+                centre.float(),
+                ((centroids - centre) @ whiten).float(),
+                torch.stack([anchors.instruction_E for anchors in self.stages.values()]),
+                torch.tensor([anchors.radius for anchors in self.stages.values()]),
+            )
+            self._ready = (device, *(part.to(device) for part in parts))
+        return self._ready[1:]
+
+    # -- on disk ------------------------------------------------------------------------------------------------------
+
+    @property
+    def num_numbers(self) -> int:
+        """How many numbers the gate keeps: anchors, and the covariance's half."""
+        size = len(self.scatter_FF)
+        anchors = sum(a.centroids_CF.numel() + a.instruction_E.numel() + 1 for a in self.stages.values())
+        return anchors + size * (size + 1) // 2
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what is kept, as named tensors; ``restore`` takes them up."""
+        rows, columns = torch.tril_indices(*self.scatter_FF.shape)
+        kept = {"scatter": self.scatter_FF[rows, columns], "num_rows": torch.tensor(self.num_rows)}
+        for name, anchors in self.stages.items():
+            kept[f"{name}|centroids"] = anchors.centroids_CF
+            kept[f"{name}|radius"] = torch.tensor(anchors.radius, dtype=torch.float64)
+            kept[f"{name}|instruction"] = anchors.instruction_E
+        return kept
+
+    def restore(self, tensors: dict[str, Tensor], adapters: dict[str, list[str]]) -> None:
+        """Take up what ``tensors`` gave; ``adapters`` names the adapters of each stage, in the stages' order."""
+        rows, columns = torch.tril_indices(*self.scatter_FF.shape)
+        self.scatter_FF[rows, columns] = tensors["scatter"]
+        self.scatter_FF[columns, rows] = tensors["scatter"]
+        self.num_rows, self._ready = int(tensors["num_rows"]), None
+        self.stages = {
+            name: Anchors(
+                tensors[f"{name}|centroids"], tensors[f"{name}|radius"].item(), tensors[f"{name}|instruction"], own
+            )
+            for name, own in adapters.items()
+        }
