@@ -132,10 +132,11 @@ class Collator:
         self.candidates, self.encoder = candidates, encoder
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
-        """Return the batch; see the module's docstring for the shapes."""
+        """Return the batch; see the module's docstring for the shapes. "instructions" are the rows' own, as text."""
         batch = self._text(rows) if self.backbone.kind == "causal_lm" else self._numbers(rows)
         batch["rows"] = [row.source for row in rows]
-        batch["forward"] |= self._instructions([row.instruction for row in rows])
+        batch["instructions"] = [row.instruction for row in rows]
+        batch["forward"] |= self._instructions(batch["instructions"])
         return batch
 
     def _text(self, rows: Sequence[Row]) -> dict[str, Any]:

@@ -183,9 +183,9 @@ def _keep_prompt_routes(outcome: Outcome, routes: Sequence[Tensor | None], batch
     mask = batch["forward"].get("attention_mask")
     if mask is None:  # a regression row is one token
         mask = torch.ones(len(batch["rows"]), 1, device=batch["labels"].device)
-    outcome.prompt_mask = mask
     kept = [route if route.dim() == 3 else route.unsqueeze(1) for route in routes if route is not None]
-    outcome.routes = [route[:, : mask.shape[1]] for route in kept]
+    if kept:  # none where the adapter is switched off
+        outcome.routes, outcome.prompt_mask = [route[:, : mask.shape[1]] for route in kept], mask
 
 
 def is_routed(model: Any) -> bool:

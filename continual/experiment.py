@@ -2,6 +2,7 @@
 
     name: stages                                             the file's stem unless given
     seed: 0
+    scoring: all                                             all | seen | final: which tasks are scored after a stage
     model: {backbone: ..., adapter: ..., optimizer: ...}     arguments of ContinualModule
     data: {batch_size: 8, ...}                               arguments of StageData, for every stage
     trainer: {max_epochs: 1, ...}                            arguments of lightning's Trainer, a fresh one each stage
@@ -16,7 +17,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import yaml
@@ -42,6 +43,9 @@ TRAINER_DEFAULTS = {
     "num_sanity_val_steps": 0,
     "gradient_clip_val": 1.0,
 }
+
+
+Scoring = Literal["all", "seen", "final"]
 
 
 @dataclass
@@ -71,6 +75,8 @@ class Experiment:
         data: Arguments of every stage's StageData.
         trainer: Arguments of every stage's Trainer.
         stages: The stages, in training order.
+        scoring: What is scored after each stage: "all" tasks, those "seen" so far, or with "final" the stage's own
+            alone. Before training and after the last stage, every task is.
         resolved: The whole configuration with every default filled in, as YAML; running it gives the same run.
     """
 
@@ -82,6 +88,7 @@ class Experiment:
     trainer: dict[str, Any]
     stages: list[Stage]
     resolved: str
+    scoring: Scoring = "all"
 
     def epochs(self, stage: Stage) -> int:
         """Return the epochs of a stage."""
@@ -112,6 +119,7 @@ def make_parser(parser: ArgumentParser | None = None) -> ArgumentParser:
     parser.add_argument("--seed", type=NonNegativeInt, default=0, help="Decides everything random.")
     count: Any = PositiveInt  # a class made at run time, which a type checker does not follow
     parser.add_argument("--threads", type=count | None, default=None, help="CPU threads; torch's default if null.")
+    parser.add_argument("--scoring", type=Scoring, default="all", help="Which tasks are scored after a stage.")
     parser.add_class_arguments(ContinualModule, "model")
     parser.add_class_arguments(StageData, "data", skip={"task", "seed"}, instantiate=False)
     parser.add_class_arguments(L.Trainer, "trainer", instantiate=False)
@@ -174,6 +182,7 @@ def parse(text: str, stem: str, overrides: Sequence[str] = (), where: str = "con
         trainer=_as_dict(objects.trainer),
         stages=objects.stages,
         resolved=resolved,
+        scoring=objects.scoring,
     )
 
 

@@ -35,6 +35,8 @@ class Manifest:
         environment: Versions, device and threads that produced the numbers.
         stage_seconds: Wall-clock seconds of each finished stage, training and scoring.
         stored_bytes: Bytes on disk that the strategy keeps for later stages, after each finished stage.
+        stored_parameters: Numbers that are kept to answer all tasks so far, the backbone's apart, after each stage.
+        serving_parameters: How many of them a forward pass reads for one row, at most.
         format: Version of this layout.
     """
 
@@ -49,6 +51,8 @@ class Manifest:
     environment: dict[str, Any] = field(default_factory=dict)
     stage_seconds: dict[str, float] = field(default_factory=dict)
     stored_bytes: dict[str, int] = field(default_factory=dict)
+    stored_parameters: dict[str, int] = field(default_factory=dict)
+    serving_parameters: dict[str, int] = field(default_factory=dict)
     format: int = 1
 
     def commit(self, run_dir: Path) -> None:

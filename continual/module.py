@@ -99,6 +99,11 @@ class ContinualModule(L.LightningModule):
             except RunError as error:
                 raise ConfigError(f"model.start_from: {error}") from error
 
+    def renew_adapter(self) -> None:
+        """Put a fresh adapter, drawn from torch's generator, on the backbone as it was loaded."""
+        self.model = None  # before the new one is there: two backbones may not fit
+        self.configure_model()
+
     def _fix_instruction_reference(self) -> None:
         if not self.uses_instructions or self.tuner is None:
             return
@@ -106,7 +111,7 @@ class ContinualModule(L.LightningModule):
             ids = [self.backbone.encode_instruction(text) for text in GENERAL_INSTRUCTIONS]
             encodings = torch.cat([self.tuner.encode_instruction(torch.tensor([tokens])) for tokens in ids])
         else:
-            self.instruction_encoder = SentenceEncoder(self.encoder)
+            self.instruction_encoder = self.instruction_encoder or SentenceEncoder(self.encoder)
             encodings = self.instruction_encoder.encode(list(GENERAL_INSTRUCTIONS))
         self.tuner.set_instruction_reference(encodings)
 

@@ -84,11 +84,16 @@ class Sequence:
         table = ScoreTable([data.name for data in self.data])
         for index in range(self.manifest.finished_stage + 1, len(self.data) + 1):
             started = time.monotonic()
-            trainer = self._fit(index) if index else self.experiment.make_trainer(None, self.run_dir, self._callbacks)
-            self._score(index, trainer)
+            if index and self.module.strategy.skips(index, len(self.data)):
+                self._pass_over(index)
+            else:
+                trainer = (
+                    self._fit(index) if index else self.experiment.make_trainer(None, self.run_dir, self._callbacks)
+                )
+                self._score(index, trainer)
             self._write(index)
             self.manifest.stage_seconds[str(index)] = round(time.monotonic() - started, 1)
-            self.manifest.stored_bytes[str(index)] = self.module.strategy.stored_bytes()
+            self._note_sizes(index)
             self.manifest.finished_stage = index
             self.manifest.complete = index == len(self.data)
             self.manifest.commit(self.run_dir)
@@ -119,9 +124,30 @@ class Sequence:
         for data in self.data:
             data.seen_labels = seen
         trained = {data.name: stage for stage, data in enumerate(self.data, start=1)}
-        self.scores.start(self._keys(index), self.data)
-        self.routes.start(self._keys(index), self.data, trained)
-        trainer.test(self.module, datamodule=AllTasks(self.data), verbose=False)
+        scored = self.scored_after(index)
+        self.scores.start(self._keys(index), scored)
+        self.routes.start(self._keys(index), scored, trained)
+        trainer.test(self.module, datamodule=AllTasks(scored), verbose=False)
+
+    def scored_after(self, index: int) -> list[StageData]:
+        """Return what is scored after stage ``index``; everything before training and after the last stage."""
+        if self.experiment.scoring == "all" or index in (0, len(self.data)):
+            return self.data
+        return self.data[:index] if self.experiment.scoring == "seen" else self.data[index - 1 : index]
+
+    def _pass_over(self, index: int) -> None:
+        """Let a stage leave no rows."""
+        keys = self._keys(index)
+        self.scores.start(keys, [])
+        self.routes.start(keys, [], {})
+        self.gradients.start(keys | {"task": self._title(index)})
+
+    def _note_sizes(self, index: int) -> None:
+        strategy, note = self.module.strategy, self.manifest
+        note.stored_bytes[str(index)] = strategy.stored_bytes()
+        if index:
+            note.stored_parameters[str(index)] = strategy.stored_parameters(self.module)
+            note.serving_parameters[str(index)] = strategy.serving_parameters(self.module)
 
     def _write(self, index: int) -> None:
         tables = {"scores": self.scores.rows, "answers": self.scores.answers, **self.routes.tables}

@@ -101,7 +101,10 @@ class ScoreTable:
             self.has_heading = True
         cells = []
         for name, width in zip(self.names, self.widths, strict=True):
-            score = scores[name]
-            cell = f"{score:.3f}" if abs(score) < 100 else f"{score:.1e}"  # an R2 has no lower bound
-            cells.append((f"[{cell}]" if name == title else f"{cell} ").rjust(width))
+            score = scores.get(name)  # None: not scored after this stage
+            cell = (
+                "-" if score is None else f"{score:.3f}" if abs(score) < 100 else f"{score:.1e}"
+            )  # an R2 has no floor
+            trained = name == title and score is not None
+            cells.append((f"[{cell}]" if trained else f"{cell} ").rjust(width))
         print(f"{title[:28]:<28}  {'  '.join(cells)}", flush=True)

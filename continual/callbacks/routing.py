@@ -103,7 +103,7 @@ class RouteRecorder(L.Callback):
         stage, trained = self.keys["stage"], self.trained_stage[task]
         references = {"previous": stage - 1} | ({"trained": trained} if trained < stage else {})
         for reference, earlier in references.items():
-            if earlier not in self.usage:
+            if task not in self.usage.get(earlier, {}):
                 continue
             now, then = self.usage[stage][task], self.usage[earlier][task]
             place = {"reference": reference, "reference_stage": earlier}

@@ -3,6 +3,8 @@
 from continual.strategies.agem import AGEM
 from continual.strategies.base import Sequential, Strategy
 from continual.strategies.ewc import EWC, OnlineEWC
+from continual.strategies.joint import Joint
+from continual.strategies.library import PerInstructionLookup, PerTask
 from continual.strategies.lwf import LwF
 from continual.strategies.olora import OLoRA
 from continual.strategies.replay import DERPlusPlus, ExperienceReplay
@@ -14,9 +16,12 @@ __all__ = [
     "SEQR",
     "DERPlusPlus",
     "ExperienceReplay",
+    "Joint",
     "LwF",
     "OLoRA",
     "OnlineEWC",
+    "PerInstructionLookup",
+    "PerTask",
     "Sequential",
     "Strategy",
 ]

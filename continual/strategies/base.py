@@ -4,6 +4,7 @@
     prepare         once: freeze what the method never trains
     load            on resuming: take up what ``save`` left after the last finished stage
     begin_stage     the stage's seed is set, the model is on the CPU, the optimizer does not exist yet
+    skips           whether a stage trains nothing at all
     mix             the rows and batches to train on
     penalty         each step: what is added to the loss
     on_before_optimizer_step   each step (Lightning's own hook): the gradients may be changed
@@ -65,6 +66,10 @@ class Strategy(L.Callback):
     def begin_stage(self, module: ContinualModule, data: StageData, stage: int) -> None:
         """Get ready for stage number ``stage`` (from 1) on ``data``."""
 
+    def skips(self, stage: int, num_stages: int) -> bool:
+        """Say whether ``stage``, of 1 to ``num_stages``, is neither trained nor scored."""
+        return False
+
     def mix(self, rows: list[Row], batches: Sampler[list[int]]) -> tuple[list[Row], Sampler[list[int]]]:
         """Return the rows to train on and the batches of their indices."""
         return rows, batches
@@ -91,6 +96,14 @@ class Strategy(L.Callback):
     def stored_bytes(self) -> int:
         """Return the bytes on disk that the method keeps for later stages, beyond one adapter; 0 before any stage."""
         return self._stored_bytes
+
+    def stored_parameters(self, module: ContinualModule) -> int:
+        """Return the numbers that have to be kept to answer all tasks so far, the backbone's apart; after a stage."""
+        return sum(parameter.numel() for parameter in trainable(module))
+
+    def serving_parameters(self, module: ContinualModule) -> int:
+        """Return how many of ``stored_parameters`` a forward pass reads for one row, at most."""
+        return self.stored_parameters(module)
 
     # -- what the engine calls ----------------------------------------------------------------------------------------
 
@@ -140,6 +153,18 @@ class Sequential(Strategy):
 def trainable(module: ContinualModule) -> list[nn.Parameter]:
     """Return the trainable parameters, in the order that the model registers them."""
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def adapter_tensors(module: ContinualModule) -> dict[str, Tensor]:
+    """Return every tensor that the adapter brought, by name: what trains, and what else carries its tuner's prefix.
+
+    They are views: writing into one changes the model.
+    """
+    assert module.model is not None
+    prefix = getattr(module.model.base_model, "prefix", None)
+    trains = {name for name, parameter in module.model.named_parameters() if parameter.requires_grad}
+    state = module.model.state_dict()
+    return {name: t for name, t in state.items() if name in trains or (prefix is not None and prefix in name)}
 
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:

@@ -24,6 +24,9 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "LwF": {},
     "OLoRA": {},
     "SEQR": {"calibration_rows": 3},
+    "PerTask": {},
+    "PerInstructionLookup": {},
+    "Joint": {},
 }
 CASES = [(name, adapter) for name in STRATEGIES for adapter in ("lora", "queryable", "regressor")]
 LORA_ONLY = [("OLoRA", "queryable"), ("SEQR", "queryable")]
