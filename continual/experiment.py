@@ -5,6 +5,7 @@
     model: {backbone: ..., adapter: ..., optimizer: ...}     arguments of ContinualModule
     data: {batch_size: 8, ...}                               arguments of StageData, for every stage
     trainer: {max_epochs: 1, ...}                            arguments of lightning's Trainer, a fresh one each stage
+    wordings: {file: ..., ...}                               arguments of OtherWords; null (the default) for none
     stages: [{name: ..., task: {class_path: ..., init_args: {...}}}, ...]
 
 Classes are named by class_path and init_args; a constructor's signature is its configuration.
@@ -28,6 +29,7 @@ from continual import manifest
 from continual.errors import ConfigError, one_line
 from continual.explain import explain
 from continual.module import ContinualModule
+from continual.other_words import OtherWords
 from continual.stage_data import StageData
 from tasks import Task
 
@@ -71,6 +73,7 @@ class Experiment:
         data: Arguments of every stage's StageData.
         trainer: Arguments of every stage's Trainer.
         stages: The stages, in training order.
+        wordings: Other words to score the finished model's tasks in, if any.
         resolved: The whole configuration with every default filled in, as YAML; running it gives the same run.
     """
 
@@ -82,6 +85,7 @@ class Experiment:
     trainer: dict[str, Any]
     stages: list[Stage]
     resolved: str
+    wordings: OtherWords | None = None
 
     def epochs(self, stage: Stage) -> int:
         """Return the epochs of a stage."""
@@ -115,6 +119,7 @@ def make_parser(parser: ArgumentParser | None = None) -> ArgumentParser:
     parser.add_class_arguments(ContinualModule, "model")
     parser.add_class_arguments(StageData, "data", skip={"task", "seed"}, instantiate=False)
     parser.add_class_arguments(L.Trainer, "trainer", instantiate=False)
+    parser.add_argument("--wordings", type=OtherWords | None, default=None, help="Other words to score tasks in.")
     parser.add_argument("--stages", type=list[Stage], help="The stages, in training order.")
     parser.set_defaults({f"trainer.{name}": value for name, value in TRAINER_DEFAULTS.items()})
     return parser
@@ -174,6 +179,7 @@ def parse(text: str, stem: str, overrides: Sequence[str] = (), where: str = "con
         trainer=_as_dict(objects.trainer),
         stages=objects.stages,
         resolved=resolved,
+        wordings=objects.wordings,
     )
 
 
