@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch.utils.data import Sampler
 
 from continual.backbones import Backbone, CausalLM
 from continual.errors import ConfigError
+from continual.wordings import TRAINING, Wording, opening
 from tasks import Task
 from tasks.base import Split
 
@@ -27,7 +28,10 @@ IGNORED = -100  # the label that cross-entropy passes over
 
 @dataclass
 class Row:
-    """One encoded row: a prompt and its answer as token ids (text), or inputs and a value (regression)."""
+    """One encoded row: a prompt and its answer as token ids (text), or inputs and a value (regression).
+
+    ``instruction`` is what a gate gets, which a wording may set apart from the prompt's.
+    """
 
     source: dict[str, Any]
     instruction: str
@@ -43,6 +47,14 @@ class Row:
 class EncodedTask:
     """One split of a task, encoded for a backbone.
 
+    Args:
+        task: The task.
+        backbone: Tokenises the rows.
+        split: "train" or "test".
+        max_tokens: Longest prompt and answer together.
+        options: Whether prompts list the labels of a label task.
+        wording: How rows are put into words: one wording for all, or one for each row.
+
     Attributes:
         rows: The encoded rows, in the task's order.
         cut_rows: Rows whose context was cut to fit ``max_tokens``.
@@ -52,28 +64,42 @@ class EncodedTask:
         ConfigError: The task and the backbone do not fit, or a row does not fit without cutting its question.
     """
 
-    def __init__(self, task: Task, backbone: Backbone, split: Split, max_tokens: int) -> None:
+    def __init__(
+        self,
+        task: Task,
+        backbone: Backbone,
+        split: Split,
+        max_tokens: int,
+        options: Literal["none", "listed"] = "none",
+        wording: Wording | Sequence[Wording] = TRAINING,
+    ) -> None:
         wanted = "regressor" if task.kind == "regression" else "causal_lm"
         if backbone.kind != wanted:
             raise ConfigError(f"a {task.kind} task needs a {wanted} backbone, not {type(backbone).__name__}")
         self.task = task
         self.backbone: Any = backbone  # what text needs, CausalLM alone has
+        self.listed = (task.labels or []) if options == "listed" else []
         self.cut_rows = self.cut_tokens = 0
         if task.kind != "regression":
             # The same room for every row: a prompt cut to fit its own answer would tell how long that answer is.
             answers = task.labels or set(task.rows("train")["answer"][:])
             max_tokens -= max(len(self.backbone.encode_answer(text)) for text in answers)
-        self.rows = [self._encode(cast(dict[str, Any], source), max_tokens) for source in task.rows(split)]
+        sources = task.rows(split)
+        wordings = [wording] * len(sources) if isinstance(wording, Wording) else wording
+        self.rows = [
+            self._encode(cast(dict[str, Any], source), own, max_tokens)
+            for source, own in zip(sources, wordings, strict=True)
+        ]
 
-    def _encode(self, source: dict[str, Any], max_prompt_tokens: int) -> Row:
+    def _encode(self, source: dict[str, Any], wording: Wording, max_prompt_tokens: int) -> Row:
+        at_gate = wording.at_gate(self.task.instruction)
         if self.task.kind == "regression":
-            return Row(source, self.task.instruction)
-        prompt, cut = self.backbone.encode_prompt(
-            self.task.instruction, source["context"], source["question"], max_prompt_tokens
-        )
+            return Row(source, at_gate)
+        head = opening(wording.in_prompt(self.task.instruction), wording.order(self.listed, source["row"]))
+        prompt, cut = self.backbone.encode_prompt(head, source["context"], source["question"], max_prompt_tokens)
         self.cut_rows += cut > 0
         self.cut_tokens += cut
-        return Row(source, self.task.instruction, prompt, self.backbone.encode_answer(source["answer"]))
+        return Row(source, at_gate, prompt, self.backbone.encode_answer(source["answer"]))
 
 
 @dataclass  # not frozen: Lightning moves its tensors to the device

@@ -6,6 +6,7 @@
     model: {backbone: ..., adapter: ..., optimizer: ...}     arguments of ContinualModule
     data: {batch_size: 8, ...}                               arguments of StageData, for every stage
     trainer: {max_epochs: 1, ...}                            arguments of lightning's Trainer, a fresh one each stage
+    wordings: {file: ..., ...}                               arguments of OtherWords; null (the default) for none
     stages: [{name: ..., task: {class_path: ..., init_args: {...}}}, ...]
 
 Classes are named by class_path and init_args; a constructor's signature is its configuration.
@@ -29,6 +30,7 @@ from continual import manifest
 from continual.errors import ConfigError, one_line
 from continual.explain import explain
 from continual.module import ContinualModule
+from continual.other_words import OtherWords
 from continual.stage_data import StageData
 from tasks import Task
 
@@ -77,6 +79,7 @@ class Experiment:
         stages: The stages, in training order.
         scoring: What is scored after each stage: "all" tasks, those "seen" so far, or with "final" the stage's own
             alone. Before training and after the last stage, every task is.
+        wordings: Other words to score the finished model's tasks in, if any.
         resolved: The whole configuration with every default filled in, as YAML; running it gives the same run.
     """
 
@@ -89,6 +92,7 @@ class Experiment:
     stages: list[Stage]
     resolved: str
     scoring: Scoring = "all"
+    wordings: OtherWords | None = None
 
     def epochs(self, stage: Stage) -> int:
         """Return the epochs of a stage."""
@@ -123,6 +127,7 @@ def make_parser(parser: ArgumentParser | None = None) -> ArgumentParser:
     parser.add_class_arguments(ContinualModule, "model")
     parser.add_class_arguments(StageData, "data", skip={"task", "seed"}, instantiate=False)
     parser.add_class_arguments(L.Trainer, "trainer", instantiate=False)
+    parser.add_argument("--wordings", type=OtherWords | None, default=None, help="Other words to score tasks in.")
     parser.add_argument("--stages", type=list[Stage], help="The stages, in training order.")
     parser.set_defaults({f"trainer.{name}": value for name, value in TRAINER_DEFAULTS.items()})
     return parser
@@ -183,6 +188,7 @@ def parse(text: str, stem: str, overrides: Sequence[str] = (), where: str = "con
         stages=objects.stages,
         resolved=resolved,
         scoring=objects.scoring,
+        wordings=objects.wordings,
     )
 
 

@@ -14,7 +14,7 @@ Conventions
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ _VALUE = [
     ("count", pa.int64()),
 ]
 
+_WORDING = [("wording", pa.string()), ("where", pa.string()), ("options", pa.string())]
+
 SCHEMAS: dict[str, pa.Schema] = {
     # One value a metric, task and stage: the score matrix R[stage, task] and what stands beside it.
     "scores": pa.schema([*_KEYS, *_VALUE]),
@@ -44,6 +46,10 @@ SCHEMAS: dict[str, pa.Schema] = {
     "drift": pa.schema(
         [*_KEYS, ("reference", pa.string()), ("reference_stage", pa.int64()), ("block", pa.int64()), *_VALUE]
     ),
+    # Scores of the finished model's tasks in other words; where "prompt", "gate" or "both" got them, options "kept" ...
+    "wordings": pa.schema([*_KEYS, *_WORDING, *_VALUE]),
+    # What the answer to each test row earned in other words.
+    "wording_answers": pa.schema([*_KEYS, *_WORDING, ("row", pa.int64()), ("value", pa.float64())]),
     # metrics "grad_norm" (layer = module name, or "bank"), "grad_concentration" and "train_loss" (layer = "").
     "gradients": pa.schema([*_KEYS, ("step", pa.int64()), ("epoch", pa.int64()), ("layer", pa.string()), *_VALUE]),
 }
@@ -71,15 +77,22 @@ def append(run_dir: str | Path, table: str, rows: Iterable[Mapping[str, Any]]) -
     Raises:
         RecordError: A row has other columns than the schema, or the file at hand cannot be read.
     """
-    rows = list(rows)
     path, schema = path_of(run_dir, table), SCHEMAS[table]
-    for row in rows:
-        if set(row) != set(schema.names):
-            odd = sorted(set(row) ^ set(schema.names))
-            raise RecordError(f"{path.name}: a row's columns differ from the schema in {', '.join(odd)}")
-    new = pa.Table.from_pylist([dict(row) for row in rows], schema=schema)
+    new = _table(path, schema, rows)
     if path.exists():
         new = pa.concat_tables([_read(path, schema), new])
+    _replace(path, new)
+
+
+def replace(run_dir: str | Path, table: str, rows: Iterable[Mapping[str, Any]], same: Sequence[str]) -> None:
+    """Append ``rows`` as ``append`` does, in the place of rows that equal one of them in the columns ``same``."""
+    path, schema = path_of(run_dir, table), SCHEMAS[table]
+    new = _table(path, schema, rows)
+    if path.exists():
+        old = _read(path, schema)
+        gone = set(_columns(new, same))
+        kept = old.filter(pa.array([key not in gone for key in _columns(old, same)], pa.bool_()))
+        new = pa.concat_tables([kept, new])
     _replace(path, new)
 
 
@@ -103,6 +116,19 @@ def read(run_dir: str | Path, table: str) -> pd.DataFrame:
     if not path.exists():
         return SCHEMAS[table].empty_table().to_pandas()
     return _read(path, SCHEMAS[table]).to_pandas()
+
+
+def _columns(table: pa.Table, names: Sequence[str]) -> list[tuple[Any, ...]]:
+    return list(zip(*(table.column(name).to_pylist() for name in names), strict=True))
+
+
+def _table(path: Path, schema: pa.Schema, rows: Iterable[Mapping[str, Any]]) -> pa.Table:
+    rows = list(rows)
+    for row in rows:
+        if set(row) != set(schema.names):
+            odd = sorted(set(row) ^ set(schema.names))
+            raise RecordError(f"{path.name}: a row's columns differ from the schema in {', '.join(odd)}")
+    return pa.Table.from_pylist([dict(row) for row in rows], schema=schema)
 
 
 def _read(path: Path, schema: pa.Schema) -> pa.Table:

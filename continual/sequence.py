@@ -18,19 +18,8 @@ from continual.callbacks.progress import ScoreTable, plan
 from continual.errors import ConfigError, RunError
 from continual.experiment import Experiment
 from continual.manifest import Manifest
-from continual.stage_data import StageData
-
-
-class AllTasks(L.LightningDataModule):
-    """The test rows of every stage, one loader each."""
-
-    def __init__(self, stages: list[StageData]) -> None:
-        super().__init__()
-        self.stages = stages
-
-    def test_dataloader(self) -> list[Any]:
-        """Return a loader for each task, in training order."""
-        return [data.test_dataloader() for data in self.stages]
+from continual.other_words import Slot, check_fit, score_slots
+from continual.stage_data import AllTasks, StageData
 
 
 class Sequence:
@@ -47,6 +36,7 @@ class Sequence:
         self.data: list[StageData] = []
         self.scores, self.routes = ScoreRecorder(), RouteRecorder()
         self.gradients, self.progress = GradientRecorder(), StageProgress()
+        self.wordings: list[Slot] = []
 
     def prepare(self, resumed: Manifest | None = None) -> None:
         """Load the backbone, read every task, and make the run directory or take up the one at hand.
@@ -70,6 +60,10 @@ class Sequence:
                 data.prepare(self.module)
         self.module.strategy.check(self.module, self.data)
         self.module.strategy.prepare(self.module)
+        if experiment.wordings is not None:
+            has_gate = self.module.uses_instructions or self.module.strategy.reads_instructions
+            self.wordings = experiment.wordings.slots(self.data, has_gate)
+            check_fit(self.wordings, self.data)
         if resumed is None:
             self.manifest = self._new_manifest()
             manifest.create(self.run_dir, experiment.resolved, self.manifest)
@@ -120,9 +114,7 @@ class Sequence:
     def _score(self, index: int, trainer: L.Trainer) -> None:
         if index == 0:
             self.progress.title = f"stage 0/{len(self.data)} untrained"
-        seen = [label for data in self.data[:index] for label in data.task.labels or []]
-        for data in self.data:
-            data.seen_labels = seen
+        self._see_labels(index)
         trained = {data.name: stage for stage, data in enumerate(self.data, start=1)}
         scored = self.scored_after(index)
         self.scores.start(self._keys(index), scored)
@@ -149,8 +141,31 @@ class Sequence:
             note.stored_parameters[str(index)] = strategy.stored_parameters(self.module)
             note.serving_parameters[str(index)] = strategy.serving_parameters(self.module)
 
+    def score_wordings(self) -> dict[str, list[dict[str, Any]]]:
+        """Return the rows of the tables wordings and wording_answers: the finished model's tasks in other words."""
+        index, recorder = len(self.data), ScoreRecorder()
+        self._see_labels(index)
+        self.progress.title = f"stage {index}/{index} in other words"
+        callbacks = [recorder, self.progress, self.module.strategy]
+        trainer = self.experiment.make_trainer(None, self.run_dir, callbacks)
+
+        def score(stages: list[StageData]) -> ScoreRecorder:
+            recorder.start(self._keys(index), stages)
+            trainer.test(self.module, datamodule=AllTasks(stages), verbose=False)
+            return recorder
+
+        return score_slots(self.wordings, self.data, score)
+
+    def _see_labels(self, index: int) -> None:
+        """Tell all data which labels were seen up to stage ``index``."""
+        seen = [label for data in self.data[:index] for label in data.task.labels or []]
+        for data in self.data:
+            data.seen_labels = seen
+
     def _write(self, index: int) -> None:
         tables = {"scores": self.scores.rows, "answers": self.scores.answers, **self.routes.tables}
+        if index == len(self.data):
+            tables |= self.score_wordings()
         if index:
             tables["gradients"] = self.gradients.rows
         for table, rows in tables.items():

@@ -5,14 +5,16 @@ Rows are read and encoded once, by ``batches``; the strategy of the module may m
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 from torch.utils.data import DataLoader
 
 from continual.batches import Candidates, Collator, EncodedTask, LengthBatches, Row, token_batches
 from continual.errors import ConfigError
+from continual.wordings import TRAINING, Wording, opening, varied
 from tasks import Task
 
 
@@ -30,6 +32,9 @@ class StageData(L.LightningDataModule):
         seed: Decides the order of the training rows.
         score_seen_labels: Score label tasks among all labels seen so far as well as among their own.
         generate_labels: Score label tasks by the text that is generated as well (exact match); takes as long again.
+        options: Whether a label task's prompt carries a line of its labels, after the instruction; it is never cut.
+        vary_prompt: Share of the training rows that are put into other words, drawn by ``seed``: options shuffled,
+            options dropped or the instruction left out, in equal shares as far as they apply.
     """
 
     def __init__(
@@ -43,6 +48,8 @@ class StageData(L.LightningDataModule):
         seed: int = 0,
         score_seen_labels: bool = True,
         generate_labels: bool = False,
+        options: Literal["none", "listed"] = "none",
+        vary_prompt: float = 0.0,
     ) -> None:
         super().__init__()
         for name, value, least in (
@@ -54,9 +61,12 @@ class StageData(L.LightningDataModule):
         ):
             if value < least:
                 raise ValueError(f"data.{name} must be at least {least}, got {value}")
+        if not 0 <= vary_prompt <= 1:
+            raise ValueError(f"data.vary_prompt must lie in [0, 1], got {vary_prompt}")
         self.task, self.batch_size, self.max_tokens = task, batch_size, max_tokens
         self.eval_batch_tokens, self.validation_rows = eval_batch_tokens, validation_rows
         self.num_workers, self.seed, self.score_seen_labels = num_workers, seed, score_seen_labels
+        self.options, self.vary_prompt = options, vary_prompt
         self.generates = task.kind == "free" or (task.kind == "labels" and generate_labels)
         self.name: str = type(task).__name__
         self.seen_labels: list[str] = []
@@ -65,14 +75,35 @@ class StageData(L.LightningDataModule):
     def prepare(self, module: Any) -> None:
         """Read and encode the task's rows for the backbone of ``module``; a second call does nothing."""
         self._module = module
-        for split in ("train", "test"):
-            if split not in self._encoded:
-                self._encoded[split] = EncodedTask(self.task, module.backbone, split, self.max_tokens)
+        if not self._encoded:
+            self._encoded = {"train": self._encode("train", self._varied()), "test": self._encode("test", TRAINING)}
         if self.validation_rows >= len(self._encoded["train"].rows):
             raise ConfigError(
                 f"data.validation_rows ({self.validation_rows}) leaves none of the "
                 f"{len(self._encoded['train'].rows)} training rows"
             )
+
+    def _encode(self, split: Literal["train", "test"], wording: Wording | Sequence[Wording]) -> EncodedTask:
+        return EncodedTask(self.task, self._module.backbone, split, self.max_tokens, self.options, wording)
+
+    def _varied(self) -> list[Wording]:
+        """Return each training row's wording; rows held out of training are put as test rows are."""
+        num_rows = len(self.task.rows("train"))
+        num_trained = max(num_rows - self.validation_rows, 0)
+        wordings = varied(self.task, self.options == "listed", num_trained, self.vary_prompt, self.seed)
+        return wordings + [TRAINING] * (num_rows - num_trained)
+
+    def worded(self, wording: Wording) -> StageData:
+        """Return the same data with its test rows in other words."""
+        other = copy.copy(self)
+        other._encoded = self._encoded | {"test": self._encode("test", wording)}
+        return other
+
+    def opening_tokens(self, wording: Wording) -> int:
+        """Return the length, in tokens, of what prompts open with in other words."""
+        listed = (self.task.labels or []) if self.options == "listed" else []
+        text = opening(wording.in_prompt(self.task.instruction), wording.order(listed, row=0))
+        return len(self._module.backbone.encode_instruction(text))
 
     def setup(self, stage: str) -> None:
         """Lightning's hook: encode with the backbone of the module that the trainer runs."""
@@ -144,3 +175,15 @@ class StageData(L.LightningDataModule):
     def _collator(self, answers: bool, candidates: Candidates | None = None) -> Collator:
         module = self._module
         return Collator(module.backbone, module.uses_instructions, answers, candidates, module.instruction_encoder)
+
+
+class AllTasks(L.LightningDataModule):
+    """The test rows of every stage, one loader each."""
+
+    def __init__(self, stages: list[StageData]) -> None:
+        super().__init__()
+        self.stages = stages
+
+    def test_dataloader(self) -> list[Any]:
+        """Return a loader for each task, in training order."""
+        return [data.test_dataloader() for data in self.stages]

@@ -46,11 +46,13 @@ class Strategy(L.Callback):
 
     Attributes:
         needs_rows: Whether training rows of earlier stages are kept.
+        reads_instructions: Whether the method reads a row's instruction by itself, apart from the prompt.
         data: The rows of the stage under way.
         stage: Number of the stage under way, from 1; 0 outside of a sequence (one stage by hand has no past).
     """
 
     needs_rows: ClassVar[bool] = False
+    reads_instructions: ClassVar[bool] = False
     data: StageData
     stage: int = 0
     _stored_bytes: int = 0

@@ -1,0 +1,66 @@
+"""Score a finished run's tasks in other words, add the rows to its tables, and draw its report again.
+
+    python -m continual.rescore RUN --wordings FILE [--key KEY] [--options kept ...] [--where gate both]
+                                    [--no-none] [--no-wrong]
+
+Rows of the same wording from an earlier call are replaced. The last line on standard output is the run's directory.
+Exit status as for continual.run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import get_args
+
+from continual import manifest, records
+from continual.errors import ConfigError
+from continual.run import OneLineParser, finish, guarded
+from continual.wordings import Options, Where
+
+_SAME = ["run", "seed", "stage", "task", "wording", "where", "options"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run from the command line; return the exit status."""
+    return guarded(lambda: _work(sys.argv[1:] if argv is None else argv))
+
+
+def _work(argv: Sequence[str]) -> Path:
+    parser = OneLineParser(prog="python -m continual.rescore", description=str(__doc__).splitlines()[0])
+    parser.add_argument("run", type=Path, metavar="RUN", help="the directory of a finished run")
+    parser.add_argument("--wordings", metavar="FILE", help="JSON file of paraphrases, by task name")
+    parser.add_argument("--key", help="the name in FILE whose paraphrases are every task's")
+    kept = list(get_args(Options))
+    parser.add_argument("--options", nargs="+", choices=kept, default=kept, help="what becomes of the options")
+    parser.add_argument("--where", nargs="+", choices=get_args(Where), default=["gate", "both"], help="who gets them")
+    for name, what in (("none", "with no instruction"), ("wrong", "with another task's instruction")):
+        parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=True, help=f"score {what}")
+    arguments = parser.parse_args(argv)
+    state, text = manifest.read(arguments.run)
+    if not state.complete:
+        raise ConfigError(
+            f"{arguments.run} is not finished (stage {state.finished_stage} of {len(state.stages)} is): resume it first"
+        )
+    from continual import experiment  # here: neither of the errors above should have to wait for torch
+    from continual.other_words import OtherWords
+    from continual.quiet import quieten
+    from continual.sequence import Sequence as StageSequence
+
+    quieten()
+    made = experiment.parse(text, state.run, where=str(arguments.run / manifest.CONFIG_NAME))
+    made.wordings = OtherWords(
+        arguments.wordings, arguments.key, arguments.options, arguments.where, arguments.none, arguments.wrong
+    )
+    sequence = StageSequence(made, arguments.run)
+    sequence.prepare(state)
+    tables = sequence.score_wordings()
+    for table in ("wording_answers", "wordings"):
+        records.replace(arguments.run, table, tables[table], _SAME)
+    return finish(arguments.run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
