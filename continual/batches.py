@@ -9,7 +9,7 @@ Shapes: B rows of a batch, P prompt columns, S prompt and answer columns, L cand
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -134,6 +134,31 @@ class Candidates:
         )
 
 
+class RowInputs:
+    """What the gate of a growing bank reads of a row, as keywords of a forward pass (``adapters.growing``).
+
+    Args:
+        backbone: Tokenises the row's own text: its context and question, without instruction and options.
+        encode: Encodes an instruction, (E,).
+        text_tokens: Tokens of the text that are read.
+    """
+
+    def __init__(self, backbone: Backbone, encode: Callable[[str], Tensor], text_tokens: int) -> None:
+        self.backbone: Any = backbone
+        self.encode, self.text_tokens = encode, text_tokens
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """Return the keywords of a batch of rows."""
+        instructions = torch.stack([self.encode(row.instruction) for row in rows])
+        if self.backbone.kind == "regressor":
+            return {"row_features": torch.tensor([row.source["x"] for row in rows]), "gate_instruction": instructions}
+        texts = [f"{row.source['context']}\n{row.source['question']}".strip() for row in rows]
+        ids = [self.backbone.encode_text(text)[: self.text_tokens] for text in texts]
+        width = max(1, *map(len, ids))
+        padded = torch.tensor([tokens + [-1] * (width - len(tokens)) for tokens in ids])
+        return {"text_ids": padded, "gate_instruction": instructions}
+
+
 class Collator:
     """Pads rows into a batch: a dictionary of tensors, the rows themselves under "rows".
 
@@ -143,6 +168,7 @@ class Collator:
         answers: Whether the answers follow the prompts (training) or prompts stand alone (scoring).
         candidates: Labels to score, for a task that has them.
         encoder: Encodes instructions for a backbone without words.
+        row_inputs: What a gate reads of the rows, where there is one.
     """
 
     def __init__(
@@ -152,10 +178,11 @@ class Collator:
         answers: bool,
         candidates: Candidates | None = None,
         encoder: Any = None,
+        row_inputs: RowInputs | None = None,
     ) -> None:
         self.backbone: Any = backbone
         self.with_instructions, self.answers = with_instructions, answers
-        self.candidates, self.encoder = candidates, encoder
+        self.candidates, self.encoder, self.row_inputs = candidates, encoder, row_inputs
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
         """Return the batch; see the module's docstring for the shapes. "instructions" are the rows' own, as text."""
@@ -163,6 +190,8 @@ class Collator:
         batch["rows"] = [row.source for row in rows]
         batch["instructions"] = [row.instruction for row in rows]
         batch["forward"] |= self._instructions(batch["instructions"])
+        if self.row_inputs is not None:
+            batch["forward"] |= self.row_inputs(rows)
         return batch
 
     def _text(self, rows: Sequence[Row]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from continual.adapters import QueryableLoraModel
+from continual.adapters.carrier import INSTRUCTION_KEYWORDS
 from continual.batches import Candidates
 from tasks import Task
 
@@ -73,7 +74,7 @@ def score_batch(module: ContinualModule, task: Task, batch: dict[str, Any], max_
         else:
             outcome = _predict(module, batch)
     if passes:
-        _keep_prompt_routes(outcome, next(iter(passes[0].values())), batch)
+        _keep_prompt_routes(outcome, _routes_of(module, passes[0], batch), batch)
     return outcome
 
 
@@ -86,7 +87,7 @@ def label_log_likelihoods(model: Any, forward: dict[str, Tensor], candidates: Ca
         candidates: The labels.
     """
     ids, prompt_mask, positions = (forward[name] for name in ("input_ids", "attention_mask", "position_ids"))
-    rest = {name: value for name, value in forward.items() if name.startswith("instruction")}
+    rest = {name: value for name, value in forward.items() if name in INSTRUCTION_KEYWORDS}
     device, num_rows = ids.device, len(ids)
     label_ids, segment, offset = (t.to(device) for t in (candidates.ids_L, candidates.segment_L, candidates.offset_L))
     num_label = len(label_ids)
@@ -176,6 +177,16 @@ def _predict(module: ContinualModule, batch: dict[str, Any]) -> Outcome:
         predictions=[repr(value) for value in predicted.tolist()],
         targets=target.tolist(),
     )
+
+
+def _routes_of(module: ContinualModule, recorded: dict[str, list[Tensor]], batch: dict[str, Any]) -> list[Tensor]:
+    """Return the routes of each block in a pass: a growing bank's over all its slices, else the one adapter's."""
+    growing = module.tuner and module.tuner.growing
+    if not growing:
+        return next(iter(recorded.values()))
+    width = batch["forward"]["input_ids"].shape[1] if "input_ids" in batch["forward"] else 1
+    prompt = {name: [r[:, :width] if r.dim() == 3 else r for r in routes] for name, routes in recorded.items()}
+    return growing.join(prompt, (len(batch["rows"]), width))
 
 
 def _keep_prompt_routes(outcome: Outcome, routes: Sequence[Tensor | None], batch: dict[str, Any]) -> None:

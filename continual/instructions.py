@@ -44,12 +44,15 @@ class InstructionEncoder:
     a backbone without words, less the mean e of GENERAL_INSTRUCTIONS.
 
     Args:
-        module: Holds the backbone, and names the sentence encoder.
+        module: Holds the backbone, and names the sentence encoder of one without words.
+        sentence_encoder: A sentence encoder, by name or folder, to take in the place of a backbone's embeddings.
     """
 
-    def __init__(self, module: ContinualModule) -> None:
+    def __init__(self, module: ContinualModule, sentence_encoder: str | None = None) -> None:
         self._module = module
-        self._sentences = None if isinstance(module.backbone, CausalLM) else SentenceEncoder(module.encoder)
+        if sentence_encoder is None and not isinstance(module.backbone, CausalLM):
+            sentence_encoder = module.encoder
+        self._sentences = None if sentence_encoder is None else SentenceEncoder(sentence_encoder)
         self._known: dict[str, Tensor] = {}
         self._reference: Tensor | None = None
 

@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from continual.adapters import QueryableLoraConfig, QueryableLoraModel
 from continual.backbones import Backbone, CausalLM, SentenceEncoder
-from continual.batches import IGNORED
+from continual.batches import IGNORED, RowInputs
 from continual.errors import ConfigError, RunError, one_line
 from continual.evaluate import Outcome, is_routed, score_batch
 from continual.files import whole_folder
@@ -68,6 +68,7 @@ class ContinualModule(L.LightningModule):
         self.strategy = strategy
         self.model: PeftModel | None = None
         self.instruction_encoder: SentenceEncoder | None = None
+        self.row_inputs: RowInputs | None = None  # what the strategy's gate reads, where it has one
         self.strict_loading = False  # Lightning's checkpoints hold the adapter alone
 
     # -- building -----------------------------------------------------------------------------------------------------

@@ -173,7 +173,7 @@ class Sequence:
                 records.append(self.run_dir, table, rows)
         folder = self.run_dir / "adapters" / f"stage-{index:02d}"
         folder.parent.mkdir(exist_ok=True)
-        self.module.save_adapter(folder)
+        self.module.strategy.save_adapter(self.module, folder)
         if index:
             self.module.strategy.save(self._strategy_folder(index))
 
@@ -223,7 +223,7 @@ class Sequence:
         if finished >= 1:
             self.module.strategy.load(self.module, self._strategy_folder(finished))
         if finished >= 0:
-            self.module.load_adapter(self.run_dir / "adapters" / f"stage-{finished:02d}")
+            self.module.strategy.load_adapter(self.module, self.run_dir / "adapters" / f"stage-{finished:02d}")
             self.routes.restore(records.read(self.run_dir, "routing"))
 
 

@@ -174,7 +174,7 @@ class StageData(L.LightningDataModule):
 
     def _collator(self, answers: bool, candidates: Candidates | None = None) -> Collator:
         module = self._module
-        return Collator(module.backbone, module.uses_instructions, answers, candidates, module.instruction_encoder)
+        return Collator(module.backbone, module.uses_instructions, answers, candidates, module.instruction_encoder, module.row_inputs)
 
 
 class AllTasks(L.LightningDataModule):

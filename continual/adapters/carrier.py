@@ -17,7 +17,7 @@ from torch import nn
 from continual.adapters.layer import QueryableLinear
 from continual.adapters.router import RoutingState
 
-INSTRUCTION_KEYWORDS = ("instruction_ids", "instruction_encoding")
+INSTRUCTION_KEYWORDS = ("instruction_ids", "instruction_encoding", "text_ids", "row_features", "gate_instruction")
 
 
 class RouteCarrier:
@@ -62,10 +62,18 @@ def patch_generate(model: nn.Module) -> None:
 
 
 def _prepare_inputs_for_generation(
-    self: Any, *args: Any, instruction_ids: Any = None, instruction_encoding: Any = None, **kwargs: Any
+    self: Any,
+    *args: Any,
+    instruction_ids: Any = None,
+    instruction_encoding: Any = None,
+    text_ids: Any = None,
+    row_features: Any = None,
+    gate_instruction: Any = None,
+    **kwargs: Any,
 ) -> dict[str, Any]:
     inputs = type(self).prepare_inputs_for_generation(self, *args, **kwargs)
-    given = zip(INSTRUCTION_KEYWORDS, (instruction_ids, instruction_encoding), strict=True)
+    values = (instruction_ids, instruction_encoding, text_ids, row_features, gate_instruction)
+    given = zip(INSTRUCTION_KEYWORDS, values, strict=True)
     return inputs | {name: value for name, value in given if value is not None}
 
 

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from continual.adapters.carrier import RouteCarrier, carriers_of, patch_generate, refuse_inexact_checkpointing
 from continual.adapters.config import PEFT_NAME, QueryableLoraConfig
+from continual.adapters.growing import ROW_KEYWORDS, GrowingBank
 from continual.adapters.layer import CANNOT_MERGE, QueryableLinear, layer_of
 from continual.adapters.router import AtomBank, RoutingState
 
@@ -45,6 +46,9 @@ class QueryableLoraModel(BaseTuner):
     that gradients stay exact under non-reentrant activation checkpointing; a model whose layers take no keywords gets
     the state on its layers directly and cannot be checkpointed.
     """
+
+    growing: GrowingBank | None = None
+    """What decides which adapters a pass uses, where the bank grows; otherwise all active ones are."""
 
     uses_shared_state = True
     prefix = "queryable_"
@@ -171,11 +175,15 @@ class QueryableLoraModel(BaseTuner):
         ids, encoding = kwargs.pop("instruction_ids", None), kwargs.pop("instruction_encoding", None)
         if ids is not None:
             encoding = self.encode_instruction(ids)
+        rows = {name: kwargs.pop(name, None) for name in ROW_KEYWORDS}
+        growing = self.growing
+        uses = dict.fromkeys(self.active_adapters) if growing is None else growing.uses(rows)
         states: dict[str, RoutingState] = {}
-        for name in self.active_adapters:
+        for name, weight in uses.items():
             bank = self._bank(name)
             centred = None if encoding is None or not bank.config.uses_prior else bank.centre(encoding)
             states[name] = bank.begin(centred)
+            states[name].weight_B, states[name].observe = weight, growing and growing.observe
         if self._has_carriers:
             kwargs["routing_state"] = states
         self._uncarried.give(states)

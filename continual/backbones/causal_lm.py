@@ -173,6 +173,10 @@ class CausalLM(Backbone):
         """Tokenises an instruction alone, for the router's instruction prior; no tokens for an empty one."""
         return self._encode(text)
 
+    def encode_text(self, text: str) -> list[int]:
+        """Tokenises a row's text alone, for a gate; no tokens for an empty one."""
+        return self._encode(text)
+
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of generated tokens up to the first end mark, without special tokens, stripped."""
         ids = [int(token) for token in ids]

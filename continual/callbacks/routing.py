@@ -105,7 +105,7 @@ class RouteRecorder(L.Callback):
         for reference, earlier in references.items():
             if task not in self.usage.get(earlier, {}):
                 continue
-            now, then = self.usage[stage][task], self.usage[earlier][task]
+            now, then = _same_atoms(self.usage[stage][task], self.usage[earlier][task])
             place = {"reference": reference, "reference_stage": earlier}
             for metric, distance in (("js", js_divergence), ("kl", kl_divergence), ("tv", total_variation)):
                 for block, value in _with_mean(distance(now, then)):
@@ -161,6 +161,13 @@ class _TaskRoutes:
         """Return the mean entropy of a token's routes in each block, (N,), in nats."""
         assert self.entropy is not None
         return (self.entropy / self.tokens.sum()).numpy()
+
+
+def _same_atoms(now: np.ndarray, then: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return two usages, (N, M), over the same atoms: those that were not there yet were used by nobody."""
+    num_atoms = max(now.shape[1], then.shape[1])
+    now, then = (np.pad(usage, ((0, 0), (0, num_atoms - usage.shape[1]))) for usage in (now, then))
+    return now, then
 
 
 def _half_of(row: int) -> int:

@@ -3,6 +3,7 @@
 from continual.strategies.agem import AGEM
 from continual.strategies.base import Sequential, Strategy
 from continual.strategies.ewc import EWC, OnlineEWC
+from continual.strategies.growing_bank import GrowingBank
 from continual.strategies.joint import Joint
 from continual.strategies.library import PerInstructionLookup, PerTask
 from continual.strategies.lwf import LwF
@@ -16,6 +17,7 @@ __all__ = [
     "SEQR",
     "DERPlusPlus",
     "ExperienceReplay",
+    "GrowingBank",
     "Joint",
     "LwF",
     "OLoRA",

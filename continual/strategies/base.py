@@ -107,6 +107,14 @@ class Strategy(L.Callback):
         """Return how many of ``stored_parameters`` a forward pass reads for one row, at most."""
         return self.stored_parameters(module)
 
+    def save_adapter(self, module: ContinualModule, folder: Path) -> None:
+        """Write the adapter, whole or not at all; a PEFT folder unless a method needs another."""
+        module.save_adapter(folder)
+
+    def load_adapter(self, module: ContinualModule, folder: Path) -> None:
+        """Read what ``save_adapter`` wrote; raises RunError where it cannot."""
+        module.load_adapter(folder)
+
     # -- what the engine calls ----------------------------------------------------------------------------------------
 
     def start(self, module: ContinualModule, data: StageData, stage: int) -> None:

@@ -1,0 +1,232 @@
+"""The growing atom bank: one slice of atoms a stage on one tuner, and a gate that says whose atoms answer a row.
+
+    y_l = W_l h_l + (lora_alpha / r) sum_{i in use(row)} B_{i,l} S_i(token) A_l h_l
+
+Slice i is an adapter of the tuner: its own atoms, router and B_{i,l}, written in stage i and frozen after it. All slices
+read the same frozen A_l (``frozen_A_seed``), so that A costs nothing to keep and low-rank states mean the same to every
+slice. A stage may read the slices of a like stage under its own; ``gate`` chooses one stage for each row from the row's
+own text and instruction, or none, and the slices of that stage are in use for the row.
+
+The routes of a row over the whole bank, one weight for abstaining and one for each atom, sum to 1: a slice in use
+shares the row's weight evenly with the others in use and spreads it over its atoms as its router says.
+
+Shapes: B rows, L tokens of a row's own text, T tokens of a pass, F features, E width of an instruction's encoding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from continual.adapters.gate import StageGate
+
+if TYPE_CHECKING:
+    from continual.adapters.layer import QueryableLinear
+    from continual.adapters.queryable import QueryableLoraModel
+
+ROW_KEYWORDS = ("text_ids", "row_features", "gate_instruction")
+"""Keywords that the gate reads: token ids of each row's own text, (B, L), negative where padded; or its features as
+they are, (B, F); and the encoding of its instruction, (B, E)."""
+
+Observer = Callable[[nn.Module, str, Tensor], None]
+
+
+class GrowingBank:
+    """The slices of a tuner, which of them a pass uses, and the gate that decides.
+
+    Args:
+        tuner: Holds the slices, as adapters that are all active.
+        gate: Chooses a stage for each row.
+        depth: How many of the backbone's layers compute the features of a row's text.
+
+    Attributes:
+        in_use: Adapters that every row uses, in training say; None where the gate decides.
+        chosen_B: Index of the stage that the gate chose for each row of the last pass; ``gate.ABSTAIN`` for none.
+    """
+
+    def __init__(self, tuner: QueryableLoraModel, gate: StageGate, depth: int) -> None:
+        self.tuner, self.gate, self.depth = tuner, gate, depth
+        self.in_use: list[str] | None = []
+        self.chosen_B: Tensor | None = None
+        self.observe: Observer | None = None
+        self._seen: tuple[Any, ...] = ()
+
+    @property
+    def names(self) -> list[str]:
+        """The slices' names, in the order that they were added."""
+        return list(self.tuner.queryable_bank.keys())
+
+    # -- one pass -----------------------------------------------------------------------------------------------------
+
+    def uses(self, rows: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+        """Return the adapters that a pass uses and each one's weight a row, (B,), None for 1.
+
+        Args:
+            rows: The pass's ``ROW_KEYWORDS``. Where they are missing and the gate is to decide, nothing is in use.
+        """
+        if self.in_use is not None:
+            return dict.fromkeys(self.in_use)
+        features = rows["text_ids"] if rows["row_features"] is None else rows["row_features"]
+        if features is None:
+            self.chosen_B = None
+            return {}
+        if self.chosen_B is None or not self._seen or any(a is not b for a, b in zip(self._seen, rows.values())):
+            self._seen = tuple(rows.values())  # generation asks again for every token
+            self.chosen_B = self.choose(rows)
+        stages = list(self.gate.stages.values())
+        found = {stages[index].adapters[place] for index in self._chosen for place in range(len(stages[index].adapters))}
+        uses: dict[str, Tensor | None] = {}
+        for name in self.names:
+            if name in found:
+                readers = [index for index in self._chosen if name in stages[index].adapters]
+                everyone = len(readers) == len(self._chosen) and not self._abstains
+                mask = torch.isin(self.chosen_B, torch.tensor(readers, device=self.chosen_B.device))
+                uses[name] = None if everyone else mask.float()
+        return uses
+
+    def choose(self, rows: dict[str, Tensor | None]) -> Tensor:
+        """Return the index of each row's stage, (B,); see ``StageGate.choose``."""
+        features, lengths = self.features(rows)
+        chosen = self.gate.choose(features, lengths, rows["gate_instruction"])
+        found = chosen.unique().tolist()
+        self._chosen, self._abstains = [index for index in found if index >= 0], found[:1] == [-1]
+        return chosen
+
+    @torch.no_grad()
+    def features(self, rows: dict[str, Tensor | None]) -> tuple[Tensor, Tensor]:
+        """Return features of each row's own text, (B, F), and how many tokens they are from, (B,).
+
+        The mean over tokens, without the first one, which attention uses as a sink, of the frozen backbone's hidden
+        states at ``depth``, each scaled to unit root mean square; a row of numbers is its own feature.
+        """
+        given = rows["row_features"]
+        if given is not None:
+            return given.float(), torch.full((len(given),), 10**6, device=given.device)
+        ids = cast(Tensor, rows["text_ids"])
+        mask = ids >= 0
+        lengths = mask.sum(dim=1)
+        hidden = _hidden_states(self.tuner.model, ids.clamp_min(0), self.depth)
+        kept = mask & ((torch.arange(ids.shape[1], device=ids.device) > 0) | (lengths == 1).unsqueeze(1))
+        states = F.rms_norm(hidden.float(), hidden.shape[-1:]) * kept.unsqueeze(-1)
+        return states.sum(dim=1) / kept.sum(dim=1, keepdim=True).clamp_min(1), lengths
+
+    def join(self, routes: dict[str, list[Tensor]], shape: tuple[int, int]) -> list[Tensor]:
+        """Return the routes of a pass over the whole bank, of each block, (B, T, 1 + atoms of all slices).
+
+        Args:
+            routes: What ``record_routes`` gave for the pass.
+            shape: (B, T) of the pass.
+        """
+        device = next(self.tuner.model.parameters()).device
+        weights = self._weights(list(routes), shape[0], device)
+        banks = {name: cast(Any, self.tuner.queryable_bank[name]).config for name in self.names}
+        joined = []
+        for block in range(max(config.num_blocks for config in banks.values())):
+            total = torch.stack([weights[name] for name in routes]).sum(dim=0) if routes else weights[""]
+            parts = [(1 - total).view(-1, 1, 1).expand(*shape, 1)]
+            for name, config in banks.items():
+                if name in routes:
+                    route = routes[name][block].float()
+                    route = route if route.dim() == 3 else route.unsqueeze(1)
+                    parts.append(route * weights[name].view(-1, 1, 1))
+                else:
+                    parts.append(torch.zeros(*shape, config.num_atoms, device=device))
+            joined.append(torch.cat(parts, dim=-1))
+        return joined
+
+    def _weights(self, names: list[str], num_rows: int, device: torch.device) -> dict[str, Tensor]:
+        """Return each slice's share of each row, (B,); under "" nothing of every row."""
+        weights = {name: torch.zeros(num_rows, device=device) for name in ["", *names]}
+        if self.in_use is not None:
+            return weights | {name: torch.full((num_rows,), 1 / len(names), device=device) for name in names}
+        if self.chosen_B is not None:
+            for index, anchors in enumerate(self.gate.stages.values()):
+                for name in anchors.adapters:
+                    if name in names:
+                        weights[name] += (self.chosen_B == index).float() / len(anchors.adapters)
+        return weights
+
+    # -- growing ------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def using(self, names: list[str] | None) -> Iterator[None]:
+        """Use these adapters for every row inside the ``with``."""
+        before, self.in_use = self.in_use, names
+        try:
+            yield
+        finally:
+            self.in_use = before
+
+    @contextmanager
+    def observing(self, observe: Observer) -> Iterator[None]:
+        """Show every layer's S u, before B, to ``observe`` inside the ``with``."""
+        self.observe = observe
+        try:
+            yield
+        finally:
+            self.observe = None
+
+    def train_only(self, name: str) -> None:
+        """Freeze every slice but one."""
+        for other in self.names:
+            self.tuner.set_requires_grad(other, other == name)
+
+    def layers(self, name: str) -> dict[str, QueryableLinear]:
+        """Return the layers that hold the slice ``name``, by their names in the model."""
+        from continual.adapters.layer import QueryableLinear
+
+        named = self.tuner.model.named_modules()
+        return {place: m for place, m in named if isinstance(m, QueryableLinear) and name in m.queryable_B}
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """Return what has to be kept of a slice: atoms, router, and the columns of each B that are not all 0."""
+        kept = {f"bank|{key}": value.detach() for key, value in self.tuner.queryable_bank[name].state_dict().items()}
+        for place, layer in self.layers(name).items():
+            weight = layer.queryable_B[name].detach()
+            columns = weight.abs().amax(dim=0).nonzero().flatten()
+            kept[f"{place}|columns"] = columns.to(torch.uint8 if weight.shape[1] <= 256 else torch.int32)
+            kept[f"{place}|B"] = weight[:, columns].clone()
+        return kept
+
+    @torch.no_grad()
+    def restore(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Take up what ``tensors`` gave, into the slice ``name``, which is there already."""
+        bank = self.tuner.queryable_bank[name]
+        bank.load_state_dict({key[5:]: value for key, value in tensors.items() if key.startswith("bank|")})
+        for place, layer in self.layers(name).items():
+            weight = layer.queryable_B[name]
+            weight.zero_()
+            weight[:, tensors[f"{place}|columns"].long()] = tensors[f"{place}|B"].to(weight)
+
+    def num_numbers(self, name: str) -> int:
+        """Return how many numbers a slice keeps; the places of its columns count too."""
+        return sum(tensor.numel() for tensor in self.tensors(name).values())
+
+
+class _ReachedError(Exception):
+    """The layer whose input was wanted is reached."""
+
+
+def _hidden_states(model: nn.Module, ids_BL: Tensor, depth: int) -> Tensor:
+    """Return the frozen backbone's hidden states after ``depth`` layers, (B, L, F); later layers do not run."""
+    decoder = cast(Any, model).get_decoder()
+    found: list[Tensor] = []
+
+    def stop(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        found.append(args[0] if args else kwargs["hidden_states"])
+        raise _ReachedError
+
+    handle = decoder.layers[depth].register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        # No adapter has a state in this pass: the layers compute what they did before any was put in.
+        decoder(input_ids=ids_BL, use_cache=False, routing_state={})
+    except _ReachedError:
+        pass
+    finally:
+        handle.remove()
+    return found[0]
