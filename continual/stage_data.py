@@ -6,7 +6,7 @@ Rows are read and encoded once, by ``batches``; the strategy of the module may m
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 from torch.utils.data import DataLoader
@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from continual.batches import Candidates, Collator, EncodedTask, LengthBatches, Row, token_batches
 from continual.errors import ConfigError
 from tasks import Task
+from tasks.base import Split
 
 
 class StageData(L.LightningDataModule):
@@ -30,6 +31,8 @@ class StageData(L.LightningDataModule):
         seed: Decides the order of the training rows.
         score_seen_labels: Score label tasks among all labels seen so far as well as among their own.
         generate_labels: Score label tasks by the text that is generated as well (exact match); takes as long again.
+        score_rows: Whether the task is scored on its test rows or, to choose settings by, on the training rows held
+            out by ``validation_rows``; test rows are not even encoded then.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class StageData(L.LightningDataModule):
         seed: int = 0,
         score_seen_labels: bool = True,
         generate_labels: bool = False,
+        score_rows: Literal["test", "held_out"] = "test",
     ) -> None:
         super().__init__()
         for name, value, least in (
@@ -54,9 +58,12 @@ class StageData(L.LightningDataModule):
         ):
             if value < least:
                 raise ValueError(f"data.{name} must be at least {least}, got {value}")
+        if score_rows == "held_out" and not validation_rows:
+            raise ConfigError("data.score_rows is held_out and data.validation_rows holds out no row")
         self.task, self.batch_size, self.max_tokens = task, batch_size, max_tokens
         self.eval_batch_tokens, self.validation_rows = eval_batch_tokens, validation_rows
         self.num_workers, self.seed, self.score_seen_labels = num_workers, seed, score_seen_labels
+        self.score_rows = score_rows
         self.generates = task.kind == "free" or (task.kind == "labels" and generate_labels)
         self.name: str = type(task).__name__
         self.seen_labels: list[str] = []
@@ -65,7 +72,8 @@ class StageData(L.LightningDataModule):
     def prepare(self, module: Any) -> None:
         """Read and encode the task's rows for the backbone of ``module``; a second call does nothing."""
         self._module = module
-        for split in ("train", "test"):
+        splits: tuple[Split, ...] = ("train", "test") if self.score_rows == "test" else ("train",)
+        for split in splits:
             if split not in self._encoded:
                 self._encoded[split] = EncodedTask(self.task, module.backbone, split, self.max_tokens)
         if self.validation_rows >= len(self._encoded["train"].rows):
@@ -86,6 +94,12 @@ class StageData(L.LightningDataModule):
         return rows[: len(rows) - self.validation_rows]
 
     @property
+    def held_out_rows(self) -> list[Row]:
+        """Training rows that are not trained on."""
+        rows = self._encoded["train"].rows
+        return rows[len(rows) - self.validation_rows :]
+
+    @property
     def num_batches(self) -> int:
         """Training batches an epoch."""
         return -(-len(self.train_rows) // self.batch_size)
@@ -93,7 +107,12 @@ class StageData(L.LightningDataModule):
     def facts(self) -> dict[str, Any]:
         """Return what a report says of the rows: the task's description and what was cut."""
         cut = {split: encoded.cut_rows for split, encoded in self._encoded.items()}
-        return {**self.task.description(), "cut_rows": cut, "trained_rows": len(self.train_rows)}
+        facts = {**self.task.description(), "cut_rows": cut, "trained_rows": len(self.train_rows)}
+        return (
+            facts
+            if self.score_rows == "test"
+            else facts | {"test_rows": self.validation_rows, "score_rows": "held_out"}
+        )
 
     def train_dataloader(self) -> DataLoader:
         """Return shuffled batches of rows of like length, with what the module's strategy mixes in."""
@@ -109,13 +128,11 @@ class StageData(L.LightningDataModule):
 
     def val_dataloader(self) -> list[DataLoader]:
         """Return the held-out training rows, to be scored; none by default."""
-        rows = self._encoded["train"].rows
-        held_out = rows[len(rows) - self.validation_rows :]
-        return [self._scoring_loader(held_out)] if held_out else []
+        return [self._scoring_loader(self.held_out_rows)] if self.held_out_rows else []
 
     def test_dataloader(self) -> DataLoader:
-        """Return the task's test rows, to be scored."""
-        return self._scoring_loader(self._encoded["test"].rows)
+        """Return the rows that the task is scored on, its test rows unless ``score_rows`` says otherwise."""
+        return self._scoring_loader(self._encoded["test"].rows if self.score_rows == "test" else self.held_out_rows)
 
     def collate(self, rows: Sequence[Row]) -> dict[str, Any]:
         """Return rows, of any stage, as one training batch."""
