@@ -144,17 +144,20 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
         ConfigError: Anything wrong with it, in one line that names the key.
     """
     path = Path(path)
+    return parse(read_text(path), path.stem, overrides, str(path))
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a configuration file, or raise ConfigError."""
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"cannot read the configuration {path}: {getattr(error, 'strerror', None) or error}"
-        ) from error
-    return parse(text, path.stem, overrides, str(path))
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"cannot read the configuration {path}: {reason}") from error
 
 
-def parse(text: str, stem: str, overrides: Sequence[str] = (), where: str = "configuration") -> Experiment:
-    """Check the text of a configuration; see ``load``."""
+def read_tree(text: str, overrides: Sequence[str] = (), where: str = "configuration") -> dict[str, Any]:
+    """Return a configuration's tree with the overrides applied, its stages named and no more than that checked."""
     try:
         tree = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -165,6 +168,12 @@ def parse(text: str, stem: str, overrides: Sequence[str] = (), where: str = "con
         _apply(tree, override)
     _check_groups(tree, where)
     _check_stage_names(tree, where)
+    return tree
+
+
+def parse(text: str, stem: str, overrides: Sequence[str] = (), where: str = "configuration") -> Experiment:
+    """Check the text of a configuration; see ``load``."""
+    tree = read_tree(text, overrides, where)
     if tree.get("name") is None:
         tree["name"] = stem
     parser = make_parser()
@@ -217,7 +226,6 @@ def _check_stage_names(tree: dict[str, Any], where: str) -> None:
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
-    """Set one dotted key of the configuration's tree."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"cannot understand {override!r}: an override is dotted.key=value")
@@ -225,15 +233,20 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"the value of {override!r} is not valid YAML: {one_line(error)}") from error
+    set_key(tree, key, value)
+
+
+def set_key(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Set one dotted key of a configuration's tree; a stage is named by its name, its index, or ``*`` for all."""
     *parents, last = key.split(".")
     nodes: list[Any] = [tree]
     for part in parents:
         nodes = [child for node in nodes for child in _children(node, part, key)]
     for node in nodes:
         if isinstance(node, list):
-            node[_position(node, last, key)] = value
+            node[_position(node, last, key)] = copy.deepcopy(value)
         elif isinstance(node, dict):
-            node[last] = value
+            node[last] = copy.deepcopy(value)
         else:
             raise ConfigError(f"override {key!r}: what stands before {last!r} is not a mapping")
 

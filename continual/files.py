@@ -1,12 +1,14 @@
-"""Folders that are written whole or not at all."""
+"""Folders and JSON files that are written whole or not at all."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -20,6 +22,16 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         path.chmod(0o644)  # safetensors writes for its owner alone
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Replace a JSON file, atomically and durably."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1, ensure_ascii=False)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
 def size_bytes(folder: Path) -> int:

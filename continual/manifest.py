@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from continual.errors import ConfigError, RunError
-from continual.files import whole_folder
+from continual.files import whole_folder, write_json
 
 CONFIG_NAME = "experiment.yaml"
 MANIFEST_NAME = "manifest.json"
@@ -57,12 +57,7 @@ class Manifest:
 
     def commit(self, run_dir: Path) -> None:
         """Replace the manifest in ``run_dir``, atomically and durably."""
-        temporary = run_dir / f".{MANIFEST_NAME}.tmp"
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(asdict(self), file, indent=1, ensure_ascii=False)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, run_dir / MANIFEST_NAME)
+        write_json(run_dir / MANIFEST_NAME, asdict(self))
 
 
 def create(run_dir: Path, config_text: str, manifest: Manifest) -> None:

@@ -40,6 +40,7 @@ def _work(argv: Sequence[str]) -> Path:
     parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="changes to the configuration")
     parser.add_argument("--out", type=Path, metavar="DIR", help="the run's directory (default: runs/NAME-TIME)")
     parser.add_argument("--resume", type=Path, metavar="DIR", help="go on with the run in DIR")
+    parser.add_argument("--no-report", action="store_true", help="leave the report to python -m analysis.report")
     arguments = parser.parse_intermixed_args(argv)
     if arguments.resume and (arguments.config or arguments.out or arguments.overrides):
         parser.error("--resume takes no configuration, --out or override: the run goes on as it was configured")
@@ -48,26 +49,37 @@ def _work(argv: Sequence[str]) -> Path:
     from continual.quiet import quieten
 
     quieten()
-    return run(arguments.config, arguments.out, arguments.overrides, arguments.resume)
+    return run(arguments.config, arguments.out, arguments.overrides, arguments.resume, not arguments.no_report)
 
 
 def run(
-    config: str | Path | None, out: Path | None = None, overrides: Sequence[str] = (), resume: Path | None = None
+    config: str | Path | None,
+    out: Path | None = None,
+    overrides: Sequence[str] = (),
+    resume: Path | None = None,
+    report: bool = True,
 ) -> Path:
     """Run a configuration file, or go on with a run; return the run's directory.
+
+    Args:
+        config: The experiment's YAML file, where a run is to be started.
+        out: The new run's directory; runs/NAME-TIME if None.
+        overrides: ``dotted.key=value`` changes to the configuration.
+        resume: The directory of the run to go on with.
+        report: Whether to draw the report at the end.
 
     Raises:
         ConfigError, TaskError: The configuration or an input is wrong; nothing was written.
         RunError: A stage failed; the stages before it are kept.
     """
     if resume is not None:
-        return _go_on(resume)
+        return _go_on(resume, report)
     assert config is not None
     # Imported here: neither a misspelt option nor a run that is finished should have to wait for torch.
     from continual import experiment
 
     run_dir = _new_dir(out, Path(config).stem)
-    return _start(experiment.load(config, overrides), run_dir)
+    return _start(experiment.load(config, overrides), run_dir, report)
 
 
 def run_text(text: str, stem: str, out: Path | None = None) -> Path:
@@ -86,22 +98,22 @@ def _new_dir(out: Path | None, stem: str) -> Path:
     return run_dir
 
 
-def _start(experiment: Experiment, run_dir: Path) -> Path:
+def _start(experiment: Experiment, run_dir: Path, report: bool = True) -> Path:
     from continual.sequence import Sequence as StageSequence
 
     sequence = StageSequence(experiment, run_dir)
     sequence.prepare()
     sequence.run()
-    return finish(run_dir)
+    return finish(run_dir) if report else run_dir
 
 
-def _go_on(run_dir: Path) -> Path:
+def _go_on(run_dir: Path, report: bool) -> Path:
     from continual import manifest
 
     state, text = manifest.read(run_dir)
     if state.complete:
         print(f"All {len(state.stages)} stages of {run_dir} are finished: nothing to do.")
-        if not (run_dir / "report" / "report.html").is_file():
+        if report and not (run_dir / "report" / "report.html").is_file():
             print(f"There is no report yet: python -m analysis.report {run_dir}")
         return run_dir
 
@@ -112,7 +124,7 @@ def _go_on(run_dir: Path) -> Path:
     print(f"Going on with {run_dir} after stage {state.finished_stage} of {len(state.stages)}.")
     sequence.prepare(state)
     sequence.run()
-    return finish(run_dir)
+    return finish(run_dir) if report else run_dir
 
 
 def finish(run_dir: Path) -> Path:

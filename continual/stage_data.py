@@ -16,6 +16,7 @@ from continual.batches import Candidates, Collator, EncodedTask, LengthBatches, 
 from continual.errors import ConfigError
 from continual.wordings import TRAINING, Wording, opening, varied
 from tasks import Task
+from tasks.base import Split
 
 
 class StageData(L.LightningDataModule):
@@ -35,6 +36,8 @@ class StageData(L.LightningDataModule):
         options: Whether a label task's prompt carries a line of its labels, after the instruction; it is never cut.
         vary_prompt: Share of the training rows that are put into other words, drawn by ``seed``: options shuffled,
             options dropped or the instruction left out, in equal shares as far as they apply.
+        score_rows: Whether the task is scored on its test rows or, to choose settings by, on the training rows held
+            out by ``validation_rows``; test rows are not even encoded then.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class StageData(L.LightningDataModule):
         generate_labels: bool = False,
         options: Literal["none", "listed"] = "none",
         vary_prompt: float = 0.0,
+        score_rows: Literal["test", "held_out"] = "test",
     ) -> None:
         super().__init__()
         for name, value, least in (
@@ -63,10 +67,12 @@ class StageData(L.LightningDataModule):
                 raise ValueError(f"data.{name} must be at least {least}, got {value}")
         if not 0 <= vary_prompt <= 1:
             raise ValueError(f"data.vary_prompt must lie in [0, 1], got {vary_prompt}")
+        if score_rows == "held_out" and not validation_rows:
+            raise ConfigError("data.score_rows is held_out and data.validation_rows holds out no row")
         self.task, self.batch_size, self.max_tokens = task, batch_size, max_tokens
         self.eval_batch_tokens, self.validation_rows = eval_batch_tokens, validation_rows
         self.num_workers, self.seed, self.score_seen_labels = num_workers, seed, score_seen_labels
-        self.options, self.vary_prompt = options, vary_prompt
+        self.score_rows, self.options, self.vary_prompt = score_rows, options, vary_prompt
         self.generates = task.kind == "free" or (task.kind == "labels" and generate_labels)
         self.name: str = type(task).__name__
         self.seen_labels: list[str] = []
@@ -76,7 +82,9 @@ class StageData(L.LightningDataModule):
         """Read and encode the task's rows for the backbone of ``module``; a second call does nothing."""
         self._module = module
         if not self._encoded:
-            self._encoded = {"train": self._encode("train", self._varied()), "test": self._encode("test", TRAINING)}
+            self._encoded["train"] = self._encode("train", self._varied())
+            if self.score_rows == "test":
+                self._encoded["test"] = self._encode("test", TRAINING)
         if self.validation_rows >= len(self._encoded["train"].rows):
             raise ConfigError(
                 f"data.validation_rows ({self.validation_rows}) leaves none of the "
@@ -117,6 +125,12 @@ class StageData(L.LightningDataModule):
         return rows[: len(rows) - self.validation_rows]
 
     @property
+    def held_out_rows(self) -> list[Row]:
+        """Training rows that are not trained on."""
+        rows = self._encoded["train"].rows
+        return rows[len(rows) - self.validation_rows :]
+
+    @property
     def num_batches(self) -> int:
         """Training batches an epoch."""
         return -(-len(self.train_rows) // self.batch_size)
@@ -124,7 +138,12 @@ class StageData(L.LightningDataModule):
     def facts(self) -> dict[str, Any]:
         """Return what a report says of the rows: the task's description and what was cut."""
         cut = {split: encoded.cut_rows for split, encoded in self._encoded.items()}
-        return {**self.task.description(), "cut_rows": cut, "trained_rows": len(self.train_rows)}
+        facts = {**self.task.description(), "cut_rows": cut, "trained_rows": len(self.train_rows)}
+        return (
+            facts
+            if self.score_rows == "test"
+            else facts | {"test_rows": self.validation_rows, "score_rows": "held_out"}
+        )
 
     def train_dataloader(self) -> DataLoader:
         """Return shuffled batches of rows of like length, with what the module's strategy mixes in."""
@@ -140,13 +159,11 @@ class StageData(L.LightningDataModule):
 
     def val_dataloader(self) -> list[DataLoader]:
         """Return the held-out training rows, to be scored; none by default."""
-        rows = self._encoded["train"].rows
-        held_out = rows[len(rows) - self.validation_rows :]
-        return [self._scoring_loader(held_out)] if held_out else []
+        return [self._scoring_loader(self.held_out_rows)] if self.held_out_rows else []
 
     def test_dataloader(self) -> DataLoader:
-        """Return the task's test rows, to be scored."""
-        return self._scoring_loader(self._encoded["test"].rows)
+        """Return the rows that the task is scored on, its test rows unless ``score_rows`` says otherwise."""
+        return self._scoring_loader(self._encoded["test"].rows if self.score_rows == "test" else self.held_out_rows)
 
     def collate(self, rows: Sequence[Row]) -> dict[str, Any]:
         """Return rows, of any stage, as one training batch."""

@@ -1,0 +1,206 @@
+"""A sweep at work in its directory: tune every method, run every cell, and keep count of both on disk.
+
+    sweep.yaml, base.yaml       what was asked for, checked; running sweep.yaml gives the same sweep
+    sweep.json                  {format, base, baseline, seeds, orders: {name: {stages, seeds}},
+                                 methods: {name: {dotted key: value, those chosen by tuning included}},
+                                 cells: [{method, order, seed, dir, status: done | failed | waiting, error, seconds}]}
+    tuning.json                 {stages, validation_rows, seed, grid, methods: {name: {settings, score, at_edge: [keys],
+                                 choice: index of the best cell, cells: [{dir, settings, score, scores, error,
+                                 seconds}]}}}
+    cells/METHOD/ORDER-seedN/   an ordinary run directory
+    tuning/METHOD/NN/           another, its scores those of training rows held out
+    configs/, logs/             the configuration and the output of each of them
+
+Only the manifest of a run says that it is finished. A choice that tuning.json holds stands: cells were run with it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from continual import manifest
+from continual.errors import ConfigError
+from continual.files import whole_folder, write_json
+from continual.sweep_cells import Cell, Engine, Outcome, outcome_of, run_cells, visible_devices
+from continual.sweep_plan import BASE_NAME, SWEEP_NAME, Plan, Settings
+
+STATE_NAME = "sweep.json"
+TUNING_NAME = "tuning.json"
+
+
+class Sweep:
+    """One sweep, ready to go on after the cells that are finished.
+
+    Args:
+        plan: The checked sweep.
+        sweep_dir: Its directory, there already (see ``taken_up``).
+        engine: What joblib spreads the cells with.
+        num_jobs: Cells at a time.
+    """
+
+    def __init__(self, plan: Plan, sweep_dir: Path, engine: Engine, num_jobs: int) -> None:
+        self.plan, self.sweep_dir, self.num_jobs = plan, sweep_dir, num_jobs
+        self.engine: Engine = engine
+        self.devices = visible_devices() if engine == "loky" else []
+        self.outcomes: dict[str, Outcome] = {}
+        self.settings = plan.methods
+        self.tuning: dict[str, Any] = {}
+
+    def run(self) -> dict[str, str]:
+        """Run all that is not finished; return why cells failed, by their directories."""
+        self._commit()
+        self._tune()
+        self.settings = {
+            method: settings | (self.tuning.get(method, {}).get("settings") or {})
+            for method, settings in self.plan.methods.items()
+        }
+        self._commit()
+        cells = []
+        for method, order, seed in self.plan.cells():
+            place = _place(method, order, seed)
+            if method in self.tuning and self.tuning[method]["choice"] is None:
+                self.outcomes[place] = Outcome(place, f"no tuning cell of {method} has a score")
+                continue
+            name, stages = f"{method}-{order}-seed{seed}", self.plan.orders[order].stages
+            cells.append(self._cell(len(cells), place, name, self.settings[method], stages, seed))
+        self._run(cells, "cells")
+        tuned = {cell["dir"]: cell["error"] for entry in self.tuning.values() for cell in entry["cells"]}
+        ended = tuned | {place: outcome.error for place, outcome in self.outcomes.items()}
+        return {place: error for place, error in ended.items() if error is not None}
+
+    # -- tuning -------------------------------------------------------------------------------------------------------
+
+    def _tune(self) -> None:
+        tune, path = self.plan.tune, self.sweep_dir / TUNING_NAME
+        if tune is None:
+            return
+        before = json.loads(path.read_text(encoding="utf-8"))["methods"] if path.exists() else {}
+        settled = {method: entry for method, entry in before.items() if entry["choice"] is not None}
+        combinations = {method: tune.combinations(method) for method in self.plan.methods if tune.values(method)}
+        cells: dict[str, list[Cell]] = {}
+        for method, settings in combinations.items():
+            if method not in settled:
+                first = sum(map(len, cells.values()))
+                cells[method] = [self._tuning_cell(first + i, method, i, one) for i, one in enumerate(settings)]
+        self._run([cell for group in cells.values() for cell in group], "tuning cells")
+        for method, settings in combinations.items():
+            self.tuning[method] = settled.get(method) or self._choice(method, settings, cells[method])
+            self._say_choice(method)
+        write_json(path, vars(tune) | {"methods": self.tuning})
+
+    def _choice(self, method: str, combinations: list[Settings], cells: list[Cell]) -> dict[str, Any]:
+        """Return what tuning.json says of a method: the highest mean final score wins, the first of equal ones."""
+        assert self.plan.tune is not None
+        entries = []
+        for cell, settings in zip(cells, combinations, strict=True):
+            outcome = self.outcomes.pop(cell.place)
+            score = outcome.average if math.isfinite(outcome.average) else None
+            told = {"score": score, "scores": outcome.scores, "error": outcome.error, "seconds": outcome.seconds}
+            entries.append({"dir": cell.place, "settings": settings} | told)
+        scored = [index for index, entry in enumerate(entries) if entry["score"] is not None]
+        choice = max(scored, key=lambda index: entries[index]["score"], default=None)
+        chosen = {"settings": None, "score": None} if choice is None else entries[choice]
+        return {
+            "settings": chosen["settings"],
+            "score": chosen["score"],
+            "at_edge": _at_edge(self.plan.tune.values(method), chosen["settings"] or {}),
+            "choice": choice,
+            "cells": entries,
+        }
+
+    def _say_choice(self, method: str) -> None:
+        entry = self.tuning[method]
+        if entry["choice"] is not None:
+            chosen = ", ".join(f"{key}={value}" for key, value in entry["settings"].items())
+            print(f"Chosen for {method}: {chosen} ({entry['score']:.3f} on held-out training rows)", flush=True)
+
+    # -- cells --------------------------------------------------------------------------------------------------------
+
+    def _tuning_cell(self, index: int, method: str, number: int, settings: Settings) -> Cell:
+        config = self.plan.tuning_configuration(method, settings)
+        return self._cell_of(index, f"tuning/{method}/{number:02d}", config)
+
+    def _cell(self, index: int, place: str, name: str, settings: Settings, stages: list[str], seed: int) -> Cell:
+        return self._cell_of(index, place, self.plan.configuration(name, settings, stages, seed))
+
+    def _cell_of(self, index: int, place: str, config: str) -> Cell:
+        device = self.devices[index % len(self.devices)] if len(self.devices) > 1 else None
+        return Cell(self.sweep_dir, place, config, device)
+
+    def _run(self, cells: list[Cell], what: str) -> None:
+        """Run the cells that are not finished, and tell of each as it ends."""
+        found = [outcome_of(cell) for cell in cells]
+        finished = {outcome.place: outcome for outcome in found if outcome.error is None}
+        self.outcomes |= finished
+        self._commit()
+        if finished:
+            print(f"{len(finished)} of {len(cells)} {what} are finished already", flush=True)
+        rest = [cell for cell in cells if cell.place not in finished]
+        for number, outcome in enumerate(run_cells(rest, self.engine, self.num_jobs), start=len(finished) + 1):
+            self.outcomes[outcome.place] = outcome
+            self._commit()
+            scored = f"final average {outcome.average:.3f}, {outcome.seconds} s"
+            print(f"[{number}/{len(cells)}] {outcome.place}: {outcome.error or scored}", flush=True)
+
+    def _commit(self) -> None:
+        plan = self.plan
+        orders = {name: vars(order) for name, order in plan.orders.items()}
+        seeds = sorted({seed for order in plan.orders.values() for seed in order.seeds})
+        state = {"format": 1, "base": BASE_NAME, "baseline": plan.baseline, "seeds": seeds, "methods": self.settings}
+        write_json(self.sweep_dir / STATE_NAME, state | {"orders": orders, "cells": [*map(self._told, plan.cells())]})
+
+    def _told(self, key: tuple[str, str, int]) -> dict[str, Any]:
+        place = _place(*key)
+        outcome = self.outcomes.get(place)
+        status = "waiting" if outcome is None else "done" if outcome.error is None else "failed"
+        told = dict(zip(("method", "order", "seed"), key, strict=True)) | {"dir": place, "status": status}
+        return told | {"error": outcome and outcome.error, "seconds": outcome and outcome.seconds}
+
+
+@contextmanager
+def taken_up(plan: Plan, sweep_dir: Path) -> Iterator[None]:
+    """Make the sweep's directory, or take up the one at hand, and keep other processes from it meanwhile.
+
+    Raises:
+        ConfigError: The directory holds something else, another sweep, or one that a process is working on.
+    """
+    if not (sweep_dir / SWEEP_NAME).exists():
+        manifest.check_new(sweep_dir)
+        with whole_folder(sweep_dir) as folder:
+            for name, text in plan.files().items():
+                (folder / name).write_text(text, encoding="utf-8")
+    differing = [name for name, text in plan.files().items() if _differs(sweep_dir / name, text)]
+    if differing:
+        raise ConfigError(f"{sweep_dir} holds another sweep ({' and '.join(differing)} differ): name another --out")
+    with open(sweep_dir / SWEEP_NAME, "r+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(f"another process is working on the sweep in {sweep_dir}") from error
+        yield
+
+
+def _differs(path: Path, text: str) -> bool:
+    return not path.is_file() or yaml.safe_load(path.read_text(encoding="utf-8")) != yaml.safe_load(text)
+
+
+def _place(method: str, order: str, seed: int) -> str:
+    return f"cells/{method}/{order}-seed{seed}"
+
+
+def _at_edge(values: dict[str, list[Any]], chosen: Settings) -> list[str]:
+    """Return the keys whose chosen number is the least or the greatest of several."""
+    edges = []
+    for key, choices in values.items():
+        numeric = all(isinstance(choice, int | float) and not isinstance(choice, bool) for choice in choices)
+        if key in chosen and numeric and len(set(choices)) > 1 and chosen[key] in (min(choices), max(choices)):
+            edges.append(key)
+    return edges
