@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis import forgetting, routing, tables
+from analysis import bounds, forgetting, routing, tables
 from analysis.load import Run
 from analysis.plots.style import number
-from analysis.summary import KEYS, Summary
-from analysis.words import MEASURES
+from analysis.summary import KEYS, Summary, summarise, why_not_averaged
+from analysis.words import BOUND_MEANINGS, MEASURES
 
 Array = NDArray[np.float64]
 Value = str | int | float | None
@@ -93,6 +93,28 @@ def matrix_table(summary: Summary) -> Table:
         "R[i, j]: row i after stage i (0: untrained), column j by task; headline metric of each task, higher is better."
     )
     return _table("matrix", "The score matrix in numbers", ["after stage", *summary.run.stages], rows, note)
+
+
+def bound_table(summary: Summary) -> Table | None:
+    """This run between its bounds; None where none was asked for."""
+    run, found = summary.run, bounds.read(summary.run)
+    names = list(run.manifest.get("bounds") or [])
+    if not names:
+        return None
+    of_run = [cell(summary.values[key]) for key in ("average_accuracy", "learning_accuracy")]
+    rows = [[Cell("this run"), *of_run, Cell("as configured")]]
+    for name in names:
+        values: list[Value] = [None, None]
+        if name == "zero_shot" and run.learnt and not why_not_averaged(run):
+            values = [float(summary.learnt_matrix[0].mean())] * 2
+        elif name in found:
+            other = summarise(found[name]).values
+            values = [other["average_accuracy"], other["learning_accuracy"]]
+        rows.append([Cell(name.replace("_", " ")), *map(cell, values), Cell(BOUND_MEANINGS.get(name, "–"))])
+    note = "Final average: over the learnt tasks after the last stage. Learning accuracy: over each just after its own "
+    note += "stage. –: not run to its end, or scores that are not averaged. The runs lie in the folder bounds."
+    columns = ["bound", "final average", "learning accuracy", "what it is"]
+    return _table("bounds", "Between its bounds", columns, rows, note)
 
 
 def task_table(summary: Summary) -> Table:

@@ -86,8 +86,13 @@ def _routes(summary: Summary) -> list[Plate]:
 
 def _use(run: Run, usage: np.ndarray, none: str) -> list[Plate]:
     names, num_atoms, size = run.stages, usage.shape[-1], f"{len(run.stages)} tasks, {usage.shape[-1]} atoms"
-    first = none or ("" if len(usage) > 1 else "no stage is finished, so nothing can have changed")
-    since = none or ("" if run.finished_stage > 1 else "it needs a stage after the one that trained a task")
+    changes = {reference: tables.usage_change(usage, names, reference) for reference in ("previous", "trained")}
+    apart = {
+        key: "" if len(frame) else "no task's routes were recorded at both stages" for key, frame in changes.items()
+    }
+    first = none or (apart["previous"] if len(usage) > 1 else "no stage is finished, so nothing can have changed")
+    late = "it needs a stage after the one that trained a task"
+    since = none or (apart["trained"] if run.finished_stage > 1 else late)
     spread = none or ("" if len(names) > 1 else "a specialist is told from a shared atom by two tasks or more")
     change = "Red: used more; blue: used less; all panels share one scale."
     return [
@@ -106,7 +111,7 @@ def _use(run: Run, usage: np.ndarray, none: str) -> list[Plate]:
             "Usage drift from stage to stage (Fig. 7)",
             f"U[s] − U[s−1] of each task, over blocks. {change} {_FRAMED}",
             f"Heat maps of the change of atom usage at each stage, one a task; {size}.",
-            *_unless(first, lambda: plots.usage_drift(tables.usage_change(usage, names, "previous"))),
+            *_unless(first, lambda: plots.usage_drift(changes["previous"])),
         ),
         Plate(
             "usage_drift_since_trained",
@@ -114,7 +119,7 @@ def _use(run: Run, usage: np.ndarray, none: str) -> list[Plate]:
             "Usage drift since a task was trained (Fig. 7)",
             f"U[s] minus U after the stage that trained the task, over blocks. {change} Grey: not yet trained.",
             f"Heat maps of the change of atom usage since a task's own stage, one a task; {size}.",
-            *_unless(since, lambda: plots.usage_drift(tables.usage_change(usage, names, "trained"), "since trained")),
+            *_unless(since, lambda: plots.usage_drift(changes["trained"], "since trained")),
         ),
         Plate(
             "routing_entropy",

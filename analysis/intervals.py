@@ -30,34 +30,34 @@ def bootstrap_matrices(answers: Frame, scores: Frame, matrix: Array, num_draws: 
     Args:
         answers: The answers table (value: what the row earned, or for R2 its squared error).
         scores: Headline scores, as ``tables.headline`` returns them.
-        matrix: R, shape (S + 1, T), which the answers must reproduce.
+        matrix: R, shape (S + 1, T), which the answers must reproduce; NaN where nothing was scored.
         num_draws: How many times to redraw; the seed is fixed.
 
     Returns:
-        Shape (num_draws, S + 1, T).
+        Shape (num_draws, S + 1, T), NaN where R is.
 
     Raises:
         ValueError: The answers are missing, or their means are not the recorded scores; the message says which.
     """
     metrics = scores.drop_duplicates("task").set_index("task")["metric"]
     generator = np.random.default_rng(0)
-    drawn = np.empty((num_draws, *matrix.shape))
+    drawn = np.full((num_draws, *matrix.shape), np.nan)
     for column, task in enumerate(task_names(scores)):
         rows = answers[answers["task"] == task].pivot_table(
             index="stage", columns="row", values="value", aggfunc="last"
         )
-        rows = rows.reindex(range(len(matrix)))
-        values = rows.to_numpy(dtype=float)
+        scored = ~np.isnan(matrix[:, column])  # a run may score some tasks after some stages only
+        values = rows.reindex(np.flatnonzero(scored)).to_numpy(dtype=float)
         if not values.size or np.isnan(values).any():
             raise ValueError(f"the answers of {task} are not recorded for every stage and row")
         if metrics.get(task) == "r2":
-            values = _r2_by_row(values, matrix[:, column])
-        if not np.allclose(values.mean(axis=1), matrix[:, column], atol=_TOLERANCE, rtol=_TOLERANCE):
+            values = _r2_by_row(values, matrix[scored, column])
+        if not np.allclose(values.mean(axis=1), matrix[scored, column], atol=_TOLERANCE, rtol=_TOLERANCE):
             raise ValueError(f"the mean of the recorded answers of {task} is not its recorded score")
         num_rows = values.shape[1]
         picks = generator.integers(0, num_rows, (num_draws, num_rows)) + num_rows * np.arange(num_draws)[:, None]
         counts = np.bincount(picks.ravel(), minlength=num_draws * num_rows).reshape(num_draws, num_rows)
-        drawn[:, :, column] = counts @ values.T / num_rows
+        drawn[:, scored, column] = counts @ values.T / num_rows
     return drawn
 
 

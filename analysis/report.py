@@ -174,6 +174,7 @@ def _tables(summary: Summary) -> dict[str, list[Table]]:
         "details": [
             content.all_numbers(summary),
             content.matrix_table(summary),
+            content.bound_table(summary),
             content.stage_table(run),
             content.trust_table(run),
             content.fact_table(run),

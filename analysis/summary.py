@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from analysis import forgetting, intervals, routing, tables
+from analysis import bounds, forgetting, intervals, routing, tables
 from analysis.frames import Frame
 from analysis.load import Run
 
@@ -83,8 +83,10 @@ def summarise(run: Run, joint: Sequence[float] | None = None) -> Summary:
 
     Args:
         run: The run.
-        joint: For intransigence, the score on each learnt task k of a model trained jointly on stages 1..k.
+        joint: For intransigence, the score on each learnt task k of a model trained jointly on stages 1..k; by default
+            from the run's own joint bound, where there is one.
     """
+    joint = bounds.joint_scores(run) if joint is None else joint
     scores = tables.headline(run)
     summary = Summary(run, scores, tables.score_matrix(scores, run.finished_stage))
     _score_measures(summary, joint)
@@ -123,7 +125,12 @@ def _score_measures(summary: Summary, joint: Sequence[float] | None) -> None:
         value = None if blocked else measure(matrix)
         _set(summary, key, value, blocked or _why_undefined(summary, key))
     if joint is None or blocked:
-        _set(summary, "intransigence", None, blocked or "it needs the scores of a joint run beside this one")
+        _set(
+            summary,
+            "intransigence",
+            None,
+            blocked or "it needs the scores of a joint run beside this one (bounds: [joint])",
+        )
     else:
         _set(summary, "intransigence", forgetting.intransigence(matrix, joint), "a score is missing")
     if not blocked:

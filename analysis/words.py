@@ -68,6 +68,13 @@ KEY_NUMBERS = ("average_accuracy", "learning_accuracy", "forgetting", "backward_
 LEARNT_BY = 0.10
 """By how much a just-trained score must beat both the untrained score and the best constant answer."""
 
+BOUND_MEANINGS = {
+    "zero_shot": "the untrained model",
+    "per_task": "an adapter a task, the right one taken: knows the task",
+    "joint": "a fresh adapter on the rows of all stages so far",
+    "per_instruction_lookup": "an adapter a stage, taken by the nearest instruction",
+}
+
 
 def key_numbers(summary: Summary) -> list[str]:
     """Return the six measures of the first screen: route drift is one of them where there are routes."""
@@ -125,9 +132,10 @@ def _learnt(summary: Summary) -> str:
     run, scores = summary.run, summary.learnt_matrix
     constants = [(run.tasks.get(task) or {}).get("constant_score") for task in run.learnt]
     floor = np.maximum(scores[0], [np.nan if value is None else float(value) for value in constants])
-    if np.isnan(floor).any():
+    trained = forgetting.just_trained(scores)
+    if np.isnan(floor + trained).any():
         return ""
-    num = int((forgetting.just_trained(scores) >= floor + LEARNT_BY - 1e-9).sum())
+    num = int((trained >= floor + LEARNT_BY - 1e-9).sum())
     tasks = "the one task was" if len(floor) == 1 else f"{num} of {len(floor)} tasks were"
     if len(floor) == 1 and not num:
         return (

@@ -3,6 +3,7 @@
     name: stages                                             the file's stem unless given
     seed: 0
     scoring: all                                             all | seen | final: which tasks are scored after a stage
+    bounds: []                                               runs to set beside this one: ``continual.bounds``
     model: {backbone: ..., adapter: ..., optimizer: ...}     arguments of ContinualModule
     data: {batch_size: 8, ...}                               arguments of StageData, for every stage
     trainer: {max_epochs: 1, ...}                            arguments of lightning's Trainer, a fresh one each stage
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +27,7 @@ from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from continual import manifest
+from continual import bounds, manifest
 from continual.errors import ConfigError, one_line
 from continual.explain import explain
 from continual.module import ContinualModule
@@ -80,6 +81,7 @@ class Experiment:
         scoring: What is scored after each stage: "all" tasks, those "seen" so far, or with "final" the stage's own
             alone. Before training and after the last stage, every task is.
         wordings: Other words to score the finished model's tasks in, if any.
+        bounds: Names of the bounds to run beside it.
         resolved: The whole configuration with every default filled in, as YAML; running it gives the same run.
     """
 
@@ -93,6 +95,7 @@ class Experiment:
     resolved: str
     scoring: Scoring = "all"
     wordings: OtherWords | None = None
+    bounds: list[str] = field(default_factory=list)
 
     def epochs(self, stage: Stage) -> int:
         """Return the epochs of a stage."""
@@ -124,6 +127,7 @@ def make_parser(parser: ArgumentParser | None = None) -> ArgumentParser:
     count: Any = PositiveInt  # a class made at run time, which a type checker does not follow
     parser.add_argument("--threads", type=count | None, default=None, help="CPU threads; torch's default if null.")
     parser.add_argument("--scoring", type=Scoring, default="all", help="Which tasks are scored after a stage.")
+    parser.add_argument("--bounds", type=list[str], default=[], help=f"Runs beside it, of {', '.join(bounds.BOUNDS)}.")
     parser.add_class_arguments(ContinualModule, "model")
     parser.add_class_arguments(StageData, "data", skip={"task", "seed"}, instantiate=False)
     parser.add_class_arguments(L.Trainer, "trainer", instantiate=False)
@@ -187,6 +191,7 @@ def parse(text: str, stem: str, overrides: Sequence[str] = (), where: str = "con
         raise ConfigError(f"{where}: {explain(error, tree, Stage)}") from error
     if not isinstance(config.trainer.max_epochs, int) or config.trainer.max_epochs < 1:
         raise ConfigError(f"{where}: trainer.max_epochs must be at least 1, got {config.trainer.max_epochs}")
+    bounds.check(config.bounds)
     return Experiment(
         name=f"{config.name}-{manifest.sha256(resolved)[:8]}",
         seed=objects.seed,
@@ -198,6 +203,7 @@ def parse(text: str, stem: str, overrides: Sequence[str] = (), where: str = "con
         resolved=resolved,
         scoring=objects.scoring,
         wordings=objects.wordings,
+        bounds=list(objects.bounds),
     )
 
 

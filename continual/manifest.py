@@ -37,6 +37,7 @@ class Manifest:
         stored_bytes: Bytes on disk that the strategy keeps for later stages, after each finished stage.
         stored_parameters: Numbers that are kept to answer all tasks so far, the backbone's apart, after each stage.
         serving_parameters: How many of them a forward pass reads for one row, at most.
+        bounds: Names of the bounds that are set beside the run.
         format: Version of this layout.
     """
 
@@ -53,6 +54,7 @@ class Manifest:
     stored_bytes: dict[str, int] = field(default_factory=dict)
     stored_parameters: dict[str, int] = field(default_factory=dict)
     serving_parameters: dict[str, int] = field(default_factory=dict)
+    bounds: list[str] = field(default_factory=list)
     format: int = 1
 
     def commit(self, run_dir: Path) -> None:

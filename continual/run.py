@@ -104,6 +104,7 @@ def _start(experiment: Experiment, run_dir: Path, report: bool = True) -> Path:
     sequence = StageSequence(experiment, run_dir)
     sequence.prepare()
     sequence.run()
+    del sequence  # its model: the bounds load their own
     return finish(run_dir) if report else run_dir
 
 
@@ -112,6 +113,11 @@ def _go_on(run_dir: Path, report: bool) -> Path:
 
     state, text = manifest.read(run_dir)
     if state.complete:
+        from continual.bounds import unfinished
+
+        if left := unfinished(run_dir, state.bounds):
+            print(f"Going on with the bounds of {run_dir}: {', '.join(left)}.")
+            return finish(run_dir)
         print(f"All {len(state.stages)} stages of {run_dir} are finished: nothing to do.")
         if report and not (run_dir / "report" / "report.html").is_file():
             print(f"There is no report yet: python -m analysis.report {run_dir}")
@@ -124,10 +130,26 @@ def _go_on(run_dir: Path, report: bool) -> Path:
     print(f"Going on with {run_dir} after stage {state.finished_stage} of {len(state.stages)}.")
     sequence.prepare(state)
     sequence.run()
+    del sequence
     return finish(run_dir) if report else run_dir
 
 
 def finish(run_dir: Path) -> Path:
+    """Run the bounds that the configuration asks for, then write the report.
+
+    Raises:
+        RunError: A bound failed; the run is finished, and so is its report.
+    """
+    from continual.bounds import run_bounds
+
+    try:
+        run_bounds(run_dir)
+    finally:
+        _report(run_dir)
+    return run_dir
+
+
+def _report(run_dir: Path) -> None:
     """Write the run's report; a report that fails does not undo the run."""
     from analysis.report import write_report
 
@@ -135,7 +157,6 @@ def finish(run_dir: Path) -> Path:
         print(f"Report: {write_report(run_dir)}")
     except Exception as error:  # the run is done and on disk; say so, and let the report be drawn again
         print(f"the report failed: {one_line(error)}; try python -m analysis.report {run_dir}", file=sys.stderr)
-    return run_dir
 
 
 def guarded(work: Callable[[], Path]) -> int:

@@ -213,6 +213,7 @@ class Sequence:
                 **module.parameter_counts(),
                 **{name: getattr(adapter, name, None) for name in ("num_atoms", "num_blocks", "top_k", "prior_weight")},
             },
+            bounds=experiment.bounds,
             environment=manifest.environment(str(trainer.strategy.root_device)),
         )
 
