@@ -5,6 +5,7 @@
     model: {backbone: ..., adapter: ..., optimizer: ...}     arguments of ContinualModule
     data: {batch_size: 8, ...}                               arguments of StageData, for every stage
     trainer: {max_epochs: 1, ...}                            arguments of lightning's Trainer, a fresh one each stage
+    general_ability: false                                   score untouched text after every stage too
     wordings: {file: ..., ...}                               arguments of OtherWords; null (the default) for none
     stages: [{name: ..., task: {class_path: ..., init_args: {...}}}, ...]
 
@@ -73,6 +74,7 @@ class Experiment:
         data: Arguments of every stage's StageData.
         trainer: Arguments of every stage's Trainer.
         stages: The stages, in training order.
+        general_ability: Whether the log-likelihood of untouched text is measured after every stage.
         wordings: Other words to score the finished model's tasks in, if any.
         resolved: The whole configuration with every default filled in, as YAML; running it gives the same run.
     """
@@ -85,6 +87,7 @@ class Experiment:
     trainer: dict[str, Any]
     stages: list[Stage]
     resolved: str
+    general_ability: bool = False
     wordings: OtherWords | None = None
 
     def epochs(self, stage: Stage) -> int:
@@ -119,6 +122,7 @@ def make_parser(parser: ArgumentParser | None = None) -> ArgumentParser:
     parser.add_class_arguments(ContinualModule, "model")
     parser.add_class_arguments(StageData, "data", skip={"task", "seed"}, instantiate=False)
     parser.add_class_arguments(L.Trainer, "trainer", instantiate=False)
+    parser.add_argument("--general_ability", type=bool, default=False, help="Score untouched text after every stage.")
     parser.add_argument("--wordings", type=OtherWords | None, default=None, help="Other words to score tasks in.")
     parser.add_argument("--stages", type=list[Stage], help="The stages, in training order.")
     parser.set_defaults({f"trainer.{name}": value for name, value in TRAINER_DEFAULTS.items()})
@@ -179,6 +183,7 @@ def parse(text: str, stem: str, overrides: Sequence[str] = (), where: str = "con
         trainer=_as_dict(objects.trainer),
         stages=objects.stages,
         resolved=resolved,
+        general_ability=objects.general_ability,
         wordings=objects.wordings,
     )
 
