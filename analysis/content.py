@@ -12,11 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analysis import bounds, forgetting, routing, tables
+from analysis.general import general_ability
 from analysis.load import Run
 from analysis.plots.style import number
 from analysis.summary import KEYS, Summary, summarise, why_not_averaged
+from analysis.wordings import wording_table
 from analysis.words import BOUND_MEANINGS, MEASURES
 
+_FINE = ("route_drift", "kl_separation", "routing_entropy_nats", "general_ability_change")
 Array = NDArray[np.float64]
 Value = str | int | float | None
 
@@ -72,7 +75,7 @@ def all_numbers(summary: Summary) -> Table:
         meaning = (
             measure.definition if value is not None else f"{measure.definition} Not shown: {summary.reasons[key]}."
         )
-        digits = 3 if key in ("route_drift", "kl_separation", "routing_entropy_nats") else 2
+        digits = 3 if key in _FINE else 2
         rows.append([Cell(measure.name), cell(value, digits), Cell(between), Cell(measure.better), Cell(meaning)])
     note = "Intervals (95 %): the test rows redrawn 1,000 times, the same rows at every stage. They hold neither "
     note += "the spread "
@@ -260,6 +263,33 @@ def information_table(summary: Summary) -> Table | None:
     return _table(
         "information", "Does routing use the input, or only the task?", ["measure", "nats", "meaning"], rows, note
     )
+
+
+def words_table(run: Run) -> Table | None:
+    """Scores in other words, against the trained ones."""
+    places = {"gate": "gate alone", "prompt": "prompt alone", "both": "prompt and gate"}
+    rows = []
+    for line in wording_table(run).itertuples():
+        names = [Cell(str(line.words)), Cell(places[str(line.where)]), Cell(str(line.options)), cell(line.num_tasks)]
+        span = Cell(f"{line.low:.3f} to {line.high:.3f}".replace("-", "−"))
+        rows.append([*names, cell(line.score, 3), cell(line.trained, 3), cell(line.difference, 3), span])
+    columns = ["words", "given to", "options", "tasks", "score", "trained words", "difference", "95 % interval"]
+    note = "After the last stage, means over tasks; paraphrases of one file together. The interval of the difference "
+    note += "redraws test rows, the same ones for both wordings."
+    return _table("other_words", "Scores in other words", columns, rows, note) if rows else None
+
+
+def general_table(run: Run) -> Table | None:
+    """Log-likelihood of untouched text by stage."""
+    rows = [
+        [cell(int(line.stage)), Cell(["untrained", *run.stages][line.stage]), cell(line.value, 4), cell(line.change, 4)]
+        for line in general_ability(run).itertuples()
+    ]
+    columns = ["stage", "after", "nats a token", "relative change"]
+    note = (
+        "No instruction is given. A relative change of −0.01 is a log-likelihood 1 % lower than the untrained model's."
+    )
+    return _table("general", "Log-likelihood of untouched text", columns, rows, note) if rows else None
 
 
 def stage_table(run: Run) -> Table:

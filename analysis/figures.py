@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from analysis import plots, tables
+from analysis.general import general_ability
 from analysis.load import Run
 from analysis.plots.scores import correlation_text, score_name
 from analysis.plots.style import number
@@ -35,7 +36,7 @@ class Plate:
 
 def plates(summary: Summary) -> list[Plate]:
     """Return the report's figures, in order."""
-    return [*_scores(summary), *_routes(summary), *_training(summary.run)]
+    return [*_scores(summary), *_routes(summary), *_training(summary.run), *_general(summary.run)]
 
 
 def _scores(summary: Summary) -> list[Plate]:
@@ -248,4 +249,22 @@ def _training(run: Run) -> list[Plate]:
             "Scatter of gradient concentration by step, with each epoch's mean.",
             *unless("grad_concentration", lambda: plots.gradient_concentration(rows)),
         ),
+    ]
+
+
+def _general(run: Run) -> list[Plate]:
+    """General ability is a figure only of runs that were asked to record it."""
+    found = general_ability(run)
+    if found.empty:
+        return []
+    return [
+        Plate(
+            "general_ability",
+            "general",
+            "General ability by stage",
+            "Relative change of the mean log-likelihood a token of untouched text against the untrained model (higher "
+            "is better), no instruction given. Dashed: 1 % lost.",
+            f"Line chart of the change of general ability by stage. Last value: {found['change'].iloc[-1]:.4f}.",
+            *_unless("", lambda: plots.general_ability(found)),
+        )
     ]

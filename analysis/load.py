@@ -84,6 +84,9 @@ class Frames:
     separation: Frame
     drift: Frame
     gradients: Frame
+    wordings: Frame
+    wording_answers: Frame
+    general: Frame
     runs: tuple[Run, ...]
 
 

@@ -36,6 +36,8 @@ _SECTIONS = (
     ("use", "What routing uses", "Which atoms of the shared bank each task draws on, and how that changes."),
     ("distance", "How tasks stand apart", "Distances between tasks' routes, their drift, and what drift goes with."),
     ("training", "Training", "The loss, and where in the network the adapter's gradient lies."),
+    ("words", "Other words", "The finished model under instructions and lists that it was not trained on."),
+    ("general", "General ability", "What stages cost the model on English that no stage trains on."),
     ("details", "Details", "Every number with its definition, and what the run was."),
 )
 
@@ -132,6 +134,7 @@ def _context(summary: Summary, figures: Sequence[Figure]) -> dict[str, object]:
     run = summary.run
     beside = _tables(summary)
     sections = [_section(*section, figures, beside) for section in _SECTIONS]
+    sections = [part for part in sections if part.figures or part.missing or part.tables]
     key_numbers = [
         {
             "measure": words.MEASURES[key],
@@ -171,6 +174,8 @@ def _tables(summary: Summary) -> dict[str, list[Table]]:
         "score_matrix": [content.task_table(summary), content.other_metrics(summary)],
         "routing_entropy": [content.information_table(summary)],
         "sharing": [content.routing_story(summary)],
+        "words": [content.words_table(run)],
+        "general_ability": [content.general_table(run)],
         "details": [
             content.all_numbers(summary),
             content.matrix_table(summary),

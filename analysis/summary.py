@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from analysis import bounds, forgetting, intervals, routing, tables
 from analysis.frames import Frame
+from analysis.general import general_ability
 from analysis.load import Run
 
 Array = NDArray[np.float64]
@@ -34,6 +35,7 @@ KEYS = (
     "average_incremental_accuracy",
     "learning_accuracy",
     *ROUTE_MEASURES,
+    "general_ability_change",
     "trainable_parameters",
 )
 _NEED_TWO_STAGES = ("backward_transfer", "forward_transfer", "forgetting", "route_drift", "kl_separation")
@@ -91,6 +93,7 @@ def summarise(run: Run, joint: Sequence[float] | None = None) -> Summary:
     summary = Summary(run, scores, tables.score_matrix(scores, run.finished_stage))
     _score_measures(summary, joint)
     _route_measures(summary)
+    _general_measure(summary)
     _set(summary, "trainable_parameters", run.model.get("trainable_parameters"), "the manifest does not hold it")
     return summary
 
@@ -171,6 +174,16 @@ def why_no_routes(run: Run, table: str = "routing") -> str:
         return "nothing is scored yet, and routes are recorded with the scores"
     adapter = str(run.model.get("adapter") or "the adapter").rsplit(".", 1)[-1]
     return f"the run recorded no routes ({adapter} does not route over atoms, or was not asked to record)"
+
+
+def _general_measure(summary: Summary) -> None:
+    run = summary.run
+    found = general_ability(run)
+    last = found.loc[found["stage"] == run.finished_stage, "change"]
+    reason = run.problems.get("general") or "the run did not record it (general_ability: true)"
+    if len(found) and not run.learnt:
+        last, reason = last[:0], "no stage is finished"
+    _set(summary, "general_ability_change", float(last.iloc[0]) if len(last) else None, reason)
 
 
 def _route_measures(summary: Summary) -> None:

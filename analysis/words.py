@@ -62,6 +62,11 @@ MEASURES: dict[str, Measure] = {
     "dead_atoms": Measure(
         "dead atoms", "lower", "Atoms with usage below 1/(10 M) for every learnt task in every block."
     ),
+    "general_ability_change": Measure(
+        "change of general ability",
+        "higher",
+        "Log-likelihood a token of untouched text against stage 0, relative; negative means ability lost.",
+    ),
     "trainable_parameters": Measure("trainable parameters", "–", "Numbers that training may change."),
 }
 KEY_NUMBERS = ("average_accuracy", "learning_accuracy", "forgetting", "backward_transfer", "forward_transfer")

@@ -7,6 +7,7 @@
     model: {backbone: ..., adapter: ..., optimizer: ...}     arguments of ContinualModule
     data: {batch_size: 8, ...}                               arguments of StageData, for every stage
     trainer: {max_epochs: 1, ...}                            arguments of lightning's Trainer, a fresh one each stage
+    general_ability: false                                   score untouched text after every stage too
     wordings: {file: ..., ...}                               arguments of OtherWords; null (the default) for none
     stages: [{name: ..., task: {class_path: ..., init_args: {...}}}, ...]
 
@@ -80,6 +81,7 @@ class Experiment:
         stages: The stages, in training order.
         scoring: What is scored after each stage: "all" tasks, those "seen" so far, or with "final" the stage's own
             alone. Before training and after the last stage, every task is.
+        general_ability: Whether the log-likelihood of untouched text is measured after every stage.
         wordings: Other words to score the finished model's tasks in, if any.
         bounds: Names of the bounds to run beside it.
         resolved: The whole configuration with every default filled in, as YAML; running it gives the same run.
@@ -94,6 +96,7 @@ class Experiment:
     stages: list[Stage]
     resolved: str
     scoring: Scoring = "all"
+    general_ability: bool = False
     wordings: OtherWords | None = None
     bounds: list[str] = field(default_factory=list)
 
@@ -131,6 +134,7 @@ def make_parser(parser: ArgumentParser | None = None) -> ArgumentParser:
     parser.add_class_arguments(ContinualModule, "model")
     parser.add_class_arguments(StageData, "data", skip={"task", "seed"}, instantiate=False)
     parser.add_class_arguments(L.Trainer, "trainer", instantiate=False)
+    parser.add_argument("--general_ability", type=bool, default=False, help="Score untouched text after every stage.")
     parser.add_argument("--wordings", type=OtherWords | None, default=None, help="Other words to score tasks in.")
     parser.add_argument("--stages", type=list[Stage], help="The stages, in training order.")
     parser.set_defaults({f"trainer.{name}": value for name, value in TRAINER_DEFAULTS.items()})
@@ -202,6 +206,7 @@ def parse(text: str, stem: str, overrides: Sequence[str] = (), where: str = "con
         stages=objects.stages,
         resolved=resolved,
         scoring=objects.scoring,
+        general_ability=objects.general_ability,
         wordings=objects.wordings,
         bounds=list(objects.bounds),
     )

@@ -8,7 +8,7 @@ Conventions
     stage      0 = before any training, 1..T = after that stage
     block, atom, step, epoch   -1 = "over all of them" (the mean over blocks, say)
     direction  "higher" or "lower" is better, "none" for a measure that is neither
-    count      rows (scores), tokens (routing) or parameters (gradients) that the value was computed from
+    count      rows (scores), tokens (routing, general) or parameters (gradients) that the value was computed from
 """
 
 from __future__ import annotations
@@ -50,6 +50,8 @@ SCHEMAS: dict[str, pa.Schema] = {
     "wordings": pa.schema([*_KEYS, *_WORDING, *_VALUE]),
     # What the answer to each test row earned in other words.
     "wording_answers": pa.schema([*_KEYS, *_WORDING, ("row", pa.int64()), ("value", pa.float64())]),
+    # metric "log_likelihood_nats": the mean a token of untouched text, task "general" (count = tokens).
+    "general": pa.schema([*_KEYS, *_VALUE]),
     # metrics "grad_norm" (layer = module name, or "bank"), "grad_concentration" and "train_loss" (layer = "").
     "gradients": pa.schema([*_KEYS, ("step", pa.int64()), ("epoch", pa.int64()), ("layer", pa.string()), *_VALUE]),
 }

@@ -105,7 +105,7 @@ def _start(experiment: Experiment, run_dir: Path, report: bool = True) -> Path:
     sequence.prepare()
     sequence.run()
     del sequence  # its model: the bounds load their own
-    return finish(run_dir) if report else run_dir
+    return finish(run_dir, report)
 
 
 def _go_on(run_dir: Path, report: bool) -> Path:
@@ -117,7 +117,7 @@ def _go_on(run_dir: Path, report: bool) -> Path:
 
         if left := unfinished(run_dir, state.bounds):
             print(f"Going on with the bounds of {run_dir}: {', '.join(left)}.")
-            return finish(run_dir)
+            return finish(run_dir, report)
         print(f"All {len(state.stages)} stages of {run_dir} are finished: nothing to do.")
         if report and not (run_dir / "report" / "report.html").is_file():
             print(f"There is no report yet: python -m analysis.report {run_dir}")
@@ -131,11 +131,11 @@ def _go_on(run_dir: Path, report: bool) -> Path:
     sequence.prepare(state)
     sequence.run()
     del sequence
-    return finish(run_dir) if report else run_dir
+    return finish(run_dir, report)
 
 
-def finish(run_dir: Path) -> Path:
-    """Run the bounds that the configuration asks for, then write the report.
+def finish(run_dir: Path, report: bool = True) -> Path:
+    """Run the bounds that the configuration asks for, then write the report where one is wanted.
 
     Raises:
         RunError: A bound failed; the run is finished, and so is its report.
@@ -145,7 +145,8 @@ def finish(run_dir: Path) -> Path:
     try:
         run_bounds(run_dir)
     finally:
-        _report(run_dir)
+        if report:
+            _report(run_dir)
     return run_dir
 
 

@@ -17,6 +17,7 @@ from continual.callbacks import GradientRecorder, RouteRecorder, ScoreRecorder, 
 from continual.callbacks.progress import ScoreTable, plan
 from continual.errors import ConfigError, RunError
 from continual.experiment import Experiment
+from continual.general import GeneralRecorder
 from continual.manifest import Manifest
 from continual.other_words import Slot, check_fit, score_slots
 from continual.stage_data import AllTasks, StageData
@@ -36,6 +37,7 @@ class Sequence:
         self.data: list[StageData] = []
         self.scores, self.routes = ScoreRecorder(), RouteRecorder()
         self.gradients, self.progress = GradientRecorder(), StageProgress()
+        self.general = GeneralRecorder() if experiment.general_ability else None
         self.wordings: list[Slot] = []
 
     def prepare(self, resumed: Manifest | None = None) -> None:
@@ -60,6 +62,8 @@ class Sequence:
                 data.prepare(self.module)
         self.module.strategy.check(self.module, self.data)
         self.module.strategy.prepare(self.module)
+        if self.general is not None:
+            self.general.prepare(self.module.backbone)
         if experiment.wordings is not None:
             has_gate = self.module.uses_instructions or self.module.strategy.reads_instructions
             self.wordings = experiment.wordings.slots(self.data, has_gate)
@@ -119,6 +123,8 @@ class Sequence:
         scored = self.scored_after(index)
         self.scores.start(self._keys(index), scored)
         self.routes.start(self._keys(index), scored, trained)
+        if self.general is not None:
+            self.general.start(self._keys(index))
         trainer.test(self.module, datamodule=AllTasks(scored), verbose=False)
 
     def scored_after(self, index: int) -> list[StageData]:
@@ -164,6 +170,8 @@ class Sequence:
 
     def _write(self, index: int) -> None:
         tables = {"scores": self.scores.rows, "answers": self.scores.answers, **self.routes.tables}
+        if self.general is not None:
+            tables["general"] = self.general.rows
         if index == len(self.data):
             tables |= self.score_wordings()
         if index:
@@ -181,7 +189,8 @@ class Sequence:
 
     @property
     def _callbacks(self) -> list[L.Callback]:
-        return [self.scores, self.routes, self.progress]
+        general = [] if self.general is None else [self.general]
+        return [self.scores, self.routes, *general, self.progress]
 
     def _strategy_folder(self, index: int) -> Path:
         return self.run_dir / "strategy" / f"stage-{index:02d}"

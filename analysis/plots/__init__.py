@@ -3,11 +3,12 @@
 from analysis.plots.routing import atom_usage, routing_entropy, specialists, usage_drift
 from analysis.plots.scores import drift_against_loss, score_curves, score_matrix
 from analysis.plots.separation import route_drift, separation_by_stage, separation_matrix, sharing
-from analysis.plots.training import gradient_concentration, gradient_norms, training_loss
+from analysis.plots.training import general_ability, gradient_concentration, gradient_norms, training_loss
 
 __all__ = [
     "atom_usage",
     "drift_against_loss",
+    "general_ability",
     "gradient_concentration",
     "gradient_norms",
     "route_drift",

@@ -1,4 +1,4 @@
-"""Figures of training: the loss, gradient norms by layer (paper, Fig. 3) and their concentration (Fig. 4)."""
+"""Figures of training: loss, gradient norms by layer (paper, Fig. 3), their concentration (Fig. 4), general ability."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
 from analysis.frames import Frame
 from analysis.plots import style
@@ -168,3 +169,21 @@ def _same_scale(axes: list[Axes], values: pd.Series) -> None:
     for ax in axes:
         ax.set_yscale("log" if logarithmic else "linear")
         ax.set_ylim((low / 1.3, high * 1.3) if logarithmic else (0, high * 1.08 or 1.0))
+
+
+def general_ability(found: Frame) -> Figure:
+    """Draw the relative change of general ability by stage.
+
+    Args:
+        found: Columns stage and change (``general.general_ability``).
+    """
+    figure = style.new_figure(2.4, 6.5)
+    ax = figure.subplots()
+    for level, dashes in ((0.0, "-"), (-0.01, (0, (4, 3)))):
+        ax.axhline(level, color=style.FAINT if level == 0 else style.MUTED, linewidth=1, linestyle=dashes, zorder=0)
+    ax.plot(found["stage"], found["change"], color=style.ACCENT, marker="o", markersize=4, linewidth=1.8)
+    ax.yaxis.set_major_formatter(PercentFormatter(1.0))
+    style.stage_axis(ax, int(found["stage"].max()))
+    ax.set_xlabel("after stage")
+    ax.set_ylabel("change against untrained")
+    return figure

@@ -1,0 +1,81 @@
+"""The untouched text on which a model's general ability is measured, and the measuring.
+
+``data/general.jsonl`` holds short passages of English in many registers, written for this project and under its
+licence. No task is made of them, and none was published before: whatever a backbone knows of them, it knows of English.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from lightning.fabric.utilities import move_data_to_device
+from torch import Tensor
+
+from continual.batches import IGNORED, Collator, Row, token_batches
+from continual.errors import ConfigError
+from continual.strategies.base import forward_context
+
+if TYPE_CHECKING:
+    from continual.module import ContinualModule
+
+BATCH_TOKENS = 1024
+
+
+def passages() -> list[str]:
+    """Return the passages of general text, in the file's order."""
+    text = (resources.files("continual") / "data" / "general.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line)["text"] for line in text.splitlines()]
+
+
+def encode_passages(backbone: Any) -> list[Row]:
+    """Return the passages as rows: a prompt of the first token, an answer of all others, and no instruction.
+
+    Raises:
+        ConfigError: The backbone is no language model.
+    """
+    if backbone.kind != "causal_lm":
+        raise ConfigError(f"general_ability: {type(backbone).__name__} is no causal language model, it reads no text")
+    encoded = [backbone.tokenizer(text, verbose=False)["input_ids"] for text in passages()]
+    return [Row({}, "", ids[:1], ids[1:]) for ids in encoded]
+
+
+def log_likelihood(module: ContinualModule, rows: list[Row]) -> tuple[float, int]:
+    """Return the mean log-likelihood a token (nats), and of how many tokens; a passage's first one is only read."""
+    collate = Collator(module.backbone, module.uses_instructions, answers=True, encoder=module.instruction_encoder)
+    total, count = 0.0, 0
+    for batch in token_batches([row.length for row in rows], 0, BATCH_TOKENS):
+        padded: Any = move_data_to_device(collate([rows[index] for index in batch]), module.device)
+        with forward_context(module):
+            logits = module.answer_outputs(padded, module.outputs(padded))
+        labels: Tensor = padded["labels"][padded["labels"] != IGNORED]
+        total -= F.cross_entropy(logits.float(), labels, reduction="none").double().sum().item()
+        count += len(labels)
+    return total / count, count
+
+
+class GeneralRecorder(L.Callback):
+    """After all tasks are scored, measures the general ability: rows for the table ``general``."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self._encoded: list[Row] = []
+
+    def prepare(self, backbone: Any) -> None:
+        """Encode the passages, or raise ConfigError."""
+        self._encoded = encode_passages(backbone)
+
+    def start(self, keys: dict[str, Any]) -> None:
+        """Begin a stage; ``keys`` are the columns run, seed and stage."""
+        self.keys, self.rows = keys, []
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measure, while the model is still on its device."""
+        with torch.inference_mode():
+            value, count = log_likelihood(pl_module, self._encoded)  # type: ignore[arg-type]
+        measured = {"metric": "log_likelihood_nats", "direction": "higher", "value": value, "count": count}
+        self.rows = [self.keys | {"task": "general"} | measured]
