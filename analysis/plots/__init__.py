@@ -3,10 +3,13 @@
 from analysis.plots.routing import atom_usage, routing_entropy, specialists, usage_drift
 from analysis.plots.scores import drift_against_loss, score_curves, score_matrix
 from analysis.plots.separation import route_drift, separation_by_stage, separation_matrix, sharing
+from analysis.plots.sweeps import accuracy_by_stage, differences_forest, scores_by_task
 from analysis.plots.training import gradient_concentration, gradient_norms, training_loss
 
 __all__ = [
+    "accuracy_by_stage",
     "atom_usage",
+    "differences_forest",
     "drift_against_loss",
     "gradient_concentration",
     "gradient_norms",
@@ -14,6 +17,7 @@ __all__ = [
     "routing_entropy",
     "score_curves",
     "score_matrix",
+    "scores_by_task",
     "separation_by_stage",
     "separation_matrix",
     "sharing",
