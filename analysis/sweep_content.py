@@ -105,7 +105,7 @@ def main_table(compared: Comparison) -> Table:
     against = f"minus {sweep.baseline}" if sweep.baseline else "minus the baseline"
     columns = ["method", "cells", "headline average", against, "verdict", "average, all tasks", "backward transfer"]
     columns += ["kept a task (bytes)", "trainable parameters", "stored parameters", "serving parameters", "seconds"]
-    return make_table("methods", "Methods side by side", columns, rows, _main_note(compared))
+    return make_table("methods", "Scores, differences and costs", columns, rows, _main_note(compared))
 
 
 def _main_note(compared: Comparison) -> str:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pandas as pd
 
 from analysis import plots
 from analysis.frames import Frame
-from analysis.hierarchy import FEW_CELLS
+from analysis.hierarchy import FEW_CELLS, mean_weights
 from analysis.page import Plate, unless
 from analysis.plots.style import number
 from analysis.sweep_content import Comparison
@@ -54,12 +53,12 @@ def task_scores(sweep: Sweep) -> Frame:
     """Return the mean final score over cells of each method and task: columns method, task, value, headline."""
     rows = []
     for method in sweep.measured:
-        finals = [cell.final() for cell in sweep.cells_of(method)]
         for task in sweep.tasks:
-            known = [final[task] for final in finals if task in final]
-            if known:
+            cells = [cell for cell in sweep.cells_of(method) if task in cell.stages]
+            if cells:
+                value = mean_weights([cell.order for cell in cells]) @ [cell.final()[task] for cell in cells]
                 inside = task in sweep.headline_names
-                rows.append({"method": method, "task": task, "value": float(np.mean(known)), "headline": inside})
+                rows.append({"method": method, "task": task, "value": float(value), "headline": inside})
     return pd.DataFrame(rows, columns=["method", "task", "value", "headline"])
 
 
@@ -84,20 +83,25 @@ def _tasks(sweep: Sweep) -> Plate:
 
 
 def stage_scores(sweep: Sweep) -> Frame:
-    """Return the mean score on the tasks learnt so far: columns method, cell, stage, value, a row a cell and stage."""
-    rows = [
-        {"method": method, "cell": index, "stage": stage, "value": value}
-        for method in sweep.measured
-        for index, cell in enumerate(sweep.cells_of(method))
-        for stage, value in enumerate(cell.by_stage(), start=1)
-    ]
-    return pd.DataFrame(rows, columns=["method", "cell", "stage", "value"])
+    """Return the mean score on the tasks learnt so far: columns method, cell, weight, stage, value.
+
+    ``weight`` is the cell's in the method's mean.
+    """
+    rows = []
+    for method in sweep.measured:
+        cells = [cell for cell in sweep.cells_of(method) if cell.by_stage()]
+        for index, (cell, weight) in enumerate(zip(cells, mean_weights([one.order for one in cells]), strict=True)):
+            place = {"method": method, "cell": index, "weight": float(weight)}
+            rows += [place | {"stage": stage, "value": value} for stage, value in enumerate(cell.by_stage(), start=1)]
+    return pd.DataFrame(rows, columns=["method", "cell", "weight", "stage", "value"])
 
 
 def _stages(sweep: Sweep) -> Plate:
     frame = stage_scores(sweep)
-    last = frame[frame["stage"] == frame["stage"].max()].groupby("method", sort=False)["value"].mean()
-    ends = ", ".join(f"{method} {number(value)}" for method, value in last.items())
+    ends = ", ".join(
+        f"{method} {number(float(plots.mean_by_stage(own).iloc[-1]))}"
+        for method, own in frame.groupby("method", sort=False)
+    )
     return Plate(
         "accuracy_by_stage",
         "stages",

@@ -83,7 +83,7 @@ def _beside_leader(compared: Comparison, rivals: list[str]) -> str:
         return ""
     if not others:
         return (
-            "Every other is below it, its whole interval."
+            "Every other method lies below it with its whole interval."
             if len(groups[BELOW]) > 1
             else f"{groups[BELOW][0]} is below it."
         )
@@ -182,7 +182,7 @@ def _notices(compared: Comparison) -> list[str]:
     found = []
     waiting = [one for one in sweep.cells if one.status == "waiting"]
     if waiting:
-        found.append(f"This sweep is not finished: {len(waiting)} of {len(sweep.cells)} cells wait.")
+        found.append(f"This sweep is not finished: {len(waiting)} of {len(sweep.cells)} cells are still to come.")
     found += [f"Failed: {one.place} ({one.directory}): {one.error}" for one in sweep.cells if one.status == "failed"]
     found += [f"{problem}. What needs it is left out." for problem in sweep.problems]
     if len(compared.methods) and compared.methods["rough"].any():

@@ -1,7 +1,7 @@
 """Open a sweep's directory and compare its methods: means with intervals, and which tasks can tell them apart.
 
-A sweep's directory holds sweep.json (methods, orders, cells), perhaps tuning.json, and an ordinary run directory for each
-cell. Cells that failed, wait or cannot be read are named; the rest is compared.
+A sweep's directory holds sweep.json (methods, orders, cells), perhaps tuning.json, and an ordinary run directory for
+each cell. Cells that failed, wait or cannot be read are named; the rest is compared.
 """
 
 from __future__ import annotations

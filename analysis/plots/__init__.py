@@ -3,7 +3,7 @@
 from analysis.plots.routing import atom_usage, routing_entropy, specialists, usage_drift
 from analysis.plots.scores import drift_against_loss, score_curves, score_matrix
 from analysis.plots.separation import route_drift, separation_by_stage, separation_matrix, sharing
-from analysis.plots.sweeps import accuracy_by_stage, differences_forest, scores_by_task
+from analysis.plots.sweeps import accuracy_by_stage, differences_forest, mean_by_stage, scores_by_task
 from analysis.plots.training import gradient_concentration, gradient_norms, training_loss
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "drift_against_loss",
     "gradient_concentration",
     "gradient_norms",
+    "mean_by_stage",
     "route_drift",
     "routing_entropy",
     "score_curves",

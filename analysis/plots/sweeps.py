@@ -21,7 +21,7 @@ def differences_forest(differences: Frame) -> Figure:
         differences: Columns method, baseline, tasks ("headline" or "all"), difference, low, high, verdict.
     """
     methods = list(dict.fromkeys(differences["method"]))
-    figure = style.new_figure(1.35 + 0.46 * len(methods), 8.6)
+    figure = style.new_figure(1.35 + 0.46 * len(methods), 6.8)
     ax = figure.subplots()
     ax.axvline(0, color=style.INK, linewidth=1, zorder=0)
     for row in differences.itertuples():
@@ -92,11 +92,11 @@ def accuracy_by_stage(stages: Frame) -> Figure:
     """Draw the mean score on the tasks learnt so far by stage, a panel a method, the others in grey.
 
     Args:
-        stages: Columns method, cell (a number), stage (1..T), value.
+        stages: Columns method, cell (a number), weight (the cell's in the mean), stage (1..T), value.
     """
     methods = list(dict.fromkeys(stages["method"]))
     figure, axes = style.panels(len(methods), 4, 2.05, sharex=True, sharey=True)
-    means = {method: own.groupby("stage")["value"].mean() for method, own in stages.groupby("method")}
+    means = {method: mean_by_stage(own) for method, own in stages.groupby("method")}
     last = int(stages["stage"].max())
     shown = stages["value"].clip(lower=_FLOOR)
     room = 0.06 * max(float(shown.max() - shown.min()), 0.1)
@@ -106,11 +106,17 @@ def accuracy_by_stage(stages: Frame) -> Figure:
                 ax.plot(means[other].index, means[other].clip(lower=_FLOOR), color=style.GRID, linewidth=1, zorder=0)
         _draw_method(ax, stages[stages["method"] == method], means[method].clip(lower=_FLOOR))
         ax.set_title(style.short(method, 24))
-        ax.set_xlim(0.75, max(last, 2) + 0.25)
+        ax.set_xlim(0.75, last + 0.1 + 0.18 * max(last - 1, 1))  # the last value stands right of its point
         ax.set_xticks(range(1, last + 1, style.step_of(last, 10)))
         ax.set_ylim(float(shown.min()) - room, float(shown.max()) + 2.2 * room)
     style.outer_labels(axes, 4, "after stage", "mean score so far")
     return figure
+
+
+def mean_by_stage(own: Frame) -> Frame:
+    """Return one method's weighted mean of ``value``, indexed by stage; columns weight, stage and value are needed."""
+    weighted = (own["value"] * own["weight"]).groupby(own["stage"]).sum()
+    return weighted / own.groupby("stage")["weight"].sum()
 
 
 def _draw_method(ax: Axes, own: Frame, mean: Frame) -> None:
@@ -125,9 +131,9 @@ def _draw_method(ax: Axes, own: Frame, mean: Frame) -> None:
     ax.annotate(
         style.number(float(mean.iloc[-1])),
         (float(mean.index[-1]), float(mean.iloc[-1])),
-        (-1, 6),
+        (5, 0),
         textcoords="offset points",
-        ha="right",
+        va="center",
         fontsize=8.5,
         color=style.ACCENT,
         zorder=4,
