@@ -59,7 +59,8 @@ def cell(value: Value, digits: int = 2) -> Cell:
     return Cell(text, value)
 
 
-def _table(key: str, title: str, columns: list[str], rows: list[list[Cell]], note: str = "") -> Table:
+def make_table(key: str, title: str, columns: list[str], rows: list[list[Cell]], note: str = "") -> Table:
+    """Return a table; a column that holds a number anywhere stands on the right."""
     like_number = re.compile(r"[−\d.,]+[kMG]?( \([^)]*\))?")
     numeric = [any(like_number.fullmatch(row[place].text) for row in rows) for place in range(len(columns))]
     return Table(key, title, columns, rows, note, numeric)
@@ -82,7 +83,9 @@ def all_numbers(summary: Summary) -> Table:
     note += "over seeds nor that over stage orders, which one run cannot show."
     if "intervals" in summary.reasons:
         note = f"No intervals: {summary.reasons['intervals']}."
-    return _table("numbers", "All numbers", ["measure", "value", "95 % interval", "better", "definition"], rows, note)
+    return make_table(
+        "numbers", "All numbers", ["measure", "value", "95 % interval", "better", "definition"], rows, note
+    )
 
 
 def matrix_table(summary: Summary) -> Table:
@@ -95,7 +98,7 @@ def matrix_table(summary: Summary) -> Table:
     note = (
         "R[i, j]: row i after stage i (0: untrained), column j by task; headline metric of each task, higher is better."
     )
-    return _table("matrix", "The score matrix in numbers", ["after stage", *summary.run.stages], rows, note)
+    return make_table("matrix", "The score matrix in numbers", ["after stage", *summary.run.stages], rows, note)
 
 
 def bound_table(summary: Summary) -> Table | None:
@@ -145,7 +148,7 @@ def task_table(summary: Summary) -> Table:
     note = "Best constant: what always giving the one best answer earns. Forgetting: the best score after an "
     note += "earlier stage "
     note += "(untrained left out) minus the final one; negative where the task improved."
-    return _table("tasks", "Task by task", columns, rows, note)
+    return make_table("tasks", "Task by task", columns, rows, note)
 
 
 def _maybe_float(value: object) -> float | None:
@@ -173,7 +176,7 @@ def trust_table(run: Run) -> Table:
     note = "Cut: inputs whose context was too long and was shortened. Smallest difference: 1.96 √(0.5 / "
     note += "test rows), what "
     note += "two unpaired scores near one half must differ by to be told apart at 95 %; it is given for shares only."
-    return _table("trust", "How much the rows can show", columns, rows, note)
+    return make_table("trust", "How much the rows can show", columns, rows, note)
 
 
 def other_metrics(summary: Summary) -> Table | None:
@@ -192,7 +195,7 @@ def other_metrics(summary: Summary) -> Table | None:
     if not rows:
         return None
     columns = ["task", "metric", "untrained", "just trained", "final", "better"]
-    return _table("beside", "Beside the headline scores", columns, rows)
+    return make_table("beside", "Beside the headline scores", columns, rows)
 
 
 def routing_story(summary: Summary) -> Table | None:
@@ -228,7 +231,7 @@ def routing_story(summary: Summary) -> Table | None:
     note = f"After stage {run.finished_stage}, over blocks. In common: 1 − total variation. Moved most at: the stage "
     note += "after the task's own with the largest JS (nats). Null: the split-half JS of the same rows, below which a "
     note += "move is not to be told from chance."
-    return _table("story", "The routing story, task by task", columns, rows, note)
+    return make_table("story", "The routing story, task by task", columns, rows, note)
 
 
 def _first(values: object) -> float | None:
@@ -260,7 +263,7 @@ def information_table(summary: Summary) -> Table | None:
     rows = [[Cell(name), cell(value, 3), Cell(meaning)] for name, value, meaning in lines]
     note = "Learnt tasks after the last stage, means over blocks. Where the second is near 0, routing does not "
     note += "look at the input."
-    return _table(
+    return make_table(
         "information", "Does routing use the input, or only the task?", ["measure", "nats", "meaning"], rows, note
     )
 
@@ -300,14 +303,14 @@ def stage_table(run: Run) -> Table:
         text = str((run.tasks.get(task) or {}).get("instruction") or "–")
         spent = cell(_maybe_float(seconds.get(str(index + 1))), 1)
         rows.append([Cell(str(index + 1), index + 1), Cell(task), Cell(text), spent])
-    return _table("stages", "Stages", ["stage", "task", "instruction", "seconds"], rows)
+    return make_table("stages", "Stages", ["stage", "task", "instruction", "seconds"], rows)
 
 
 def fact_table(run: Run) -> Table:
     """The model and the machine, from the manifest."""
     facts = {"run": run.name, "seed": run.manifest.get("seed"), **run.model, **(run.manifest.get("environment") or {})}
     rows = [[Cell(str(key).replace("_", " ")), Cell(_fact(value))] for key, value in facts.items() if value is not None]
-    return _table("facts", "Model and machine", ["fact", "value"], rows)
+    return make_table("facts", "Model and machine", ["fact", "value"], rows)
 
 
 def _fact(value: object) -> str:

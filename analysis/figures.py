@@ -2,36 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import numpy as np
-from matplotlib.figure import Figure
 
 from analysis import plots, tables
 from analysis.general import general_ability
 from analysis.load import Run
+from analysis.page import Draw, Plate, unless
 from analysis.plots.scores import correlation_text, score_name
 from analysis.plots.style import number
 from analysis.routing import EPSILON
 from analysis.summary import Summary, why_no_routes
 
-Draw = Callable[[], Figure]
 _FRAMED = "The framed row is the stage that trained the task."
 _KL = f"KL(p′ ‖ q′) with p′ = (p + ε) / (1 + M ε), ε = {EPSILON:g}"
-
-
-@dataclass(frozen=True)
-class Plate:
-    """One figure of the report; ``draw`` is None where the run cannot show it, and ``missing`` then says why."""
-
-    name: str
-    section: str
-    title: str
-    caption: str
-    alt: str
-    draw: Draw | None
-    missing: str = ""
 
 
 def plates(summary: Summary) -> list[Plate]:
@@ -59,7 +42,7 @@ def _scores(summary: Summary) -> list[Plate]:
             "trained. Above a "
             f"frame the task was not trained yet; below it, later stages may have cost it something.{clipped}",
             f"Heat map of {name} by stage and task. Last row: {finals}.",
-            *_unless(why, lambda: plots.score_matrix(scores)),
+            *unless(why, lambda: plots.score_matrix(scores)),
         ),
         Plate(
             "score_curves",
@@ -69,13 +52,9 @@ def _scores(summary: Summary) -> list[Plate]:
             "answer. The last value is written out."
             + (" R² under −1 is drawn at −1, its value written." if clipped else ""),
             f"Line charts of {name} by stage, one a task. Final values: {finals}.",
-            *_unless(why, lambda: plots.score_curves(scores)),
+            *unless(why, lambda: plots.score_curves(scores)),
         ),
     ]
-
-
-def _unless(why: str, draw: Draw) -> tuple[Draw | None, str]:
-    return (None, why) if why else (draw, "")
 
 
 def _routes(summary: Summary) -> list[Plate]:
@@ -104,7 +83,7 @@ def _use(run: Run, usage: np.ndarray, none: str) -> list[Plate]:
             "Share of a task's routing weight that each atom gets, mean over its prompts' tokens and over "
             f"blocks. {_FRAMED}",
             f"Heat maps of atom usage by stage, one a task; {size}.",
-            *_unless(none, lambda: plots.atom_usage(tables.usage(usage, names))),
+            *unless(none, lambda: plots.atom_usage(tables.usage(usage, names))),
         ),
         Plate(
             "usage_drift",
@@ -112,7 +91,7 @@ def _use(run: Run, usage: np.ndarray, none: str) -> list[Plate]:
             "Usage drift from stage to stage (Fig. 7)",
             f"U[s] − U[s−1] of each task, over blocks. {change} {_FRAMED}",
             f"Heat maps of the change of atom usage at each stage, one a task; {size}.",
-            *_unless(first, lambda: plots.usage_drift(changes["previous"])),
+            *unless(first, lambda: plots.usage_drift(changes["previous"])),
         ),
         Plate(
             "usage_drift_since_trained",
@@ -120,7 +99,7 @@ def _use(run: Run, usage: np.ndarray, none: str) -> list[Plate]:
             "Usage drift since a task was trained (Fig. 7)",
             f"U[s] minus U after the stage that trained the task, over blocks. {change} Grey: not yet trained.",
             f"Heat maps of the change of atom usage since a task's own stage, one a task; {size}.",
-            *_unless(since, lambda: plots.usage_drift(changes["trained"], "since trained")),
+            *unless(since, lambda: plots.usage_drift(changes["trained"], "since trained")),
         ),
         Plate(
             "routing_entropy",
@@ -130,7 +109,7 @@ def _use(run: Run, usage: np.ndarray, none: str) -> list[Plate]:
             "of the "
             "task's mean usage; dashed: of a token's weights, on average. Between the two lies what the input decides.",
             "Line charts of normalised routing entropy by stage, one a task.",
-            *_unless(none, lambda: plots.routing_entropy(tables.entropies(run), num_atoms)),
+            *unless(none, lambda: plots.routing_entropy(tables.entropies(run), num_atoms)),
         ),
         Plate(
             "specialists",
@@ -140,7 +119,7 @@ def _use(run: Run, usage: np.ndarray, none: str) -> list[Plate]:
             "mean over the "
             "blocks that use it. A dead atom has usage under 1/(10 M) for every task in every block.",
             f"Scatter of atom entropy against usage, over a heat map of each atom's mix of tasks; {size}.",
-            *_unless(spread, lambda: plots.specialists(tables.atoms(usage[-1], names))),
+            *unless(spread, lambda: plots.specialists(tables.atoms(usage[-1], names))),
         ),
     ]
 
@@ -165,7 +144,7 @@ def _distances(summary: Summary, usage: np.ndarray, none: str) -> list[Plate]:
             f"How far apart the tasks' routes are, in nats, mean over blocks. {_KL}; JS is symmetric and at most "
             "ln 2 ≈ 0.69. Diagonal: the split-half null, the distance between two halves of the task's own rows.",
             f"Heat maps of KL and JS between tasks' routes after the last stage; {alt}.",
-            *_unless(apart, lambda: plots.separation_matrix(separation)),
+            *unless(apart, lambda: plots.separation_matrix(separation)),
         ),
         Plate(
             "separation_by_stage",
@@ -174,7 +153,7 @@ def _distances(summary: Summary, usage: np.ndarray, none: str) -> list[Plate]:
             "The KL matrix after each stage on one scale, tasks numbered by stage; written above: the mean off "
             f"the diagonal. {_FRAMED}",
             "Small heat maps of KL between tasks' routes, one a stage.",
-            *_unless(apart, lambda: plots.separation_by_stage(separation)),
+            *unless(apart, lambda: plots.separation_by_stage(separation)),
         ),
         Plate(
             "route_drift",
@@ -185,7 +164,7 @@ def _distances(summary: Summary, usage: np.ndarray, none: str) -> list[Plate]:
             "inside it is "
             "not to be told from chance. Vertical line: the task's own stage.",
             "Line charts of route drift by stage, one a task, over the split-half null.",
-            *_unless(moved, lambda: plots.route_drift(drift)),
+            *unless(moved, lambda: plots.route_drift(drift)),
         ),
         Plate(
             "sharing",
@@ -195,7 +174,7 @@ def _distances(summary: Summary, usage: np.ndarray, none: str) -> list[Plate]:
             "ordered "
             "by average-linkage clustering of their JS distance.",
             f"Clustered heat map of the usage in common between {len(names)} tasks.",
-            *_unless(none or single, lambda: plots.sharing(tables.sharing(usage[-1], names))),
+            *unless(none or single, lambda: plots.sharing(tables.sharing(usage[-1], names))),
         ),
         Plate(
             "drift_against_loss",
@@ -204,7 +183,7 @@ def _distances(summary: Summary, usage: np.ndarray, none: str) -> list[Plate]:
             "One point a learnt task and later stage: how far its routes moved at that stage, and the score it lost "
             "there. The interval redraws points; points of one task are not independent, so it is rough.",
             f"Scatter of score lost against route drift. {correlation_text(pairs)}.",
-            *_unless(later, lambda: plots.drift_against_loss(pairs, score)),
+            *unless(later, lambda: plots.drift_against_loss(pairs, score)),
         ),
     ]
 
@@ -218,9 +197,9 @@ def _training(run: Run) -> list[Plate]:
     rows = run.tables["gradients"]
     recorded = set(rows["metric"])
 
-    def unless(metric: str, draw: Draw) -> tuple[Draw | None, str]:
+    def if_recorded(metric: str, draw: Draw) -> tuple[Draw | None, str]:
         what = "no stage is finished" if run.finished_stage < 1 else f"the run recorded no {metric} rows"
-        return _unless("" if metric in recorded else run.problems.get("gradients", what), draw)
+        return unless("" if metric in recorded else run.problems.get("gradients", what), draw)
 
     return [
         Plate(
@@ -229,7 +208,7 @@ def _training(run: Run) -> list[Plate]:
             "Training loss",
             "Every step faintly; the line is a running median over a twentieth of a stage's steps.",
             "Line chart of the training loss by step, stage after stage.",
-            *unless("train_loss", lambda: plots.training_loss(rows)),
+            *if_recorded("train_loss", lambda: plots.training_loss(rows)),
         ),
         Plate(
             "gradient_norms",
@@ -239,7 +218,7 @@ def _training(run: Run) -> list[Plate]:
             "panel a kind "
             "of layer, a line a stage. The shared bank has a panel of its own.",
             "Line charts of gradient norm by layer depth, one a kind of layer.",
-            *unless("grad_norm", lambda: plots.gradient_norms(rows)),
+            *if_recorded("grad_norm", lambda: plots.gradient_norms(rows)),
         ),
         Plate(
             "gradient_concentration",
@@ -247,7 +226,7 @@ def _training(run: Run) -> list[Plate]:
             "Gradient concentration (Fig. 4)",
             "Largest norm over layers / mean norm, a step (dots) and the mean of an epoch (bars); 1 = spread evenly.",
             "Scatter of gradient concentration by step, with each epoch's mean.",
-            *unless("grad_concentration", lambda: plots.gradient_concentration(rows)),
+            *if_recorded("grad_concentration", lambda: plots.gradient_concentration(rows)),
         ),
     ]
 
@@ -265,6 +244,6 @@ def _general(run: Run) -> list[Plate]:
             "Relative change of the mean log-likelihood a token of untouched text against the untrained model (higher "
             "is better), no instruction given. Dashed: 1 % lost.",
             f"Line chart of the change of general ability by stage. Last value: {found['change'].iloc[-1]:.4f}.",
-            *_unless("", lambda: plots.general_ability(found)),
+            *unless("", lambda: plots.general_ability(found)),
         )
     ]

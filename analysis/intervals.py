@@ -51,7 +51,7 @@ def bootstrap_matrices(answers: Frame, scores: Frame, matrix: Array, num_draws: 
         if not values.size or np.isnan(values).any():
             raise ValueError(f"the answers of {task} are not recorded for every stage and row")
         if metrics.get(task) == "r2":
-            values = _r2_by_row(values, matrix[scored, column])
+            values = r2_by_row(values, matrix[scored, column])
         if not np.allclose(values.mean(axis=1), matrix[scored, column], atol=_TOLERANCE, rtol=_TOLERANCE):
             raise ValueError(f"the mean of the recorded answers of {task} is not its recorded score")
         num_rows = values.shape[1]
@@ -61,7 +61,7 @@ def bootstrap_matrices(answers: Frame, scores: Frame, matrix: Array, num_draws: 
     return drawn
 
 
-def _r2_by_row(squared_errors: Array, r2: Array) -> Array:
+def r2_by_row(squared_errors: Array, r2: Array) -> Array:
     """Return 1 - error / variance a row, with the variance that the recorded R2 implies where it is best determined."""
     stage = int(np.argmax(np.abs(1 - r2)))
     variance = squared_errors[stage].mean() / (1 - r2[stage]) if r2[stage] != 1 else np.nan

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,11 +90,15 @@ class Frames:
     runs: tuple[Run, ...]
 
 
-def load_run(directory: str | Path) -> Run:
+def load_run(directory: str | Path, only: Collection[str] = tuple(records.SCHEMAS)) -> Run:
     """Read one run's directory.
 
     Rows of a stage that is not finished are left out. A table that cannot be read becomes an empty frame and an entry
     in ``problems``.
+
+    Args:
+        directory: The run's directory.
+        only: The tables to read; the others are not in ``tables``.
 
     Raises:
         RunError: The directory holds no run, or its manifest cannot be read.
@@ -103,7 +107,8 @@ def load_run(directory: str | Path) -> Run:
     manifest = _manifest(directory)
     tables: dict[str, Frame] = {}
     problems: dict[str, str] = {}
-    for name, schema in records.SCHEMAS.items():
+    for name in only:
+        schema = records.SCHEMAS[name]
         try:
             table = records.read(directory, name)
         except records.RecordError as error:

@@ -3,18 +3,23 @@
 from analysis.plots.routing import atom_usage, routing_entropy, specialists, usage_drift
 from analysis.plots.scores import drift_against_loss, score_curves, score_matrix
 from analysis.plots.separation import route_drift, separation_by_stage, separation_matrix, sharing
+from analysis.plots.sweeps import accuracy_by_stage, differences_forest, mean_by_stage, scores_by_task
 from analysis.plots.training import general_ability, gradient_concentration, gradient_norms, training_loss
 
 __all__ = [
+    "accuracy_by_stage",
     "atom_usage",
+    "differences_forest",
     "drift_against_loss",
     "general_ability",
     "gradient_concentration",
     "gradient_norms",
+    "mean_by_stage",
     "route_drift",
     "routing_entropy",
     "score_curves",
     "score_matrix",
+    "scores_by_task",
     "separation_by_stage",
     "separation_matrix",
     "sharing",

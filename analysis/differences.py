@@ -1,0 +1,122 @@
+"""Paired differences between a sweep's methods: over the cells that both have, with the same test rows drawn for both.
+
+measures.md's 'Intervals': a hierarchical paired bootstrap. A difference is called only where its 95 % interval leaves
+out 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from analysis import hierarchy
+from analysis.frames import Frame
+from analysis.sweep_cells import Cell, RowScores
+from analysis.sweeps import ABOVE, BELOW, EVEN, Sweep
+
+Array = NDArray[np.float64]
+Pair = tuple[Cell, Cell]
+
+COLUMNS = ["method", "baseline", "measure", "tasks", "cells", "difference", "low", "high", "verdict", "rough"]
+HEADLINE, ALL = "headline", "all"
+
+
+def paired_differences(sweep: Sweep, baseline: str) -> Frame:
+    """Compare every method with ``baseline`` over the cells of one order and seed that both have.
+
+    Differences are of the mean final score (``average_accuracy``, over the headline tasks and over all) and of backward
+    transfer (over the same tasks, each cell's last one left out). Draws take orders, then seeds within them, then test
+    rows within tasks, the same rows for both methods and in all cells, matched by task and row. The seed is fixed.
+
+    Args:
+        sweep: The sweep.
+        baseline: A method's name.
+
+    Returns:
+        Columns method, baseline, measure, tasks ("headline" or "all"), cells, difference (method minus baseline), low,
+        high, verdict ("above", "below", "not told apart"), rough (five cells or fewer). A method without a common cell
+        has no row.
+    """
+    counts: dict[str, tuple[NDArray[np.int64], Array]] = {}
+    rows = []
+    for method in sweep.measured:
+        pairs = _pairs(sweep, method, baseline)
+        if method == baseline or not pairs:
+            continue
+        weights = hierarchy.cell_weights([own.order for own, _ in pairs], np.random.default_rng(0))
+        for tasks, names in ((HEADLINE, sweep.headline_names), (ALL, sweep.tasks)):
+            for measure, trained in (("average_accuracy", False), ("backward_transfer", True)):
+                found = _difference(sweep, pairs, names, trained, weights, counts)
+                if found is not None:
+                    place = (method, baseline, measure, tasks, len(pairs))
+                    rows.append([*place, *found, _verdict(*found[1:]), len(pairs) <= hierarchy.FEW_CELLS])
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def _verdict(low: float, high: float) -> str:
+    return ABOVE if low > 0 else BELOW if high < 0 else EVEN
+
+
+def _pairs(sweep: Sweep, method: str, baseline: str) -> list[Pair]:
+    """Return the cells of both with the same order, seed and tasks, whose answers are at hand."""
+    both = [(cell, sweep.twin(cell, baseline)) for cell in sweep.cells_of(method)]
+    return [
+        (own, other)
+        for own, other in both
+        if other is not None and own.rows and other.rows and own.stages == other.stages
+    ]
+
+
+def _difference(
+    sweep: Sweep,
+    pairs: Sequence[Pair],
+    tasks: Sequence[str],
+    trained: bool,
+    weights: Array,
+    counts: dict[str, tuple[NDArray[np.int64], Array]],
+) -> tuple[float, float, float] | None:
+    """Return the mean difference and its interval; None where no pair has it."""
+    rows, drawn, ones = [], [], []
+    for task in tasks:
+        if task not in counts:
+            counts[task] = _drawn_rows(sweep, task)
+        every, count = counts[task]
+        values = np.stack([_row_differences(own, other, task, every, trained) for own, other in pairs])
+        if not np.isnan(values).all():
+            rows.append(values)
+            drawn.append(count)
+            ones.append(np.ones((1, len(every))))
+    if not rows or any(all(np.isnan(values[cell]).all() for values in rows) for cell in range(len(pairs))):
+        return None
+    mean = hierarchy.means(rows, hierarchy.mean_weights([own.order for own, _ in pairs])[None], ones)[0]
+    return float(mean), *hierarchy.interval(hierarchy.means(rows, weights, drawn))
+
+
+def _drawn_rows(sweep: Sweep, task: str) -> tuple[NDArray[np.int64], Array]:
+    """Return every test row of a task met in the sweep, and how often each draw takes it, alike for all methods."""
+    every = np.unique(np.concatenate([cell.rows[task].rows for cell in sweep.cells if task in cell.rows]))
+    generator = np.random.default_rng([1, sweep.tasks.index(task)])
+    return every, hierarchy.row_counts(len(every), generator)
+
+
+def _row_differences(own: Cell, other: Cell, task: str, every: NDArray[np.int64], trained: bool) -> Array:
+    """Return own minus other for each of the ``every`` rows, NaN for rows that they do not share.
+
+    ``trained`` takes final minus just-trained scores; a cell's last task then has none.
+    """
+    values = np.full(len(every), np.nan)
+    if task not in own.rows or task not in other.rows or (trained and task == own.stages[-1]):
+        return values
+    common = np.intersect1d(own.rows[task].rows, other.rows[task].rows)
+    difference = _values(own.rows, task, common, trained) - _values(other.rows, task, common, trained)
+    values[np.searchsorted(every, common)] = difference
+    return values
+
+
+def _values(rows: Mapping[str, RowScores], task: str, common: NDArray[np.int64], trained: bool) -> Array:
+    scores = rows[task]
+    values = scores.final - scores.trained if trained else scores.final
+    return values[np.searchsorted(scores.rows, common)]

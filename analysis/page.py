@@ -1,0 +1,196 @@
+"""The page that every report is written into: figures with their tables in sections, as HTML, markdown and JSON."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib as mpl
+from markupsafe import Markup
+from matplotlib.figure import Figure as Drawing
+
+from analysis.content import Table
+from analysis.plots import style
+from analysis.words import Measure
+
+_TEMPLATES = Path(__file__).parent
+_DOTS_PER_INCH = 160
+Draw = Callable[[], Drawing]
+
+
+@dataclass(frozen=True)
+class Plate:
+    """One figure of the report; ``draw`` is None where the run cannot show it, and ``missing`` then says why."""
+
+    name: str
+    section: str
+    title: str
+    caption: str
+    alt: str
+    draw: Draw | None
+    missing: str = ""
+
+
+def unless(why: str, draw: Draw) -> tuple[Draw | None, str]:
+    """Return a plate's last two fields: what draws it, or nothing and ``why`` where there is a reason."""
+    return (None, why) if why else (draw, "")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A drawn figure: its plate, and its SVG ready to stand inside a page (empty where it cannot be drawn)."""
+
+    plate: Plate
+    svg: Markup = Markup("")
+    width_pixels: int = 0
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the report: its figures, each followed by its tables, and the tables of no figure.
+
+    ``missing`` holds, by the reason, the titles of the figures that cannot be shown.
+    """
+
+    key: str
+    title: str
+    lead: str
+    figures: list[tuple[Figure, list[Table]]]
+    missing: dict[str, list[str]]
+    tables: list[Table]
+
+
+@dataclass(frozen=True)
+class KeyNumber:
+    """A number of the first screen: its measure, the value as written, and what stands under it."""
+
+    measure: Measure
+    value: str
+    interval: tuple[str, str] | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Page:
+    """A report's content.
+
+    Attributes:
+        kind: What is reported on, as the line over the title.
+        title: The title.
+        verdict: What is shown, in a sentence or two.
+        sections: Key, title and lead of each section, in order.
+        plates: The figures; each names its section.
+        tables: Tables by the name of the figure that they follow, or by their section's key.
+        facts: The few facts under the title.
+        key_numbers: The numbers of the first screen.
+        notices: What a reader must know before the numbers.
+        summary: summary.json's content.
+    """
+
+    kind: str
+    title: str
+    verdict: str
+    sections: Sequence[tuple[str, str, str]]
+    plates: Sequence[Plate]
+    tables: Mapping[str, list[Table]]
+    facts: Sequence[str]
+    key_numbers: Sequence[KeyNumber]
+    notices: Sequence[str]
+    summary: Mapping[str, Any] = field(default_factory=dict)
+
+
+def write_page(page: Page, directory: Path) -> Path:
+    """Write report.html, report.md, summary.json and figures/ into ``directory``; return the path of report.html."""
+    (directory / "figures").mkdir(parents=True, exist_ok=True)
+    text = json.dumps(page.summary, indent=2, ensure_ascii=False, allow_nan=False)
+    (directory / "summary.json").write_text(text + "\n", encoding="utf-8")
+    figures = [_draw(plate, directory / "figures") for plate in page.plates]
+    context = {name: getattr(page, name) for name in ("kind", "title", "facts", "verdict", "key_numbers", "notices")}
+    sections = [_section(*section, figures, page.tables) for section in page.sections]
+    context["sections"] = [part for part in sections if part.figures or part.missing or part.tables]
+    for name in ("report.md", "report.html"):
+        (directory / name).write_text(_environment().get_template(f"{name}.j2").render(context), encoding="utf-8")
+    return directory / "report.html"
+
+
+def _draw(plate: Plate, directory: Path) -> Figure:
+    """Save a figure as PNG and SVG, or take away what an earlier report left under its name."""
+    image, vector = directory / f"{plate.name}.png", directory / f"{plate.name}.svg"
+    if plate.draw is None:
+        image.unlink(missing_ok=True)
+        vector.unlink(missing_ok=True)
+        return Figure(plate)
+    with style.look(), mpl.rc_context({"svg.hashsalt": plate.name}):
+        figure = plate.draw()
+        figure.savefig(image, dpi=_DOTS_PER_INCH, metadata={"Software": None})
+        figure.set_layout_engine("none")
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    vector.write_text(buffer.getvalue(), encoding="utf-8")
+    return Figure(plate, _inline(buffer.getvalue(), plate), round(figure.get_figwidth() * 96))
+
+
+def _inline(svg: str, plate: Plate) -> Markup:
+    """Make an SVG file into an element of a page: no prolog, names of its own, and its alternative text."""
+    body = svg[svg.index("<svg") :]
+    body = re.sub(r"<metadata>.*?</metadata>|<style .*?</style>", "", body, flags=re.DOTALL)
+    body = re.sub(r'\bid="', f'id="{plate.name}-', body)
+    body = re.sub(r'(url\(#|href="#)', rf"\g<1>{plate.name}-", body)
+    box = re.search(r'viewBox="[^"]*"', body)
+    start = f'<svg role="img" aria-label="{Markup.escape(plate.alt)}" {box.group() if box else ""} '
+    start += 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">'
+    return Markup(start + body[body.index(">") + 1 :])
+
+
+def _environment() -> jinja2.Environment:
+    loader = jinja2.FileSystemLoader(_TEMPLATES)
+    environment = jinja2.Environment(
+        loader=loader,
+        autoescape=lambda name: name is not None and name.endswith(".html.j2"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(plain=_plain, rows=_text_table)
+    return environment
+
+
+def _section(key: str, title: str, lead: str, figures: Sequence[Figure], beside: Mapping[str, list[Table]]) -> Section:
+    own = [figure for figure in figures if figure.plate.section == key]
+    drawn = [(figure, beside.get(figure.plate.name, [])) for figure in own if figure.svg]
+    missing: dict[str, list[str]] = {}
+    for figure in own:
+        if not figure.svg:
+            missing.setdefault(figure.plate.missing, []).append(figure.plate.title)
+    left = [table for figure in own if not figure.svg for table in beside.get(figure.plate.name, [])]
+    return Section(key, title, lead, drawn, missing, [*left, *beside.get(key, [])])
+
+
+def _plain(text: object) -> str:
+    """Return text for markdown: one line, with what would be read as markup made harmless."""
+    line = " ".join(str(text).split())
+    line = re.sub(r"([\\`*|])", r"\\\1", line).replace("](", r"]\(")
+    return line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def _text_table(table: Table) -> str:
+    """Return a table as markdown whose columns also line up in a terminal."""
+    lines = [[_plain(name) for name in table.columns], *([_plain(cell.text) for cell in row] for row in table.rows)]
+    widths = [max(3, *(len(line[place]) for line in lines)) for place in range(len(table.columns))]
+    rule = [
+        ("-" * (width - 1) + ":") if right else "-" * width for width, right in zip(widths, table.numeric, strict=True)
+    ]
+
+    def row(cells: Sequence[str]) -> str:
+        both = zip(cells, widths, table.numeric, strict=True)
+        return (
+            "| " + " | ".join(text.rjust(width) if right else text.ljust(width) for text, width, right in both) + " |"
+        )
+
+    return "\n".join([row(lines[0]), row(rule), *map(row, lines[1:])])

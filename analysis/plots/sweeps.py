@@ -1,0 +1,141 @@
+"""Figures of a sweep: paired differences as a forest, final scores by task and method, mean score by stage."""
+
+from __future__ import annotations
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from analysis.frames import Frame
+from analysis.plots import style
+
+_FLOOR = -1.0
+"""Scores below it (R2 has no lower end) are drawn at it, with their value written."""
+
+
+def differences_forest(differences: Frame) -> Figure:
+    """Draw each method's paired difference from the baseline with its interval, on the headline and on all tasks.
+
+    Args:
+        differences: Columns method, baseline, tasks ("headline" or "all"), difference, low, high, verdict.
+    """
+    methods = list(dict.fromkeys(differences["method"]))
+    figure = style.new_figure(1.35 + 0.46 * len(methods), 6.8)
+    ax = figure.subplots()
+    ax.axvline(0, color=style.INK, linewidth=1, zorder=0)
+    for row in differences.itertuples():
+        headline = row.tasks == "headline"
+        place = methods.index(row.method) + (-0.13 if headline else 0.17)
+        color = {"above": style.ACCENT, "below": style.WARM}.get(row.verdict, style.MUTED)
+        ax.plot((row.low, row.high), (place, place), color=color, linewidth=2.4 if headline else 1.2, zorder=2)
+        face = color if headline else "white"
+        ax.plot(
+            row.difference, place, "o" if headline else "D", color=color, markerfacecolor=face, markersize=6, zorder=3
+        )
+        if headline or "headline" not in set(differences.loc[differences["method"] == row.method, "tasks"]):
+            text = f"{row.difference:+.3f}".replace("-", "−")
+            ax.annotate(text, (1.01, place), xycoords=("axes fraction", "data"), va="center", fontsize=8.5, color=color)
+    ax.set_yticks(range(len(methods)), [style.short(method, 30) for method in methods])
+    ax.set_ylim(len(methods) - 0.4, -0.6)
+    ax.tick_params(axis="y", length=0)
+    ax.grid(axis="x")
+    ax.margins(x=0.08)
+    ax.set_xlabel(f"mean final score minus that of {style.short(str(differences['baseline'].iloc[0]), 40)}")
+    figure.legend(handles=_forest_key(differences), loc="outside upper center", ncols=5)
+    return figure
+
+
+def _forest_key(differences: Frame) -> list[Line2D]:
+    """Return the legend of what the forest holds."""
+    verdicts = [("above", style.ACCENT), ("not told apart", style.MUTED), ("below", style.WARM)]
+    shown = set(differences["verdict"])
+    keys = [Line2D([], [], color=color, linewidth=2.4, label=name) for name, color in verdicts if name in shown]
+    marks = {"headline": ("o", style.INK, "headline tasks"), "all": ("D", "white", "all tasks")}
+    for tasks, (marker, face, label) in marks.items():
+        if tasks in set(differences["tasks"]):
+            more = {"markerfacecolor": face, "linestyle": "none", "label": label}
+            keys.append(Line2D([], [], marker=marker, color=style.INK, **more))
+    return keys
+
+
+def scores_by_task(scores: Frame) -> Figure:
+    """Draw the mean final score of every task under every method, the tasks out of the headline mean on the right.
+
+    Args:
+        scores: Columns method, task, value, headline (bool); a pair that was not measured is missing.
+    """
+    methods, tasks = list(dict.fromkeys(scores["method"])), list(dict.fromkeys(scores["task"]))
+    inside = set(scores.loc[scores["headline"], "task"])
+    tasks = [task for task in tasks if task in inside] + [task for task in tasks if task not in inside]
+    matrix = np.full((len(methods), len(tasks)), np.nan)
+    for row in scores.itertuples():
+        matrix[methods.index(row.method), tasks.index(row.task)] = row.value
+    crowded = len(tasks) > 7
+    width = min(style.WIDTH_INCHES, max(5.6, 2.8 + 1.05 * len(tasks)))
+    figure = style.new_figure((1.7 if crowded else 1.2) + 0.38 * len(methods), width)
+    ax = figure.subplots()
+    below = bool((matrix < 0).any())
+    cmap, low = (style.gains_and_losses(), _FLOOR) if below else (style.amounts(), 0.0)
+    cells = style.heat(ax, matrix, cmap, (low, 1.0), matrix)
+    style.label_some(ax, "y", [style.short(method, 26) for method in methods], 60)
+    columns = [style.short(task) if crowded else style.wrapped(task) for task in tasks]
+    style.label_some(ax, "x", columns, 40, 40 if crowded else 0)
+    if 0 < len(inside) < len(tasks):
+        ax.axvline(len(inside), color=style.WARM, linewidth=2)
+    ax.set(xlabel="task", ylabel="method")
+    style.colour_bar(figure, cells, [ax], "final score", "min" if (matrix < low).any() else "neither")
+    return figure
+
+
+def accuracy_by_stage(stages: Frame) -> Figure:
+    """Draw the mean score on the tasks learnt so far by stage, a panel a method, the others in grey.
+
+    Args:
+        stages: Columns method, cell (a number), weight (the cell's in the mean), stage (1..T), value.
+    """
+    methods = list(dict.fromkeys(stages["method"]))
+    figure, axes = style.panels(len(methods), 4, 2.05, sharex=True, sharey=True)
+    means = {method: mean_by_stage(own) for method, own in stages.groupby("method")}
+    last = int(stages["stage"].max())
+    shown = stages["value"].clip(lower=_FLOOR)
+    room = 0.06 * max(float(shown.max() - shown.min()), 0.1)
+    for method, ax in zip(methods, axes, strict=True):
+        for other in methods:
+            if other != method:
+                ax.plot(means[other].index, means[other].clip(lower=_FLOOR), color=style.GRID, linewidth=1, zorder=0)
+        _draw_method(ax, stages[stages["method"] == method], means[method].clip(lower=_FLOOR))
+        ax.set_title(style.short(method, 24))
+        ax.set_xlim(0.75, last + 0.1 + 0.18 * max(last - 1, 1))  # the last value stands right of its point
+        ax.set_xticks(range(1, last + 1, style.step_of(last, 10)))
+        ax.set_ylim(float(shown.min()) - room, float(shown.max()) + 2.2 * room)
+    style.outer_labels(axes, 4, "after stage", "mean score so far")
+    return figure
+
+
+def mean_by_stage(own: Frame) -> Frame:
+    """Return one method's weighted mean of ``value``, indexed by stage; columns weight, stage and value are needed."""
+    weighted = (own["value"] * own["weight"]).groupby(own["stage"]).sum()
+    return weighted / own.groupby("stage")["weight"].sum()
+
+
+def _draw_method(ax: Axes, own: Frame, mean: Frame) -> None:
+    """Draw a method's cells thinly, what lies between them as a band, and its mean with the last value written."""
+    for _, cell in own.groupby("cell"):
+        ax.plot(
+            cell["stage"], cell["value"].clip(lower=_FLOOR), color=style.ACCENT, alpha=0.35, linewidth=0.8, zorder=1
+        )
+    spread = own.groupby("stage")["value"].agg(["min", "max"]).clip(lower=_FLOOR)
+    ax.fill_between(spread.index, spread["min"], spread["max"], color=style.ACCENT, alpha=0.12, linewidth=0, zorder=1)
+    ax.plot(mean.index, mean, color=style.ACCENT, marker="o", markersize=3.5, linewidth=1.8, zorder=3)
+    ax.annotate(
+        style.number(float(mean.iloc[-1])),
+        (float(mean.index[-1]), float(mean.iloc[-1])),
+        (5, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=8.5,
+        color=style.ACCENT,
+        zorder=4,
+        bbox={"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.6},
+    )

@@ -1,0 +1,249 @@
+"""The tables of a sweep's report, and the numbers that its page, figures and summary.json are written from."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from analysis import published, words
+from analysis.content import Cell, Table, cell, make_table
+from analysis.differences import ALL, HEADLINE, paired_differences
+from analysis.frames import Frame
+from analysis.hierarchy import FEW_CELLS
+from analysis.sweeps import BOUNDS, HEADLINE_MARGIN, MEASURES, Sweep, cell_measures, method_table
+
+DEFINITIONS: dict[str, words.Measure] = {
+    "headline_accuracy": words.Measure(
+        "headline average",
+        "higher",
+        f"Mean final score over the tasks whose bound beats the best constant answer by {HEADLINE_MARGIN}.",
+    ),
+    **{key: words.MEASURES[key] for key in MEASURES[1:-1]},
+    "intransigence": words.Measure(
+        "intransigence", "lower", "Mean over stages k of joint training's score on task k minus the just-trained score."
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A sweep's numbers: ``methods`` as method_table returns them, ``differences`` from the baseline, and the leader.
+
+    ``leader`` is the method, bounds aside, with the highest ``key`` (the headline average, or the plain one where no
+    task is a headline task); ``from_leader`` are the differences of the others from it.
+    """
+
+    sweep: Sweep
+    methods: Frame
+    differences: Frame
+    key: str
+    leader: str | None
+    from_leader: Frame
+
+    def row(self, method: str) -> Mapping[str, Any]:
+        """Return a method's numbers."""
+        return self.methods[self.methods["method"] == method].iloc[0].to_dict()
+
+    def difference(self, frame: Frame, method: str, measure: str = "average_accuracy") -> Mapping[str, Any] | None:
+        """Return ``frame``'s row of a method, over the tasks that ``key`` is over; None where there is none."""
+        tasks = HEADLINE if self.key == "headline_accuracy" else ALL
+        chosen = (frame["method"] == method) & (frame["measure"] == measure) & (frame["tasks"] == tasks)
+        rows = frame[chosen]
+        return rows.iloc[0].to_dict() if len(rows) else None
+
+
+def compare(sweep: Sweep) -> Comparison:
+    """Compute a sweep's numbers."""
+    methods = method_table(sweep)
+    key = "headline_accuracy" if sweep.headline_names else "average_accuracy"
+    rivals = methods[~methods["method"].isin(BOUNDS)] if len(methods) else methods
+    rivals = rivals[rivals[key].notna()] if len(rivals) else rivals
+    leader = str(rivals.loc[rivals[key].idxmax(), "method"]) if len(rivals) else None
+    none = paired_differences(sweep, "")
+    differences = paired_differences(sweep, sweep.baseline) if sweep.baseline else none
+    from_leader = differences if leader == sweep.baseline else paired_differences(sweep, leader) if leader else none
+    return Comparison(sweep, methods, differences, key, leader, from_leader)
+
+
+def spanned(value: float, low: float, high: float) -> Cell:
+    """Return a number with its interval, sorted by the number."""
+    number = cell(value, 3)
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return number
+    return Cell(f"{number.text} ({cell(low, 3).text} to {cell(high, 3).text})", number.sort)
+
+
+def _measure(row: Mapping[str, Any], key: str) -> Cell:
+    return spanned(row[key], row[f"{key}_low"], row[f"{key}_high"])
+
+
+def _whole(value: float) -> Cell:
+    return cell(int(round(value)) if math.isfinite(value) else None)
+
+
+def main_table(compared: Comparison) -> Table:
+    """The one table: score, difference from the baseline, memory, parameters and seconds of every method."""
+    sweep = compared.sweep
+    rows = []
+    for row in compared.methods.to_dict("records"):
+        method = row["method"]
+        found = compared.difference(compared.differences, method)
+        apart = [cell(None), Cell("baseline" if method == sweep.baseline else "–")]
+        if found:
+            apart = [spanned(found["difference"], found["low"], found["high"]), Cell(found["verdict"])]
+        named = Cell(f"{method} (bound)" if method in BOUNDS else method)
+        scores = [_measure(row, key) for key in ("headline_accuracy", "average_accuracy", "backward_transfer")]
+        kept = [cell(float(row["stored_bytes_a_task"]))]
+        numbers = [_whole(row[key]) for key in ("trainable_parameters", "stored_parameters", "serving_parameters")]
+        line = [named, _whole(row["cells"]), scores[0], *apart, *scores[1:], *kept, *numbers]
+        rows.append([*line, cell(float(row["seconds"]), 1)])
+    against = f"minus {sweep.baseline}" if sweep.baseline else "minus the baseline"
+    columns = ["method", "cells", "headline average", against, "verdict", "average, all tasks", "backward transfer"]
+    columns += ["kept a task (bytes)", "trainable parameters", "stored parameters", "serving parameters", "seconds"]
+    return make_table("methods", "Scores, differences and costs", columns, rows, _main_note(compared))
+
+
+def _main_note(compared: Comparison) -> str:
+    note = "Means over cells with 95 % intervals: orders redrawn, then seeds within them; every order counts the same. "
+    note += "The difference is paired, over the cells and test rows that both methods have, on the tasks of the first "
+    note += "score; it is called above or below only where its interval leaves out 0. "
+    if len(compared.methods) and compared.methods["rough"].any():
+        note += f"With {FEW_CELLS} cells or fewer an interval is rough; with one cell there is none over cells. "
+    return note + "Kept a task: bytes that the strategy keeps on disk after the last stage, over the stages."
+
+
+def measure_table(compared: Comparison) -> Table:
+    """Every measure of every method."""
+    rows = [
+        [Cell(row["method"]), *(_measure(row, key) for key in MEASURES)] for row in compared.methods.to_dict("records")
+    ]
+    note = " ".join(f"{DEFINITIONS[key].name.capitalize()}: {DEFINITIONS[key].definition}" for key in MEASURES)
+    if not len(compared.methods) or compared.methods["intransigence"].isna().all():
+        note += " Intransigence needs a method named joint in the same order and with the same seed."
+    columns = ["method", *(DEFINITIONS[key].name for key in MEASURES)]
+    return make_table("measures", "Every measure", columns, rows, note)
+
+
+def difference_table(compared: Comparison) -> Table | None:
+    """The paired differences in numbers, on headline and on all tasks."""
+    rows = []
+    for row in compared.differences.to_dict("records"):
+        named = [Cell(row["method"]), Cell(DEFINITIONS[row["measure"]].name), Cell(row["tasks"])]
+        rows.append(
+            [*named, cell(row["cells"]), spanned(row["difference"], row["low"], row["high"]), Cell(row["verdict"])]
+        )
+    if not rows:
+        return None
+    columns = ["method", "measure", "tasks", "cells", "difference", "verdict"]
+    note = "A hierarchical paired bootstrap with a fixed seed: orders, then seeds within them, then test rows within "
+    note += "tasks, the same rows for both methods and in all cells. With one cell it holds the test rows' share only."
+    title = f"Paired differences from {compared.sweep.baseline}, in numbers"
+    return make_table("differences", title, columns, rows, note)
+
+
+def headline_table(sweep: Sweep) -> Table:
+    """Which tasks make the headline mean, and why."""
+    rows = [
+        [
+            Cell(row["task"]),
+            cell(row["bound"], 3),
+            Cell(row["bound_from"] or "–"),
+            cell(row["constant"], 3),
+            Cell("yes" if row["headline"] else "no"),
+        ]
+        for row in sweep.headline.to_dict("records")
+    ]
+    note = "The bound is the just-trained score of the method per_task or, without one, the best over methods. A task "
+    note += f"whose bound does not beat the best constant answer by {HEADLINE_MARGIN} can show no forgetting: it is "
+    note += "shown, and kept out of the headline mean."
+    columns = ["task", "bound", "bound from", "best constant", "in the headline mean"]
+    return make_table("headline", "Headline tasks", columns, rows, note)
+
+
+def tuning_table(sweep: Sweep) -> Table | None:
+    """Every setting tried in tuning with its score, the chosen one, and whether it lies at the edge of its values."""
+    rows = []
+    for method, tried in sweep.tuning.items():
+        cells = [one for one in tried.get("cells") or [] if isinstance(one, dict)]
+        settings = [one.get("settings") or {} for one in cells]
+        chosen = tried.get("chosen") or {}
+        edge = edges([*settings, chosen], chosen)
+        for one, setting in zip(cells, settings, strict=True):
+            score = one.get("score")
+            taken = bool(chosen) and setting == chosen
+            numbers = [Cell(settings_text(setting)), cell(float(score) if score is not None else None, 3)]
+            rows.append(
+                [Cell(method), *numbers, Cell("chosen" if taken else "–"), Cell(edge if taken and edge else "–")]
+            )
+        if chosen and chosen not in settings:
+            rows.append(
+                [Cell(method), Cell(settings_text(chosen)), cell(None), Cell("chosen"), Cell("not among those tried")]
+            )
+    if not rows:
+        return None
+    note = (
+        "At the edge: the chosen value is the smallest or the largest of those tried, so a better one may lie beyond."
+    )
+    return make_table("tuning", "Values tried", ["method", "settings", "score", "chosen", "note"], rows, note)
+
+
+def edges(tried: list[Mapping[str, Any]], chosen: Mapping[str, Any]) -> str:
+    """Return which chosen numbers are the smallest or largest of two or more tried, in words; "" for none."""
+    found = []
+    for key, value in chosen.items():
+        values = {one[key] for one in tried if _is_number(one.get(key))}
+        if _is_number(value) and len(values) > 1 and value in (min(values), max(values)):
+            found.append(f"{key.rsplit('.', 1)[-1]} at its {'lower' if value == min(values) else 'upper'} edge")
+    return ", ".join(found)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def settings_text(settings: Mapping[str, Any]) -> str:
+    """Return settings in one line."""
+    parts = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()]
+    return ", ".join(parts) or "–"
+
+
+def setting_table(sweep: Sweep) -> Table:
+    """What each method changes in the base configuration."""
+    rows = [[Cell(method), Cell(settings_text(settings))] for method, settings in sweep.methods.items()]
+    return make_table("settings", "What each method is", ["method", f"settings over {sweep.base or 'the base'}"], rows)
+
+
+def cell_table(sweep: Sweep) -> Table:
+    """Every cell: its state, its score, and the line of one that has no numbers."""
+    rows = []
+    for one in sweep.cells:
+        found = cell_measures(sweep, one)
+        scores = [cell(found.get(key), 3) for key in ("headline_accuracy", "average_accuracy", "backward_transfer")]
+        place = [Cell(one.method), Cell(one.order), Cell(str(one.seed), one.seed), Cell(one.status)]
+        rows.append(
+            [*place, *scores, cell(one.seconds, 1), Cell(one.directory), Cell(one.error or one.rows_problem or "–")]
+        )
+    columns = ["method", "order", "seed", "state", "headline average", "average accuracy", "backward transfer"]
+    return make_table("cells", "Every cell", [*columns, "seconds", "directory", "error"], rows)
+
+
+def published_table(compared: Comparison) -> Table | None:
+    """The published scores of these orders beside ours, or None where no order is a published one."""
+    sweep, measured = compared.sweep, []
+    alone = published.order_number(sweep.base) or published.order_number(sweep.name)
+    for method in sweep.measured:
+        cells = sweep.cells_of(method)
+        numbers = [published.order_number(one.order) or (alone if len(sweep.orders) < 2 else None) for one in cells]
+        scores = pd.Series([one.measures()["average_accuracy"] for one in cells], index=numbers, dtype=float)
+        scores = scores[scores.index.notna()]
+        if len(scores):
+            orders = tuple(sorted({int(number) for number in scores.index}))
+            mean = float(scores.groupby(level=0).mean().mean())
+            backbone = str((cells[0].manifest.get("model") or {}).get("backbone") or "–")
+            measured.append(published.Measured(method, orders, mean, backbone))
+    return published.table(measured)
