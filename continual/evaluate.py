@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from continual.adapters import QueryableLoraModel
+from continual.adapters import RoutedTuner
 from continual.adapters.carrier import INSTRUCTION_KEYWORDS
 from continual.batches import Candidates
 from tasks import Task
@@ -200,5 +200,5 @@ def _keep_prompt_routes(outcome: Outcome, routes: Sequence[Tensor | None], batch
 
 
 def is_routed(model: Any) -> bool:
-    """Say whether a PEFT model carries our routed adapter."""
-    return isinstance(getattr(model, "base_model", None), QueryableLoraModel)
+    """Say whether a PEFT model carries one of our routed adapters."""
+    return isinstance(getattr(model, "base_model", None), RoutedTuner)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.optim.lr_scheduler import LambdaLR
 
-from continual.adapters import QueryableLoraConfig, QueryableLoraModel
+from continual.adapters import QueryableLoraConfig, QueryableLoraModel, RoutedTuner
 from continual.backbones import Backbone, CausalLM, SentenceEncoder
 from continual.batches import IGNORED, RowInputs
 from continual.errors import ConfigError, RunError, one_line
@@ -106,7 +106,7 @@ class ContinualModule(L.LightningModule):
         self.configure_model()
 
     def _fix_instruction_reference(self) -> None:
-        if not self.uses_instructions or self.tuner is None:
+        if not self.uses_instructions or not isinstance(self.tuner, QueryableLoraModel):
             return
         if isinstance(self.backbone, CausalLM):
             ids = [self.backbone.encode_instruction(text) for text in GENERAL_INSTRUCTIONS]
@@ -117,11 +117,11 @@ class ContinualModule(L.LightningModule):
         self.tuner.set_instruction_reference(encodings)
 
     @property
-    def tuner(self) -> QueryableLoraModel | None:
+    def tuner(self) -> RoutedTuner | None:
         """Our routed tuner, where the adapter is one."""
         if self.model is None or not is_routed(self.model):
             return None
-        return cast(QueryableLoraModel, self.model.base_model)
+        return cast(RoutedTuner, self.model.base_model)
 
     @property
     def uses_instructions(self) -> bool:
@@ -165,9 +165,12 @@ class ContinualModule(L.LightningModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Lightning's hook."""
         outputs = self.outputs(batch)
+        # Asked for at once: it is about the last pass, and a penalty may make passes of its own.
+        auxiliary = self.tuner.auxiliary_loss() if self.tuner is not None else None
         loss, penalty = self.loss(batch, outputs), self.strategy.penalty(self, batch, outputs)
-        if penalty is not None:
-            loss = loss + penalty
+        for addend in (auxiliary, penalty):
+            if addend is not None:
+                loss = loss + addend
         self.log("loss", loss, prog_bar=True, logger=False, batch_size=len(batch["rows"]))
         return loss
 

@@ -16,7 +16,6 @@ from continual.batches import Candidates, Collator, EncodedTask, LengthBatches, 
 from continual.errors import ConfigError
 from continual.wordings import TRAINING, Wording, opening, varied
 from tasks import Task
-from tasks.base import Split
 
 
 class StageData(L.LightningDataModule):
@@ -191,7 +190,14 @@ class StageData(L.LightningDataModule):
 
     def _collator(self, answers: bool, candidates: Candidates | None = None) -> Collator:
         module = self._module
-        return Collator(module.backbone, module.uses_instructions, answers, candidates, module.instruction_encoder, module.row_inputs)
+        return Collator(
+            module.backbone,
+            module.uses_instructions,
+            answers,
+            candidates,
+            module.instruction_encoder,
+            module.row_inputs,
+        )
 
 
 class AllTasks(L.LightningDataModule):

@@ -1,6 +1,9 @@
-"""Adapters: the atom bank with its router, as a PEFT method. Every other adapter comes from peft by class path."""
+"""Adapters: the atom bank with its router, and its routed rivals, as PEFT methods. All others come from peft itself."""
 
+from continual.adapters.comol import CoMoLConfig
 from continual.adapters.config import QueryableLoraConfig
+from continual.adapters.moe_lora import MoeLoraConfig
 from continual.adapters.queryable import QueryableLoraModel
+from continual.adapters.tuner import RoutedTuner
 
-__all__ = ["QueryableLoraConfig", "QueryableLoraModel"]
+__all__ = ["CoMoLConfig", "MoeLoraConfig", "QueryableLoraConfig", "QueryableLoraModel", "RoutedTuner"]

@@ -6,15 +6,15 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from continual.adapters.layer import QueryableLinear
+from continual.adapters.experts import ExpertLinear
+from continual.adapters.layer import QueryableLinear, RoutedLinear
 from continual.adapters.router import AtomBank
 
 
 def account(bank: AtomBank, layers: Sequence[QueryableLinear], adapter_name: str) -> dict[str, dict[str, int]]:
     """Count one adapter's parameters and FLOPs; see ``QueryableLoraModel.accounting``."""
     config, rank, num_atoms = bank.config, bank.config.r, bank.config.num_atoms
-    d_in = sum(layer.in_features for layer in layers)
-    d_out = sum(layer.out_features for layer in layers)
+    d_in, d_out = _widths(layers)
     table = {
         "A": _entry(_count(*(layer.queryable_A[adapter_name] for layer in layers)), 2 * rank * d_in),
         "B": _entry(_count(*(layer.queryable_B[adapter_name] for layer in layers)), 2 * rank * d_out),
@@ -33,9 +33,30 @@ def account(bank: AtomBank, layers: Sequence[QueryableLinear], adapter_name: str
     if config.uses_prior:
         prior_flops = 2 * (bank.prior_map.numel() + bank.prior_keys.numel())
         table["prior"] = _entry(_count(bank.prior_map, bank.prior_keys), 0, prior_flops)
+    return _with_lora(table, rank, layers)
+
+
+def account_experts(layers: Sequence[ExpertLinear], adapter_name: str) -> dict[str, dict[str, int]]:
+    """Count the parameters and FLOPs of one mixture of experts; see ``ExpertTuner.accounting``."""
+    table = {}
+    for name in layers[0].adapter_layer_names:
+        tensors = [getattr(layer, name)[adapter_name] for layer in layers]
+        # Every number of every tensor is multiplied with something once a token.
+        table[name.removeprefix("expert_")] = _entry(_count(*tensors), 2 * sum(t.numel() for t in tensors))
+    return _with_lora(table, layers[0].r[adapter_name], layers)
+
+
+def _with_lora(
+    table: dict[str, dict[str, int]], rank: int, layers: Sequence[RoutedLinear]
+) -> dict[str, dict[str, int]]:
+    """Add the table's total and plain LoRA's row."""
+    weights = rank * sum(_widths(layers))
     table["total"] = {key: sum(entry[key] for entry in table.values()) for key in table["A"]}
-    table["lora"] = _entry(rank * (d_in + d_out), 2 * rank * (d_in + d_out))
-    return table
+    return table | {"lora": _entry(weights, 2 * weights)}
+
+
+def _widths(layers: Sequence[RoutedLinear]) -> tuple[int, int]:
+    return sum(layer.in_features for layer in layers), sum(layer.out_features for layer in layers)
 
 
 def _count(*tensors: Tensor) -> int:

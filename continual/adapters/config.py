@@ -5,31 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from peft.config import PeftConfig
 from peft.utils.peft_types import PeftType
+
+from continual.adapters.base_config import RoutedLoraConfig, extend_peft_types
 
 PEFT_NAME = "QUERYABLE"
 QuerySource = Literal["state", "frozen_random", "instruction_only", "uniform"]
 AtomStart = Literal["orthogonal", "noise", "identity"]
 
 
-def _extend_peft_types() -> None:
-    """Add our method to PEFT's closed enum of methods; plain strings break its mixed models and native integration."""
-    if PEFT_NAME in PeftType.__members__:
-        return
-    member = str.__new__(PeftType, PEFT_NAME)
-    member._name_, member._value_ = PEFT_NAME, PEFT_NAME
-    PeftType._member_names_.append(PEFT_NAME)
-    PeftType._member_map_[PEFT_NAME] = member
-    PeftType._value2member_map_[PEFT_NAME] = member
-    type.__setattr__(PeftType, PEFT_NAME, member)  # Python 3.12 looks members up as plain attributes
-
-
-_extend_peft_types()
+extend_peft_types(PEFT_NAME)
 
 
 @dataclass
-class QueryableLoraConfig(PeftConfig):
+class QueryableLoraConfig(RoutedLoraConfig):
     """Configuration of Queryable LoRA (arXiv 2605.08423): LoRA whose middle is mixed from a bank of shared atoms.
 
     With ``prior_weight`` 0 this is the paper's Queryable LoRA, above 0 its Instruction-Queryable LoRA. Symbols of the
@@ -44,24 +33,6 @@ class QueryableLoraConfig(PeftConfig):
         ValueError: Fields that contradict each other; the message names them.
     """
 
-    r: int = field(default=8, metadata={"help": "Rank of A_l, B_l and the atoms."})
-    lora_alpha: float = field(default=16, metadata={"help": "The update is scaled by lora_alpha / r."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapted layer's input."})
-    target_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Module name suffixes, or one regular expression. Every entry has to match."}
-    )
-    exclude_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Module name suffixes, or one regular expression, that are left alone."}
-    )
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules trained whole and saved beside the adapter."}
-    )
-    layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Indices of the layers to adapt; all when not given."}
-    )
-    layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the layer list that layers_to_transform indexes, if it is unusual."}
-    )
     frozen_A_seed: int | None = field(
         default=None,
         metadata={
@@ -97,28 +68,16 @@ class QueryableLoraConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType[PEFT_NAME]
-        for name in ("target_modules", "exclude_modules", "modules_to_save"):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, str):
-                setattr(self, name, sorted(value))  # a set's order follows PYTHONHASHSEED; saved files must not
         for name, choices in (("query_source", get_args(QuerySource)), ("init_atoms", get_args(AtomStart))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
-            raise ValueError("layers_to_transform needs target_modules as a list: PEFT ignores it beside an expression")
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("layers_pattern says nothing without layers_to_transform")
-        for name in ("r", "num_atoms", "top_k", "num_blocks", "prior_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        self._check_at_least_one("num_atoms", "top_k", "num_blocks", "prior_dim")
         if self.top_k > self.num_atoms:
             raise ValueError(f"top_k ({self.top_k}) is larger than num_atoms ({self.num_atoms})")
         if self.key_dim is not None and self.key_dim < 1:
             raise ValueError(f"key_dim must be at least 1, got {self.key_dim}")
         if self.frozen_A_seed is not None and self.frozen_A_seed < 0:
             raise ValueError(f"frozen_A_seed must not be negative, got {self.frozen_A_seed}")
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout must lie in [0, 1), got {self.lora_dropout}")
         if self.prior_weight < 0:
             raise ValueError(f"prior_weight must not be negative, got {self.prior_weight}")
         if self.prior_temperature <= 0:

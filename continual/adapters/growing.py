@@ -79,7 +79,9 @@ class GrowingBank:
             self._seen = tuple(rows.values())  # generation asks again for every token
             self.chosen_B = self.choose(rows)
         stages = list(self.gate.stages.values())
-        found = {stages[index].adapters[place] for index in self._chosen for place in range(len(stages[index].adapters))}
+        found = {
+            stages[index].adapters[place] for index in self._chosen for place in range(len(stages[index].adapters))
+        }
         uses: dict[str, Tensor | None] = {}
         for name in self.names:
             if name in found:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from continual.adapters.config import QueryableLoraConfig
-from continual.adapters.router import AtomBank, RoutingState
+from continual.adapters.router import AtomBank
 
 CANNOT_MERGE = (
     "this adapter routes each token by its own state, so no single weight matrix equals it: it cannot be merged into "
@@ -23,18 +23,12 @@ CANNOT_MERGE = (
 )
 
 
-class QueryableLinear(nn.Module, BaseTunerLayer):
-    """A frozen linear layer with A (r x d_in), B (d_out x r) of its own and a bank that it shares with all others.
+class RoutedLinear(nn.Module, BaseTunerLayer):
+    """A frozen linear layer to which each active adapter adds an update that it routes by the token.
 
     Attributes:
-        blocks: Adapter name -> index of the block of layers that this projection belongs to.
-        leads: Names of the adapters for which this projection is its block's first, the one whose state routes.
-        frozen_A: Names of the adapters whose A is never trained.
         routing_state: Adapter name -> state of the forward pass under way; set for each pass, None outside.
     """
-
-    adapter_layer_names = ("queryable_A", "queryable_B")
-    other_param_names = ("r", "scaling", "queryable_dropout")
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -42,17 +36,67 @@ class QueryableLinear(nn.Module, BaseTunerLayer):
         self.in_features, self.out_features = _features(base_layer)
         self.r: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
+        self.routing_state: dict[str, Any] | None = None
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+
+    @property
+    def base_weight(self) -> Tensor:
+        """The frozen layer's own weight."""
+        return cast(Tensor, self.get_base_layer().weight)
+
+    def trains(self, adapter_name: str) -> bool:
+        """Say whether the adapter's tensors here have gradients (all but an A that is never trained)."""
+        return any(getattr(self, name)[adapter_name].requires_grad for name in self.adapter_layer_names)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Map x, (..., d_in), to (..., d_out)."""
+        result = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters:
+            return result
+        states = self.routing_state
+        for name in self.active_adapters:
+            if name in self.scaling and (states is None or name in states):  # a pass need not use them all
+                result = result + self._update(name, x).to(result.dtype)
+        return result
+
+    def _update(self, name: str, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copy and pickle without the pass under way: activation checkpointing leaves one behind, with its graph."""
+        return self.__dict__ | {"routing_state": None}
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
+        """Raise ValueError: routing depends on the input."""
+        raise ValueError(CANNOT_MERGE)
+
+    def unmerge(self) -> None:
+        """Do nothing: nothing is ever merged."""
+
+
+class QueryableLinear(RoutedLinear):
+    """A routed layer with A (r x d_in), B (d_out x r) of its own and a bank that it shares with all others.
+
+    Attributes:
+        blocks: Adapter name -> index of the block of layers that this projection belongs to.
+        leads: Names of the adapters for which this projection is its block's first, the one whose state routes.
+        frozen_A: Names of the adapters whose A is never trained.
+    """
+
+    adapter_layer_names = ("queryable_A", "queryable_B")
+    other_param_names = ("r", "scaling", "queryable_dropout")
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(base_layer)
         self.queryable_A = nn.ParameterDict()
         self.queryable_B = nn.ParameterDict()
         self.queryable_dropout = nn.ModuleDict()
         self.blocks: dict[str, int] = {}
         self.leads: set[str] = set()
         self.frozen_A: set[str] = set()
-        self.routing_state: dict[str, RoutingState] | None = None
         # A reference, not a submodule: the tuner owns the banks, so that each is saved once.
         self._banks: dict[str, AtomBank] = {}
-        self._disable_adapters = False
-        self.merged_adapters: list[str] = []
 
     def update_layer(self, adapter_name: str, config: QueryableLoraConfig, bank: AtomBank, place: str) -> None:
         """Add the adapter ``adapter_name``: A as LoRA starts it, B = 0, so that the layer computes what it did.
@@ -74,25 +118,9 @@ class QueryableLinear(nn.Module, BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
 
-    @property
-    def base_weight(self) -> Tensor:
-        """The frozen layer's own weight."""
-        return cast(Tensor, self.get_base_layer().weight)
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Map x, (..., d_in), to (..., d_out)."""
-        result = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters:
-            return result
+    def _update(self, name: str, x: Tensor) -> Tensor:
         if self.routing_state is None:
             raise RuntimeError("an adapted layer was called on its own: call the model that the adapter was put into")
-        for name in self.active_adapters:
-            if name in self.queryable_A and name in self.routing_state:  # no state: this pass does not use it
-                result = result + self._update(name, x).to(result.dtype)
-        return result
-
-    def _update(self, name: str, x: Tensor) -> Tensor:
-        assert self.routing_state is not None
         state, bank, block = self.routing_state[name], self._banks[name], self.blocks[name]
         weight_A, weight_B = self.queryable_A[name], self.queryable_B[name]
         u = F.linear(self.queryable_dropout[name](self._cast_input_dtype(x, weight_A.dtype)), weight_A)
@@ -119,17 +147,6 @@ class QueryableLinear(nn.Module, BaseTunerLayer):
     def _keep_frozen(self) -> None:
         for name in self.frozen_A:
             self.queryable_A[name].requires_grad_(False)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copy and pickle without the pass under way: activation checkpointing leaves one behind, with its graph."""
-        return self.__dict__ | {"routing_state": None}
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
-        """Raise ValueError: routing depends on the input."""
-        raise ValueError(CANNOT_MERGE)
-
-    def unmerge(self) -> None:
-        """Do nothing: nothing is ever merged."""
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget the adapter ``adapter_name``."""

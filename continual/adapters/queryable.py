@@ -12,33 +12,23 @@ ids of each row's instruction, negative where padded; or ``instruction_encoding`
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.peft_types import register_peft_method
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from continual.adapters.carrier import RouteCarrier, carriers_of, patch_generate, refuse_inexact_checkpointing
 from continual.adapters.config import PEFT_NAME, QueryableLoraConfig
-from continual.adapters.growing import ROW_KEYWORDS, GrowingBank
-from continual.adapters.layer import CANNOT_MERGE, QueryableLinear, layer_of
+from continual.adapters.growing import ROW_KEYWORDS
+from continual.adapters.layer import QueryableLinear, layer_of
 from continual.adapters.router import AtomBank, RoutingState
-
-# Where transformers keeps q/k/v/o projections under other names, the user names target_modules.
-_ATTENTION = ["k_proj", "o_proj", "q_proj", "v_proj"]
-_LLAMA_LIKE = ["llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3", "olmo2"]
-_DEFAULT_TARGETS = dict.fromkeys(_LLAMA_LIKE, _ATTENTION) | {
-    "phi3": ["o_proj", "qkv_proj"],
-    "gpt2": ["c_attn"],
-    "gpt_neox": ["dense", "query_key_value"],
-}
+from continual.adapters.tuner import RoutedTuner
 
 
-class QueryableLoraModel(BaseTuner):
+class QueryableLoraModel(RoutedTuner):
     """The tuner behind ``get_peft_model(model, QueryableLoraConfig(...))``; reach it as ``peft_model.base_model``.
 
     Layers are ordered as the model registers them and cut into ``num_blocks`` consecutive blocks of nearly equal
@@ -47,16 +37,12 @@ class QueryableLoraModel(BaseTuner):
     the state on its layers directly and cannot be checkpointed.
     """
 
-    growing: GrowingBank | None = None
-    """What decides which adapters a pass uses, where the bank grows; otherwise all active ones are."""
-
     uses_shared_state = True
     prefix = "queryable_"
     tuner_layer_cls = QueryableLinear
-    target_module_mapping = _DEFAULT_TARGETS
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Create the bank of ``adapter_name`` and its layers. PEFT calls this for every adapter.
+        """Create the bank of ``adapter_name`` and its layers.
 
         Raises:
             ValueError: A target module matches nothing, even if others match; or num_blocks exceeds the layers.
@@ -64,23 +50,16 @@ class QueryableLoraModel(BaseTuner):
         if "queryable_bank" not in self._modules:
             self.queryable_bank = nn.ModuleDict()
         config = cast(QueryableLoraConfig, self.peft_config[adapter_name])
-        self._check_targets(model, config)
         bank = AtomBank(config, self._instruction_dim(model, config))
         self.queryable_bank[adapter_name] = bank
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-            self._assign_blocks(model, adapter_name, config.num_blocks)
-        except Exception:  # leave no half of an adapter behind: it would be saved with the others
-            for layer in list(self._layers(adapter_name)):
-                layer.delete_adapter(adapter_name)
+        except Exception:
             del self.queryable_bank[adapter_name]
             raise
-        if config.target_modules is not None and not isinstance(config.target_modules, str):
-            config.target_modules = sorted(config.target_modules)  # PEFT's defaults and 'all-linear' come as a set
         if not bank.atoms.is_meta:  # low_cpu_mem_usage: the loaded tensors take the place of empty ones
             bank.to(next(self._layers(adapter_name)).base_weight.device)
         self._freeze_banks_like_layers()
-        self._install_hooks(model)
 
     # -- PEFT's hooks -------------------------------------------------------------------------------------------------
 
@@ -126,48 +105,31 @@ class QueryableLoraModel(BaseTuner):
     def _freeze_banks_like_layers(self) -> None:
         # PEFT switches (and, when an adapter is added, restores) the gradients of what lies in the layers only.
         for name, bank in self.queryable_bank.items():
-            bank.requires_grad_(any(layer.queryable_B[name].requires_grad for layer in self._layers(name)))
+            bank.requires_grad_(any(layer.trains(name) for layer in self._layers(name)))
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        bank, layers = self.queryable_bank[adapter_name], list(self._layers(adapter_name))
-        trainable = layers[0].queryable_B[adapter_name].requires_grad
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        for layer in layers:  # a cast makes new parameters, and those start trainable
-            layer.set_requires_grad(adapter_name, trainable)
-        bank.to(layers[0].queryable_A[adapter_name].dtype)
-
-    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Raise ValueError: routing depends on the input."""
-        raise ValueError(CANNOT_MERGE)
+        self._bank(adapter_name).to(next(self._layers(adapter_name)).queryable_A[adapter_name].dtype)
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
-        if merge:
-            raise ValueError(CANNOT_MERGE)
-        for handle in self._hooks:
-            handle.remove()
+        unloaded = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         vars(self.model).pop("prepare_inputs_for_generation", None)
-        return super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        return unloaded
 
     # -- one forward pass ---------------------------------------------------------------------------------------------
 
     def _install_hooks(self, model: nn.Module) -> None:
-        for handle in getattr(self, "_hooks", []):
-            handle.remove()
-        layers = [module for module in model.modules() if isinstance(module, QueryableLinear)]
-        carriers = carriers_of(model, layers)
+        super()._install_hooks(model)
+        carriers = carriers_of(model, self._adapted)
         carried = {id(layer) for carrier in carriers for layer in carrier.layers}
-        self._adapted = RouteCarrier(layers)
-        self._uncarried = RouteCarrier([layer for layer in layers if id(layer) not in carried])
+        self._uncarried = RouteCarrier([layer for layer in self._adapted if id(layer) not in carried])
         self._has_carriers = bool(carriers)
         self._checkpointable = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
-        self._recorders: list[list[dict[str, list[Tensor]]]] = []
-        self._hooks = [
+        self._hooks += [
             carrier.attention.register_forward_pre_hook(carrier.receive, with_kwargs=True)
             for carrier in carriers
             if carrier.attention is not None
         ]
-        self._hooks.append(model.register_forward_pre_hook(self._begin_pass, with_kwargs=True))
-        self._hooks.append(model.register_forward_hook(self._end_pass, with_kwargs=True, always_call=True))
         patch_generate(model)
 
     def _begin_pass(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -187,26 +149,8 @@ class QueryableLoraModel(BaseTuner):
         if self._has_carriers:
             kwargs["routing_state"] = states
         self._uncarried.give(states)
-        for record in self._recorders:
-            record.append({name: cast(list[Tensor], state.routes) for name, state in states.items()})
+        self._record(states)
         return args, kwargs
-
-    def _end_pass(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        self._adapted.give(None)
-
-    @contextmanager
-    def record_routes(self) -> Iterator[list[dict[str, list[Tensor]]]]:
-        """Collect the routes of every forward pass made inside the ``with``.
-
-        Yields:
-            A list that gains one entry a pass: adapter name -> routes of each block, (..., M).
-        """
-        record: list[dict[str, list[Tensor]]] = []
-        self._recorders.append(record)
-        try:
-            yield record
-        finally:
-            self._recorders = [other for other in self._recorders if other is not record]
 
     # -- instructions -------------------------------------------------------------------------------------------------
 
@@ -255,24 +199,6 @@ class QueryableLoraModel(BaseTuner):
     def _bank(self, adapter_name: str) -> AtomBank:
         return cast(AtomBank, self.queryable_bank[adapter_name])
 
-    def _layers(self, adapter_name: str) -> Iterator[QueryableLinear]:
-        for module in self.model.modules():
-            if isinstance(module, QueryableLinear) and adapter_name in module.queryable_A:
-                yield module
-
-    def _check_targets(self, model: nn.Module, config: QueryableLoraConfig) -> None:
-        targets = config.target_modules
-        if targets is None or isinstance(targets, str):
-            return  # one expression: PEFT itself raises when it matches nothing
-        names = [name for name, _ in model.named_modules() if self._check_target_module_exists(config, name)]
-        for target in targets:
-            if not any(name == target or name.endswith(f".{target}") for name in names):
-                linear = (name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear))
-                raise ValueError(
-                    f"target module {target!r} matches nothing in the model (exclude_modules and layers_to_transform "
-                    f"applied); its linear layers: {', '.join(sorted(set(linear)))}"
-                )
-
     def _instruction_dim(self, model: nn.Module, config: QueryableLoraConfig) -> int:
         if not config.uses_prior:
             return 0
@@ -287,7 +213,8 @@ class QueryableLoraModel(BaseTuner):
             config.instruction_dim = cast(nn.Embedding, embedding).weight.shape[1]
         return cast(int, config.instruction_dim)
 
-    def _assign_blocks(self, model: nn.Module, adapter_name: str, num_blocks: int) -> None:
+    def _arrange(self, model: nn.Module, adapter_name: str) -> None:
+        num_blocks = cast(QueryableLoraConfig, self.peft_config[adapter_name]).num_blocks
         groups: dict[str, list[QueryableLinear]] = {}
         for name, module in model.named_modules():
             if isinstance(module, QueryableLinear) and adapter_name in module.queryable_A:

@@ -167,13 +167,18 @@ class AtomBank(nn.Module):
     def _weights(self, logits: Tensor) -> Tensor:
         if self.config.top_k == self.config.num_atoms or self.config.query_source == "uniform":
             return logits.softmax(dim=-1)  # equal logits have no top k
-        top, index = logits.topk(self.config.top_k, dim=-1)
-        weights = top.softmax(dim=-1)  # float32 under autocast, whatever the logits are
-        routes = weights.new_zeros(logits.shape).scatter(-1, index, weights)
+        routes = top_k_softmax(logits, self.config.top_k)
         if self.config.query_source == "instruction_only":  # no instruction: again equal logits
             tied = logits.amax(dim=-1, keepdim=True) == logits.amin(dim=-1, keepdim=True)
             routes = torch.where(tied, 1 / self.config.num_atoms, routes)
         return routes
+
+
+def top_k_softmax(logits: Tensor, top_k: int) -> Tensor:
+    """Return the softmax over the ``top_k`` largest of the logits, (..., M); the other weights are 0."""
+    top, index = logits.topk(top_k, dim=-1)
+    weights = top.softmax(dim=-1)  # float32 under autocast, whatever the logits are
+    return weights.new_zeros(logits.shape).scatter(-1, index, weights)
 
 
 def initial_atoms(num_atoms: int, rank: int, kind: str, scale: float) -> Tensor:

@@ -192,7 +192,10 @@ class GrowingBank(Strategy):
             for weight, own, mask in zip(weights, before, keep.view(len(weights), -1), strict=True):
                 weight.data.copy_(own * mask)
 
-        low, high = 0, len(order) + 1  # the loss holds with `low` columns gone, and not (or nothing is left) with `high`
+        low, high = (
+            0,
+            len(order) + 1,
+        )  # the loss holds with `low` columns gone, but not with `high`
         while high - low > max(1, len(order) // 64):
             middle = (low + high) // 2
             drop(middle)
@@ -215,9 +218,7 @@ class GrowingBank(Strategy):
         return torch.cat([energy[layer] * layer.queryable_B[name].detach().square().sum(dim=0) for layer in layers])
 
     @torch.no_grad()
-    def _anchor(
-        self, module: ContinualModule, data: StageData, adapters: list[str]
-    ) -> tuple[float, dict[str, float]]:
+    def _anchor(self, module: ContinualModule, data: StageData, adapters: list[str]) -> tuple[float, dict[str, float]]:
         """Add the stage's anchors; return the share of its rows that come home, and where the others go."""
         bank, inputs = bank_of(module), cast(RowInputs, module.row_inputs)
         rows = sorted(data.train_rows, key=lambda row: row.length)
@@ -299,7 +300,7 @@ def _slice_name(stage: int) -> str:
 
 
 def write_bank(module: ContinualModule, folder: Path, notes: dict[str, Any]) -> None:
-    """Write a bank: bank.json says which stage uses which slices, gate.safetensors and NAME.safetensors hold the rest."""
+    """Write a bank: bank.json (which stage uses which slices), gate.safetensors and NAME.safetensors for each slice."""
     bank = bank_of(module)
     for name in bank.names:
         save_file({k: v.cpu().contiguous() for k, v in bank.tensors(name).items()}, folder / f"{name}.safetensors")

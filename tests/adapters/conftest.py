@@ -19,7 +19,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from continual.adapters import QueryableLoraConfig
+from continual.adapters import CoMoLConfig, MoeLoraConfig, QueryableLoraConfig
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97,
@@ -123,6 +123,32 @@ def adapt() -> Callable[..., PeftModel]:
             if spread and ("queryable_B" in name or "summary_queries" in name):
                 nn.init.normal_(parameter, std=spread)
         return adapted.eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def mix() -> Callable[..., PeftModel]:
+    """Return a maker of models with a mixture of experts; ``spread`` as for ``adapt``."""
+
+    def make(
+        kind: str, model: nn.Module, spread: float = 0.3, adapter_name: str = "default", **fields: Any
+    ) -> PeftModel:
+        torch.manual_seed(1)
+        defaults: dict[str, Any] = {"r": 4, "num_experts": 5, "top_k": 2}
+        if isinstance(model, PreTrainedModel):
+            defaults |= {"task_type": "CAUSAL_LM", "target_modules": TARGETS[model.config.model_type]}
+        else:
+            defaults |= {"target_modules": ["up", "down"]}
+        config = (MoeLoraConfig if kind == "moe_lora" else CoMoLConfig)(**(defaults | fields))
+        mixed = get_peft_model(model, config, adapter_name=adapter_name)  # type: ignore[arg-type]
+        for name, parameter in mixed.named_parameters():
+            if spread and "expert_B" in name:
+                nn.init.normal_(parameter, std=spread)
+            if spread and "expert_router" in name:  # as far apart as trained ones
+                with torch.no_grad():
+                    parameter.mul_(5)
+        return mixed.eval()
 
     return make
 

@@ -1,0 +1,139 @@
+"""What our PEFT tuners share: exact targets, no half of an adapter left behind, recorded routes, no merging."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+from peft.tuners.tuners_utils import BaseTuner
+from torch import Tensor, nn
+
+from continual.adapters.base_config import RoutedLoraConfig
+from continual.adapters.growing import GrowingBank
+from continual.adapters.layer import CANNOT_MERGE, RoutedLinear
+
+# Where transformers keeps q/k/v/o projections under other names, the user names target_modules.
+_ATTENTION = ["k_proj", "o_proj", "q_proj", "v_proj"]
+_LLAMA_LIKE = ["llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3", "olmo2"]
+_DEFAULT_TARGETS = dict.fromkeys(_LLAMA_LIKE, _ATTENTION) | {
+    "phi3": ["o_proj", "qkv_proj"],
+    "gpt2": ["c_attn"],
+    "gpt_neox": ["dense", "query_key_value"],
+}
+
+
+class RoutedTuner(BaseTuner):
+    """A PEFT tuner whose layers are ``RoutedLinear`` and route each token by its own state.
+
+    A subclass names its ``prefix`` and ``tuner_layer_cls``, creates layers (``_create_and_replace``), numbers them
+    (``_arrange``) and gives them a fresh state before each forward pass (``_begin_pass``).
+    """
+
+    tuner_layer_cls: Any = RoutedLinear
+    growing: GrowingBank | None = None
+    """What decides which adapters a pass uses, where the bank grows; otherwise all active ones are."""
+    target_module_mapping = _DEFAULT_TARGETS
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Create the layers of ``adapter_name``. PEFT calls this for every adapter.
+
+        Raises:
+            ValueError: A target module matches nothing, even if others match.
+        """
+        config = cast(RoutedLoraConfig, self.peft_config[adapter_name])
+        self._check_targets(model, config)
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            self._arrange(model, adapter_name)
+        except Exception:  # leave no half of an adapter behind: it would be saved with the others
+            for layer in list(self._layers(adapter_name)):
+                layer.delete_adapter(adapter_name)
+            raise
+        if config.target_modules is not None and not isinstance(config.target_modules, str):
+            config.target_modules = sorted(config.target_modules)  # PEFT's defaults and 'all-linear' come as a set
+        self._install_hooks(model)
+
+    def _arrange(self, model: nn.Module, adapter_name: str) -> None:
+        """Number the new layers."""
+        raise NotImplementedError
+
+    def _begin_pass(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Give the layers a fresh state (a forward pre-hook of the model)."""
+        raise NotImplementedError
+
+    def auxiliary_loss(self) -> Tensor | None:
+        """Return what the adapter itself adds to the loss of the last forward pass in training; None for nothing."""
+        return None
+
+    @contextmanager
+    def record_routes(self) -> Iterator[list[dict[str, list[Tensor]]]]:
+        """Collect the routes of every forward pass made inside the ``with``.
+
+        Yields:
+            A list that gains one entry a pass: adapter name -> routes of each block, (..., M).
+        """
+        record: list[dict[str, list[Tensor]]] = []
+        self._recorders.append(record)
+        try:
+            yield record
+        finally:
+            self._recorders = [other for other in self._recorders if other is not record]
+
+    def _record(self, states: dict[str, Any]) -> None:
+        """Let whoever records see the lists that the pass will fill."""
+        for record in self._recorders:
+            record.append({name: state.routes for name, state in states.items()})
+
+    def _install_hooks(self, model: nn.Module) -> None:
+        for handle in getattr(self, "_hooks", []):
+            handle.remove()
+        self._recorders: list[list[dict[str, list[Tensor]]]] = []
+        self._adapted: list[Any] = [m for m in model.modules() if isinstance(m, self.tuner_layer_cls)]
+        self._hooks = [
+            model.register_forward_pre_hook(self._begin_pass, with_kwargs=True),
+            model.register_forward_hook(self._end_pass, with_kwargs=True, always_call=True),
+        ]
+
+    def _give(self, states: dict[str, Any] | None) -> None:
+        for layer in self._adapted:
+            layer.routing_state = states
+
+    def _end_pass(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        self._give(None)
+
+    def _layers(self, adapter_name: str) -> Iterator[Any]:
+        for module in self.model.modules():
+            if isinstance(module, self.tuner_layer_cls) and adapter_name in module.scaling:
+                yield module
+
+    def _check_targets(self, model: nn.Module, config: RoutedLoraConfig) -> None:
+        targets = config.target_modules
+        if targets is None or isinstance(targets, str):
+            return  # one expression: PEFT itself raises when it matches nothing
+        names = [name for name, _ in model.named_modules() if self._check_target_module_exists(config, name)]
+        for target in targets:
+            if not any(name == target or name.endswith(f".{target}") for name in names):
+                linear = (name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear))
+                raise ValueError(
+                    f"target module {target!r} matches nothing in the model (exclude_modules and layers_to_transform "
+                    f"applied); its linear layers: {', '.join(sorted(set(linear)))}"
+                )
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        layers = list(self._layers(adapter_name))
+        trainable = layers[0].trains(adapter_name)
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for layer in layers:  # a cast makes new parameters, and those start trainable
+            layer.set_requires_grad(adapter_name, trainable)
+
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Raise ValueError: routing depends on the input."""
+        raise ValueError(CANNOT_MERGE)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
+        if merge:
+            raise ValueError(CANNOT_MERGE)
+        for handle in self._hooks:
+            handle.remove()
+        return super()._unload_and_optionally_merge(merge, *args, **kwargs)
