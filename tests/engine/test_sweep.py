@@ -30,14 +30,15 @@ LORA = {"class_path": "peft.LoraConfig", "init_args": {"r": 2, "target_modules":
 LR = "model.optimizer.init_args.lr"
 
 
-def plan_tree(**changes: Any) -> Tree:
-    """Return a sweep of two methods over the two stages of the tests' experiment, in two orders."""
-    return {
+def sweep_text(**changes: Any) -> str:
+    """Return a sweep file of two methods over the two stages of the tests' experiment, in two orders."""
+    tree = {
         "base": "tiny.yaml",
         "baseline": "lora",
         "methods": {"lora": {"model.adapter": LORA, LR: "5e-3"}, "routed": {}},
         "orders": {"forth": {"seeds": [0, 1]}, "back": {"stages": ["colours"], "seeds": [3]}},
-    } | changes
+    }
+    return yaml.safe_dump(tree | changes, sort_keys=False)
 
 
 class InProcess:
@@ -83,7 +84,7 @@ def planned(tree: Tree, write: Callable[..., str]) -> Callable[..., str]:
 
     def planned(**changes: Any) -> str:
         write(tree)
-        return write(plan_tree(**changes), "sweep.yaml")
+        return write(sweep_text(**changes), "sweep.yaml")
 
     return planned
 
@@ -93,7 +94,7 @@ def swept(base_tree: Tree, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     """The directory of a finished sweep, to read only."""
     folder = tmp_path_factory.mktemp("swept")
     (folder / "tiny.yaml").write_text(yaml.safe_dump(base_tree))
-    (folder / "sweep.yaml").write_text(yaml.safe_dump(plan_tree()))
+    (folder / "sweep.yaml").write_text(sweep_text())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sweep_cells, "call_run", InProcess())
         assert sweep.main([str(folder / "sweep.yaml"), "--out", str(folder / "out"), "--jobs", "1"]) == 0
@@ -236,7 +237,7 @@ def test_tuning_chooses_on_held_out_rows_and_never_reads_a_test_row(
     write(tree)
     grid = {"*": {LR: [1e-9, 0.02]}, "routed": {"model.warmup_steps": [0, 1]}}
     tune = {"stages": ["colours"], "validation_rows": 5, "seed": 4, "grid": grid}
-    path = write(plan_tree(tune=tune, orders={"o": {"stages": ["animals"]}}), "sweep.yaml")
+    path = write(sweep_text(tune=tune, orders={"o": {"stages": ["animals"]}}), "sweep.yaml")
     code, out, _ = command(path, "--out", tmp_path / "out")
     assert code == 0 and len(cells.calls) == 2 + 4 + 2
 
