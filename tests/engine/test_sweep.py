@@ -438,7 +438,11 @@ def test_a_killed_sweep_goes_on_without_repeating_a_finished_cell(
     process = start(planned(), "--out", out, "--jobs", 2)
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None:
-        done = [place for place, status in statuses(out).items() if status == "done"] if out.exists() else []
+        done = (
+            [place for place, status in statuses(out).items() if status == "done"]
+            if (out / "sweep.json").exists()
+            else []
+        )
         if done:
             break
         time.sleep(0.05)
