@@ -203,7 +203,8 @@ def start_engine(engine: Engine) -> None:
         ray.init(log_to_driver=False, logging_level=logging.WARNING)
     register_ray()
     # Inherited as False from multiprocessing's pool, which Ray's is not: its results can be had as they come.
-    RayBackend.supports_return_generator = True
+    backend: Any = RayBackend
+    backend.supports_return_generator = True
 
 
 def choose_jobs(engine: Engine, wanted: int | None) -> int:

@@ -125,7 +125,7 @@ def test_the_report_can_be_left_out(
     tree: Tree, write: Callable, engine: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[Path] = []
-    monkeypatch.setattr(analysis.report, "write_report", drawn.append)
+    monkeypatch.setattr("analysis.report.write_report", drawn.append)
     result = engine(write(tree), "--out", tmp_path / "run", "--no-report")
     assert (result.code, result.last_line, drawn) == (0, str(tmp_path / "run"), [])
     assert engine("--resume", tmp_path / "run", "--no-report").out.count("report") == 0
