@@ -128,7 +128,7 @@ def test_the_report_can_be_left_out(
     monkeypatch.setattr("analysis.report.write_report", drawn.append)
     result = engine(write(tree), "--out", tmp_path / "run", "--no-report")
     assert (result.code, result.last_line, drawn) == (0, str(tmp_path / "run"), [])
-    assert engine("--resume", tmp_path / "run", "--no-report").out.count("report") == 0
+    assert "no report" not in engine("--resume", tmp_path / "run", "--no-report").out
 
 
 def test_a_report_that_fails_does_not_undo_the_run(
