@@ -55,7 +55,7 @@ def _what(text: str, classes: list[str]) -> str:
         if group is None and not classes and (given := re.findall(r"class_path='([^']+)'", text)):
             classes = given
         owner, names = _owner(group, classes)
-        return f"unknown key {option!r} in {owner}{near(option.split('.')[-1], names)}"
+        return f"unknown key {option!r} in {owner}{near(option.split('.')[0 if group else -1], names)}"
     if found := _MISSING_NAME.search(text):
         module, name = found.groups()
         names = [n for n in dir(importlib.import_module(module)) if not n.startswith("_")]

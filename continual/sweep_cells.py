@@ -1,8 +1,8 @@
 """The cells of a sweep: each an ordinary run in a process of its own, spread over workers by joblib (loky or Ray).
 
 A worker only starts ``python -m continual.run`` and waits for it, so that a cell that crashes, or is killed for want of
-memory, takes nothing with it. A cell's log is locked as long as its process lives: a sweep that goes on while a process
-of its former self is still at work waits for it, and never runs a cell twice at once. Imports no torch.
+memory, takes nothing with it. Killing the sweep ends its cells. A cell's log is locked as long as its process lives: a
+sweep that goes on while a process of its former self is still at work waits for it. Imports no torch.
 """
 
 from __future__ import annotations
@@ -33,16 +33,25 @@ class Cell:
     """One run of a sweep.
 
     Attributes:
-        sweep_dir: The sweep's directory.
+        sweep_dir: The sweep's directory, absolute; the same on every machine of a cluster.
         place: The run's directory within it.
         config: The run's configuration, as YAML.
+        work_dir: What relative paths of the configuration start from.
         device: What CUDA_VISIBLE_DEVICES is set to; None leaves it.
+        sweep_pid: The sweep's process where workers are to stop with it; None where Ray sees to that.
     """
 
     sweep_dir: Path
     place: str
     config: str
+    work_dir: Path
     device: str | None = None
+    sweep_pid: int | None = None
+
+    @property
+    def is_orphan(self) -> bool:
+        """Whether the sweep is gone: it is neither this process nor, this being a worker, its parent."""
+        return self.sweep_pid not in (None, os.getpid(), os.getppid())
 
     @property
     def run_dir(self) -> Path:
@@ -100,6 +109,8 @@ def run_cells(cells: list[Cell], engine: Engine, num_jobs: int) -> Iterator[Outc
 def run_cell(cell: Cell) -> Outcome:
     """Run a cell, or go on with it, and say what became of it; never raises."""
     try:
+        if cell.is_orphan:
+            raise RunError("the sweep was killed")
         cell.log_path.parent.mkdir(parents=True, exist_ok=True)
         with open(cell.log_path, "ab") as log:
             fcntl.flock(log, fcntl.LOCK_EX)
@@ -108,6 +119,9 @@ def run_cell(cell: Cell) -> Outcome:
         return found if error is None else Outcome(cell.place, error, found.seconds)
     except Exception as error:  # whatever it is, the other cells go on
         return Outcome(cell.place, one_line(error))
+    finally:
+        if cell.is_orphan:  # nobody waits for the outcome, and joblib would keep this worker for minutes
+            os._exit(1)
 
 
 def outcome_of(cell: Cell) -> Outcome:
@@ -135,29 +149,27 @@ def _run(cell: Cell, log: IO[bytes]) -> str | None:
     cell.config_path.write_text(cell.config, encoding="utf-8")
     what = ["--resume", str(cell.run_dir)] if started else [str(cell.config_path), "--out", str(cell.run_dir)]
     begin = log.tell()
-    code = call_run(["--no-report", *what], log, cell.device)
+    code = call_run(cell, ["--no-report", *what], log)
     return None if code == 0 else _reason(cell.log_path, begin, code)
 
 
-def call_run(arguments: list[str], log: IO[bytes], device: str | None) -> int:
-    """Run ``python -m continual.run`` and return its exit status, negative for a signal.
-
-    It inherits the log, and with it the lock. It does not outlive this worker's parent: killing a sweep ends its cells.
-    """
-    environment = os.environ | ({} if device is None else {"CUDA_VISIBLE_DEVICES": device})
+def call_run(cell: Cell, arguments: list[str], log: IO[bytes]) -> int:
+    """Run ``python -m continual.run``, which inherits the log and its lock; return its exit status, -N for signal N."""
+    environment = os.environ | ({} if cell.device is None else {"CUDA_VISIBLE_DEVICES": cell.device})
     command = [sys.executable, "-m", "continual.run", *arguments]
-    parent = os.getppid()
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, cwd=cell.work_dir
+    )
     try:
-        while True:
+        while not cell.is_orphan:
             try:
                 return process.wait(timeout=1)
             except subprocess.TimeoutExpired:
-                if os.getppid() != parent:
-                    raise RunError("the sweep was killed") from None
+                continue
+        raise RunError("the sweep was killed")
     finally:
         if process.poll() is None:
-            process.terminate()
+            process.kill()  # a run may be killed at any point; asked politely, Lightning may go on
 
 
 def _reason(log_path: Path, begin: int, code: int) -> str:
@@ -184,11 +196,15 @@ def start_engine(engine: Engine) -> None:
     try:
         import ray
         from ray.util.joblib import register_ray
+        from ray.util.joblib.ray_backend import RayBackend
     except ImportError as error:
         raise ConfigError("--engine ray needs Ray: pip install 'continual[ray]'") from error
     if not ray.is_initialized():
         ray.init(log_to_driver=False, logging_level=logging.WARNING)
     register_ray()
+    # Inherited as False from multiprocessing's pool, which Ray's is not: its results can be had as they come.
+    backend: Any = RayBackend
+    backend.supports_return_generator = True
 
 
 def choose_jobs(engine: Engine, wanted: int | None) -> int:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import fcntl
 import json
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,7 +71,8 @@ class Sweep:
                 self.outcomes[place] = Outcome(place, f"no tuning cell of {method} has a score")
                 continue
             name, stages = f"{method}-{order}-seed{seed}", self.plan.orders[order].stages
-            cells.append(self._cell(len(cells), place, name, self.settings[method], stages, seed))
+            config = self.plan.configuration(name, self.settings[method], stages, seed)
+            cells.append(self._cell(len(cells), place, config))
         self._run(cells, "cells")
         tuned = {cell["dir"]: cell["error"] for entry in self.tuning.values() for cell in entry["cells"]}
         ended = tuned | {place: outcome.error for place, outcome in self.outcomes.items()}
@@ -89,7 +91,11 @@ class Sweep:
         for method, settings in combinations.items():
             if method not in settled:
                 first = sum(map(len, cells.values()))
-                cells[method] = [self._tuning_cell(first + i, method, i, one) for i, one in enumerate(settings)]
+                configs = [self.plan.tuning_configuration(method, one) for one in settings]
+                cells[method] = [
+                    self._cell(first + number, f"tuning/{method}/{number:02d}", config)
+                    for number, config in enumerate(configs)
+                ]
         self._run([cell for group in cells.values() for cell in group], "tuning cells")
         for method, settings in combinations.items():
             self.tuning[method] = settled.get(method) or self._choice(method, settings, cells[method])
@@ -124,16 +130,10 @@ class Sweep:
 
     # -- cells --------------------------------------------------------------------------------------------------------
 
-    def _tuning_cell(self, index: int, method: str, number: int, settings: Settings) -> Cell:
-        config = self.plan.tuning_configuration(method, settings)
-        return self._cell_of(index, f"tuning/{method}/{number:02d}", config)
-
-    def _cell(self, index: int, place: str, name: str, settings: Settings, stages: list[str], seed: int) -> Cell:
-        return self._cell_of(index, place, self.plan.configuration(name, settings, stages, seed))
-
-    def _cell_of(self, index: int, place: str, config: str) -> Cell:
+    def _cell(self, index: int, place: str, config: str) -> Cell:
         device = self.devices[index % len(self.devices)] if len(self.devices) > 1 else None
-        return Cell(self.sweep_dir, place, config, device)
+        sweep_pid = os.getpid() if self.engine == "loky" else None
+        return Cell(self.sweep_dir.absolute(), place, config, Path.cwd(), device, sweep_pid)
 
     def _run(self, cells: list[Cell], what: str) -> None:
         """Run the cells that are not finished, and tell of each as it ends."""

@@ -340,6 +340,21 @@ def test_validation_rows_may_not_take_every_row() -> None:
         prepared(MemoryTask(text(4)), validation_rows=4)
 
 
+def test_held_out_rows_can_be_scored_in_the_place_of_test_rows() -> None:
+    data = prepared(MemoryTask(text(10), text(4)), validation_rows=3, score_rows="held_out")
+    assert sorted(sources(data.test_dataloader())) == [7, 8, 9]
+    assert sorted(sources(data.train_dataloader())) == list(range(7))
+    assert list(data._encoded) == ["train"]  # nothing of the test rows is at hand
+    assert (data.facts()["test_rows"], data.facts()["trained_rows"]) == (3, 7)
+    tested = prepared(MemoryTask(text(10), text(4)), validation_rows=3)
+    assert sorted(sources(tested.test_dataloader())) == [0, 1, 2, 3]
+
+
+def test_held_out_rows_are_not_scored_where_none_are_held_out() -> None:
+    with pytest.raises(ConfigError, match="data.score_rows is held_out and data.validation_rows holds out no row"):
+        StageData(MemoryTask(text(4)), score_rows="held_out")
+
+
 def test_facts() -> None:
     task = MemoryTask([("c" * 30, "q", "a"), ("", "q", "a"), ("", "q", "a")], [("c" * 9, "q", "a")])
     data = prepared(task, max_tokens=30, validation_rows=1)

@@ -121,6 +121,16 @@ def test_a_regression_sequence_runs(engine: Callable, tmp_path: Path) -> None:
     assert set(scores["metric"]) == {"r2", "rmse"} and set(scores["stage"]) == set(range(7))
 
 
+def test_the_report_can_be_left_out(
+    tree: Tree, write: Callable, engine: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Path] = []
+    monkeypatch.setattr("analysis.report.write_report", drawn.append)
+    result = engine(write(tree), "--out", tmp_path / "run", "--no-report")
+    assert (result.code, result.last_line, drawn) == (0, str(tmp_path / "run"), [])
+    assert "no report" not in engine("--resume", tmp_path / "run", "--no-report").out
+
+
 def test_a_report_that_fails_does_not_undo_the_run(
     tree: Tree, write: Callable, engine: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
