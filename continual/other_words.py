@@ -58,7 +58,7 @@ class OtherWords:
                 raise ConfigError(f"wordings: the task of stage {data.name!r} is a regression, which has no prompt")
         paraphrases = self._paraphrases(stages) if self.file else {}
         num_each = max(map(len, paraphrases.values()), default=0)
-        where = [place for place in self.where if has_gate or place != "gate"]
+        where: list[Where] = [place for place in self.where if has_gate or place != "gate"]
         found: list[Slot] = []
         for index, place, options in product(range(num_each), where, self.options):
             name = f"{Path(str(self.file)).stem}-{index + 1}"

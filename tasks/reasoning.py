@@ -60,9 +60,13 @@ class ReasoningTask(Task):
         test_rows: Number of test rows.
         seed: Seed of the generated rows, at least 0.
         params: Further parameters of the dataset's config class, such as ``{max_words: 10}``.
+        answer_map: What to answer in the place of each of the library's answers, such as ``{"Yes": "No", "No":
+            "Yes"}``: the same questions, another meaning. It has to name them all; a text that is none of its answers
+            then earns 0.
 
     Raises:
-        TaskError: For a dataset whose rows cannot be reproduced, a count below 1, or "seed"/"size" among ``params``.
+        TaskError: For a dataset whose rows cannot be reproduced, a count below 1, "seed"/"size" among ``params``, or
+            one answer for two in ``answer_map``.
     """
 
     kind = "free"
@@ -75,6 +79,7 @@ class ReasoningTask(Task):
         test_rows: int = 200,
         seed: int = 0,
         params: dict[str, Any] | None = None,
+        answer_map: dict[str, str] | None = None,
     ) -> None:
         check_counts(seed, train_rows=train_rows, test_rows=test_rows)
         if dataset in UNUSABLE:
@@ -88,6 +93,10 @@ class ReasoningTask(Task):
         self.test_rows = test_rows
         self.seed = seed
         self.params = dict(params or {})
+        self.answer_map = answer_map
+        self._mapped_back = {new: old for old, new in (answer_map or {}).items()}
+        if len(self._mapped_back) < len(answer_map or {}):
+            raise TaskError(f"answer_map of dataset {dataset!r} gives one answer in the place of two")
         self._source: Any = None
         self._entries: list[dict[str, Any]] = []
 
@@ -102,9 +111,13 @@ class ReasoningTask(Task):
             The scorer's own value in [0, 1]; partial credit included.
         """
         self.prepare()
-        entry = self._entries[row["row"]]
+        entry, text = self._entries[row["row"]], text.strip()
+        if self.answer_map is not None:
+            if text not in self._mapped_back:
+                return 0.0
+            text = self._mapped_back[text]
         try:
-            score = float(self._source.score_answer(text.strip(), entry))
+            score = float(self._source.score_answer(text, entry))
         except Exception:  # some of the library's scorers raise on text that they cannot parse (prime_factorization)
             return 0.0
         return min(max(score, 0.0), 1.0)
@@ -113,8 +126,16 @@ class ReasoningTask(Task):
         self._source = self._create(max(_MIN_SIZE, 4 * (self.train_rows + self.test_rows)))
         # The test rows come first, so that their number alone decides which they are.
         self._entries = self._unique_entries(self.test_rows + self.train_rows)
-        rows = [("", entry["question"].strip(), entry["answer"], i) for i, entry in enumerate(self._entries)]
+        rows = [("", e["question"].strip(), self._answer(e["answer"]), i) for i, e in enumerate(self._entries)]
         return {"train": text_rows(rows[self.test_rows :]), "test": text_rows(rows[: self.test_rows])}
+
+    def _answer(self, answer: str) -> str:
+        """Return what to answer in the place of the library's ``answer``."""
+        if self.answer_map is None:
+            return answer
+        if answer not in self.answer_map:
+            raise TaskError(f"answer_map of dataset {self.dataset!r} says nothing of the answer {answer!r}")
+        return self.answer_map[answer]
 
     def _create(self, size: int) -> Any:
         """Make the library's dataset object with ``size`` rows on offer."""
@@ -168,6 +189,7 @@ class ReasoningTask(Task):
         return {
             "dataset": self.dataset,
             "params": self.params,
+            "answer_map": self.answer_map,
             "seed": self.seed,
             "library": f"reasoning-gym {importlib.metadata.version('reasoning-gym')}",
             "wrong_answer_score": self.mean_score("?"),

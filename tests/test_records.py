@@ -147,3 +147,13 @@ def test_importing_records_imports_no_torch() -> None:
 
 def _root() -> Path:
     return Path(__file__).resolve().parents[1]
+
+
+def test_replace_takes_the_place_of_the_same_rows_alone(tmp_path: Path) -> None:
+    same = ["stage", "task"]
+    records.replace(tmp_path, "scores", [row(task="a", value=1.0), row(task="b", value=2.0)], same)
+    records.replace(tmp_path, "scores", [row(task="b", value=3.0), row(task="c"), row(task="b", stage=2)], same)
+    found = records.read(tmp_path, "scores")[["task", "stage", "value"]].to_numpy().tolist()
+    assert found == [["a", 1, 1.0], ["b", 1, 3.0], ["c", 1, 0.5], ["b", 2, 0.5]]
+    records.replace(tmp_path, "scores", [], same)
+    assert len(records.read(tmp_path, "scores")) == 4

@@ -141,15 +141,21 @@ class PerInstructionLookup(AdapterLibrary):
     the bare backbone answers it. All rows of a scoring batch must carry the same instruction.
 
     Stores: every stage's adapter, and 4 x (encoding's width) bytes a stage.
+
+    Args:
+        instruction_encoder: "backbone", the mean of its input embeddings; or a sentence encoder's name or folder.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, instruction_encoder: str = "backbone") -> None:
         super().__init__()
+        self.instruction_encoder = instruction_encoder
         self.encodings: list[Tensor] = []
 
     def check(self, module: ContinualModule, stages: Sequence[StageData]) -> None:
         """Make ready to encode instructions by the module's backbone."""
-        self._encode = InstructionEncoder(module)
+        self._encode = InstructionEncoder(
+            module, None if self.instruction_encoder == "backbone" else self.instruction_encoder
+        )
 
     def end_stage(self, module: ContinualModule, data: StageData, stage: int) -> None:
         """Keep the stage's adapter and its instruction's encoding."""

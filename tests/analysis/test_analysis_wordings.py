@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from analysis import load, load_run
+from analysis.frames import Frame
 from analysis.general import general_ability
 from analysis.report import write_report
 from analysis.wordings import wording_table
@@ -37,7 +38,7 @@ def add_words(run_dir: Path, wording: str, earned: Callable[[np.ndarray, int], n
     """Add answers in other words: ``earned`` gives them from a task's answers in the trained ones."""
     place = {"wording": wording, "where": "both", "options": "kept"}
     rows: list[dict[str, Any]] = []
-    answers = records.read(run_dir, "answers")
+    answers: Frame = records.read(run_dir, "answers")
     for index, task in enumerate(load_run(run_dir).stages[:tasks]):
         own = answers[(answers["stage"] == 3) & (answers["task"] == task)].sort_values("row")
         for row, got in zip(own["row"], earned(own["value"].to_numpy(), index), strict=True):

@@ -1,11 +1,13 @@
 """Every file in configs/ is a test case: it parses, it builds its objects, and what it resolves to says the same."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
-from continual import cli, experiment, sweep_plan
+from continual import cli, experiment, manifest, records, sweep_plan
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
 SWEEPS = [path for path in CONFIGS if "methods" in yaml.safe_load(path.read_text())]
@@ -45,3 +47,34 @@ def test_a_single_stage_parses_and_builds(path: Path, monkeypatch: pytest.Monkey
     ((module, data),) = built
     assert module.backbone.kind == "causal_lm"
     assert data.task.instruction
+
+
+def test_a_long_sequence_and_its_small_version_have_the_same_stages() -> None:
+    long, small = (experiment.load(CONFIGS[0].parent / f"{name}.yaml").stages for name in ("long", "long_smoke"))
+    assert len({stage.task.instruction for stage in long}) == len(long) == 20
+    assert [(s.name, s.task.instruction) for s in long] == [(s.name, s.task.instruction) for s in small]
+
+
+TINY = [
+    "model.backbone={class_path: continual.backbones.TinyCausalLM, init_args: {hidden_size: 16, num_layers: 2}}",
+    "model.adapter.init_args.num_blocks=2",
+    "trainer={accelerator: cpu}",
+    "data.max_tokens=512",
+    "stages.*.task.init_args.train_rows=8",
+    "stages.*.task.init_args.test_rows=6",
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [("same_instruction", TINY), pytest.param("long_smoke", [], marks=pytest.mark.slow)],
+)
+def test_a_sequence_runs_to_its_end(
+    name: str, overrides: list[str], engine: Callable[..., Any], tmp_path: Path
+) -> None:
+    path = CONFIGS[0].parent / f"{name}.yaml"
+    assert engine(path, *overrides, "--out", tmp_path / "run").code == 0
+    state, _ = manifest.read(tmp_path / "run")
+    assert state.complete
+    scores = records.read(tmp_path / "run", "scores")
+    assert len(scores) == (len(state.stages) + 1) * len(state.stages)

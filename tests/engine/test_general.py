@@ -11,6 +11,7 @@ import torch
 import yaml
 from peft import LoraConfig
 
+from analysis.frames import Frame
 from continual import general, records
 from continual.adapters import QueryableLoraConfig
 from continual.backbones import TinyCausalLM
@@ -75,7 +76,7 @@ def test_a_run_measures_after_every_stage_and_resumes_to_the_same(
         lora = {"class_path": "peft.LoraConfig", "init_args": {"r": 2, "target_modules": ["q_proj", "v_proj"]}}
         tree["model"] |= {"adapter": lora, "strategy": {"class_path": "continual.strategies.SEQR"}}
     assert engine(write(tree), "--out", tmp_path / "run").code == 0
-    rows = records.read(tmp_path / "run", "general")
+    rows: Frame = records.read(tmp_path / "run", "general")
     assert rows["stage"].tolist() == [0, 1, 2]
     assert set(rows["metric"]) == {"log_likelihood_nats"} and set(rows["direction"]) == {"higher"}
     assert rows["value"].nunique() == 3 and (rows["value"] < 0).all()

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 import analysis.report
+from analysis.frames import Frame
 from continual import experiment, manifest, records, rescore, run
 from continual.callbacks import ScoreRecorder
 from continual.sequence import AllTasks, Sequence
@@ -45,6 +46,10 @@ def worded(base_tree: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) 
     return folder / "run"
 
 
+def read(run_dir: Path, table: str) -> Frame:
+    return records.read(run_dir, table)
+
+
 def taken_up(run_dir: Path) -> Sequence:
     state, text = manifest.read(run_dir)
     sequence = Sequence(experiment.parse(text, "again"), run_dir)
@@ -53,7 +58,7 @@ def taken_up(run_dir: Path) -> Sequence:
 
 
 def test_every_wording_is_scored_once_on_every_task_that_it_suits(worded: Path) -> None:
-    rows = records.read(worded, "wordings")
+    rows = read(worded, "wordings")
     rows = rows[rows["metric"] == "accuracy"]
     kinds = rows.groupby("task")[["wording", "where", "options"]].apply(lambda group: set(map(tuple, group.to_numpy())))
     for task, texts in OTHERS.items():
@@ -70,9 +75,9 @@ def test_every_wording_is_scored_once_on_every_task_that_it_suits(worded: Path) 
 
 def test_scores_are_the_means_of_their_answers(worded: Path) -> None:
     keys = ["task", "wording", "where", "options"]
-    scores = records.read(worded, "wordings")
+    scores = read(worded, "wordings")
     scores = scores[scores["metric"] == "accuracy"].set_index(keys)["value"].sort_index()
-    means = records.read(worded, "wording_answers").groupby(keys)["value"].mean().sort_index()
+    means = read(worded, "wording_answers").groupby(keys)["value"].mean().sort_index()
     assert scores.to_dict() == pytest.approx(means.to_dict())
 
 
@@ -90,7 +95,7 @@ def test_a_wording_scores_as_a_task_built_with_that_instruction_does(worded: Pat
     recorder.start(sequence._keys(2), built)
     trainer = sequence.experiment.make_trainer(None, worded, [recorder])
     trainer.test(sequence.module, datamodule=AllTasks(built), verbose=False)
-    rows = records.read(worded, "wording_answers")
+    rows = read(worded, "wording_answers")
     rows = rows[(rows["wording"] == "others-1") & (rows["where"] == "both") & (rows["options"] == "kept")]
     assert rows[SAME].to_dict("records") == [{name: row[name] for name in SAME} for row in recorder.answers]
 
@@ -169,7 +174,7 @@ def test_a_finished_run_in_its_own_words_scores_as_it_did(
         assert rescore.main([str(tmp_path / "run"), "--wordings", str(tmp_path / "own.json"), "--no-wrong"]) == 0
     assert capsys.readouterr().out.strip().splitlines()[-1] == str(tmp_path / "run")
     assert (tmp_path / "run" / "answers.parquet").read_bytes() == before
-    rows, answers = records.read(tmp_path / "run", "wording_answers"), records.read(tmp_path / "run", "answers")
+    rows, answers = read(tmp_path / "run", "wording_answers"), read(tmp_path / "run", "answers")
     trained = answers[answers["stage"] == 2][SAME].to_dict("records")
     places = {"gate", "both"} if strategy == "queryable" else {"both"}  # nothing else has a gate
     assert set(rows["where"]) == places and set(rows["wording"]) == {"own-1", "none"}
@@ -188,7 +193,7 @@ def test_one_key_serves_every_task_and_an_equal_instruction_is_not_wrong(
     (tmp_path / "suite.json").write_text(json.dumps({"suite": ["Put it in its place."]}))
     tree["wordings"] = {"file": str(tmp_path / "suite.json"), "key": "suite"}
     assert engine(write(tree), "--out", tmp_path / "run").code == 0
-    rows = records.read(tmp_path / "run", "wordings")
+    rows = read(tmp_path / "run", "wordings")
     assert set(zip(rows["task"], rows["wording"], strict=True)) == {
         (task, wording) for task in OWN for wording in ("suite-1", "none")
     }

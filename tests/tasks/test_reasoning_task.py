@@ -139,3 +139,30 @@ def test_a_missing_library_says_how_to_install_it(monkeypatch: pytest.MonkeyPatc
     message = _refusal(ReasoningTask("aiw"))
     assert "pip install reasoning-gym" in message
     assert "C compiler" in message
+
+
+def test_mapped_answers_are_other_words_for_the_same_judgement() -> None:
+    swapped = {"Yes": "No", "No": "Yes"}
+    plain, mapped = (ReasoningTask("syllogism", train_rows=30, test_rows=20, answer_map=m) for m in (None, swapped))
+    for split in ("train", "test"):
+        own, other = plain.rows(split).to_list(), mapped.rows(split).to_list()
+        assert [row["question"] for row in own] == [row["question"] for row in other]
+        assert [swapped[row["answer"]] for row in own] == [row["answer"] for row in other]
+    assert {row["answer"] for row in mapped.rows("test").to_list()} == {"Yes", "No"}
+    for row in mapped.rows("test").to_list():
+        assert mapped.score_answer(row, f" {row['answer']} ") == 1.0
+        assert mapped.score_answer(row, swapped[row["answer"]]) == 0.0
+        assert mapped.score_answer(row, f"{row['answer']}.") == mapped.score_answer(row, "Perhaps") == 0.0
+    assert mapped.description()["answer_map"] == swapped
+
+
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [
+        ({"Yes": "A", "No": "A"}, "gives one answer in the place of two"),
+        ({"Yes": "A"}, "says nothing of the answer 'No'"),
+    ],
+)
+def test_a_map_that_loses_answers_is_refused(answers: dict[str, str], message: str) -> None:
+    with pytest.raises(TaskError, match=message):
+        ReasoningTask("syllogism", train_rows=30, test_rows=20, answer_map=answers).prepare()
