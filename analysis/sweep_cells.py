@@ -121,9 +121,14 @@ def read_cell(directory: Path, entry: Mapping[str, Any]) -> Cell:
         run = load_run(directory / place, _TABLES)
         matrix = _matrix(run)
     except RunError as found:
-        return replace(cell, status="unreadable", error=str(found).replace(f"{directory}/", ""))
+        return replace(cell, status="unreadable", error=_relative(str(found), directory / place))
     rows, problem = _rows(run, matrix)
     return replace(cell, manifest=run.manifest, stages=run.stages, matrix=matrix, rows=rows, rows_problem=problem)
+
+
+def _relative(message: str, directory: Path) -> str:
+    """Return a message about a run without the run's own path."""
+    return message.replace(f"{directory}/", "").removeprefix(f"{directory}: ")
 
 
 def _matrix(run: Run) -> Array:
