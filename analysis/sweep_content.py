@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import pandas as pd
+import numpy as np
 
 from analysis import published, words
 from analysis.content import Cell, Table, cell, make_table
@@ -192,7 +192,7 @@ def tuning_table(sweep: Sweep) -> Table | None:
     return make_table("tuning", "Values tried", ["method", "settings", "score", "chosen", "note"], rows, note)
 
 
-def edges(tried: list[Mapping[str, Any]], chosen: Mapping[str, Any]) -> str:
+def edges(tried: Sequence[Mapping[str, Any]], chosen: Mapping[str, Any]) -> str:
     """Return which chosen numbers are the smallest or largest of two or more tried, in words; "" for none."""
     found = []
     for key, value in chosen.items():
@@ -237,13 +237,14 @@ def published_table(compared: Comparison) -> Table | None:
     sweep, measured = compared.sweep, []
     alone = published.order_number(sweep.base) or published.order_number(sweep.name)
     for method in sweep.measured:
+        scores: dict[int, list[float]] = {}
         cells = sweep.cells_of(method)
-        numbers = [published.order_number(one.order) or (alone if len(sweep.orders) < 2 else None) for one in cells]
-        scores = pd.Series([one.measures()["average_accuracy"] for one in cells], index=numbers, dtype=float)
-        scores = scores[scores.index.notna()]
-        if len(scores):
-            orders = tuple(sorted({int(number) for number in scores.index}))
-            mean = float(scores.groupby(level=0).mean().mean())
+        for one in cells:
+            number = published.order_number(one.order) or (alone if len(sweep.orders) < 2 else None)
+            if number is not None:
+                scores.setdefault(number, []).append(one.measures()["average_accuracy"])
+        if scores:
+            mean = float(np.mean([np.mean(values) for values in scores.values()]))
             backbone = str((cells[0].manifest.get("model") or {}).get("backbone") or "–")
-            measured.append(published.Measured(method, orders, mean, backbone))
+            measured.append(published.Measured(method, tuple(sorted(scores)), mean, backbone))
     return published.table(measured)

@@ -33,8 +33,9 @@ def _forest(compared: Comparison) -> Plate:
         "differences",
         f"Paired differences from {sweep.baseline}" if sweep.baseline else "Paired differences",
         "Mean final score of each method minus the baseline's over the cells that both have, with its 95 % interval: "
-        "orders, seeds and test rows redrawn, the same for both. Blue: above; red: below; grey: the interval holds 0, "
-        f"so the two are not told apart.{rough}",
+        "orders, seeds and test rows redrawn, the same for both. Written: on the headline tasks. Blue: "
+        "above; red: below; grey: the interval holds 0, so the two are not told apart."
+        f"{rough}",
         f"Forest plot of differences in mean final score. {'; '.join(spans)}.",
         *unless(why, lambda: plots.differences_forest(frame)),
     )
