@@ -171,14 +171,15 @@ def tuning_table(sweep: Sweep) -> Table | None:
     for method, tried in sweep.tuning.items():
         cells = [one for one in tried.get("cells") or [] if isinstance(one, dict)]
         settings = [one.get("settings") or {} for one in cells]
-        chosen = tried.get("chosen") or {}
+        chosen = tried.get("chosen") or tried.get("settings") or {}
         edge = edges([*settings, chosen], chosen)
         for one, setting in zip(cells, settings, strict=True):
             score = one.get("score")
             taken = bool(chosen) and setting == chosen
+            note = one.get("error") or (edge if taken else "")
             numbers = [Cell(settings_text(setting)), cell(float(score) if score is not None else None, 3)]
             rows.append(
-                [Cell(method), *numbers, Cell("chosen" if taken else "–"), Cell(edge if taken and edge else "–")]
+                [Cell(method), *numbers, Cell("chosen" if taken else "–"), Cell(" ".join(str(note or "–").split()))]
             )
         if chosen and chosen not in settings:
             rows.append(

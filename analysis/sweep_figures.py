@@ -94,7 +94,7 @@ def stage_scores(sweep: Sweep) -> Frame:
         for index, (cell, weight) in enumerate(zip(cells, mean_weights([one.order for one in cells]), strict=True)):
             place = {"method": method, "cell": index, "weight": float(weight)}
             rows += [place | {"stage": stage, "value": value} for stage, value in enumerate(cell.by_stage(), start=1)]
-    return pd.DataFrame(rows, columns=["method", "cell", "weight", "stage", "value"])
+    return pd.DataFrame(rows, columns=["method", "cell", "weight", "stage", "value"]).dropna(ignore_index=True)
 
 
 def _stages(sweep: Sweep) -> Plate:

@@ -11,12 +11,14 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from analysis import RunError, hierarchy, load_sweep, method_table, paired_differences, published
 from analysis.report import main, write_report
 from analysis.sweep_content import edges
 from analysis.sweeps import ABOVE, BELOW, EVEN, headline_tasks
+from continual import records
 
 
 def helper(name: str) -> ModuleType:
@@ -163,6 +165,33 @@ def test_the_untrained_backbone_has_an_average_and_no_stages(tmp_path: Path) -> 
     found = method_table(sweep).set_index("method").loc["zero_shot"]
     assert found["average_accuracy"] == pytest.approx(0.2) and np.isnan(found["backward_transfer"])
     assert list(paired_differences(sweep, "zero_shot")["measure"].unique()) == ["average_accuracy"]
+
+
+def test_a_run_that_scores_a_task_after_its_own_stage_and_at_the_end_only(tmp_path: Path) -> None:
+    """A bound's run: what needs the other scores is not given, the rest is."""
+    cells = {("base", "x", 0): A, ("joint", "x", 0): JOINT}
+    directory = by_hand(tmp_path, cells, ["one", "two"], baseline="base")
+    place = directory / "cells/joint/x-seed0"
+    for table in ("scores", "answers"):
+        frame: Any = pd.read_parquet(place / f"{table}.parquet")
+        own = (frame["stage"] == 2) | ((frame["stage"] == 1) & (frame["task"] == "one"))
+        (place / f"{table}.parquet").unlink()
+        records.append(place, table, frame[own].to_dict("records"))
+    sweep = load_sweep(directory)
+    found = method_table(sweep).set_index("method")
+    assert found.loc["joint", "average_accuracy"] == pytest.approx(0.95) and not sweep.problems
+    assert found.loc["joint", "learning_accuracy"] == pytest.approx(0.95)
+    assert np.isnan(found.loc["joint", "forward_transfer"])
+    assert found.loc["base", "intransigence"] == pytest.approx(0.1)
+    assert len(paired_differences(sweep, "base")) == 4
+    assert (write_report(directory).parent / "figures" / "accuracy_by_stage.png").is_file()
+
+
+def test_what_is_stored_may_be_told_by_stage(tmp_path: Path) -> None:
+    facts = {"stored_bytes": {"0": 0, "1": 100, "2": 300}, "stored_parameters": {"1": 5, "2": 10}}
+    files.write_cell(tmp_path / "cells/m/x-seed0", ["one", "two"], A, **facts, serving_parameters={"2": 4})
+    row = method_table(load_sweep(files.write_sweep(tmp_path, [files.place("m", "x", 0)]))).iloc[0]
+    assert (row["stored_bytes_a_task"], row["stored_parameters"], row["serving_parameters"]) == (150, 10, 4)
 
 
 def test_weights_of_redrawn_cells() -> None:
@@ -326,9 +355,13 @@ def test_tuning_names_the_chosen_and_the_edge(tmp_path: Path) -> None:
         and edges([{"a": True}], {"a": True}) == ""
     )
     tuned = {"m": {"cells": [{"dir": "t", "settings": one, "score": 0.5} for one in rates], "chosen": rates[2]}}
-    (tmp_path / "tuning.json").write_text(json.dumps(tuned | {"n": {"cells": [], "chosen": {"lr": 1.0}}}))
+    tuned["n"] = {"cells": [], "chosen": {"lr": 1.0}}
+    failed = {"dir": "t", "settings": {"lr": 2.0}, "score": None, "error": "CUDA out of memory"}
+    tuned["o"] = {"cells": [failed], "settings": None, "choice": None}
+    (tmp_path / "tuning.json").write_text(json.dumps({"stages": ["one"], "methods": tuned}))
     text = write_report(by_hand(tmp_path, {("m", "x", 0): A}, ["one", "two"])).with_name("report.md").read_text()
     assert "lr at its upper edge" in text and text.count("| chosen") >= 2 and "not among those tried" in text
+    assert re.search(r"\| o +\| lr=2.0 +\| +– \| – +\| CUDA out of memory", text)
 
 
 def test_published_scores_stand_beside_ours(tmp_path: Path) -> None:
