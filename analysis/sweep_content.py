@@ -86,6 +86,11 @@ def _whole(value: float) -> Cell:
     return cell(int(round(value)) if math.isfinite(value) else None)
 
 
+def stored(num_bytes: float) -> Cell:
+    """Return a number of bytes."""
+    return Cell("0", 0.0) if num_bytes == 0 else cell(float(num_bytes))
+
+
 def main_table(compared: Comparison) -> Table:
     """The one table: score, difference from the baseline, memory, parameters and seconds of every method."""
     sweep = compared.sweep
@@ -98,7 +103,7 @@ def main_table(compared: Comparison) -> Table:
             apart = [spanned(found["difference"], found["low"], found["high"]), Cell(found["verdict"])]
         named = Cell(f"{method} (bound)" if method in BOUNDS else method)
         scores = [_measure(row, key) for key in ("headline_accuracy", "average_accuracy", "backward_transfer")]
-        kept = [cell(float(row["stored_bytes_a_task"]))]
+        kept = [stored(row["stored_bytes_a_task"])]
         numbers = [_whole(row[key]) for key in ("trainable_parameters", "stored_parameters", "serving_parameters")]
         line = [named, _whole(row["cells"]), scores[0], *apart, *scores[1:], *kept, *numbers]
         rows.append([*line, cell(float(row["seconds"]), 1)])
@@ -241,7 +246,7 @@ def published_table(compared: Comparison) -> Table | None:
         scores: dict[int, list[float]] = {}
         cells = sweep.cells_of(method)
         for one in cells:
-            number = published.order_number(one.order) or (alone if len(sweep.orders) < 2 else None)
+            number = published.order_number(one.order, one.stages) or (alone if len(sweep.orders) < 2 else None)
             if number is not None:
                 scores.setdefault(number, []).append(one.measures()["average_accuracy"])
         if scores:

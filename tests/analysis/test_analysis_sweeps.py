@@ -387,6 +387,13 @@ def test_which_published_order_a_name_stands_for(name: str, number: int | None) 
     assert published.order_number(name) == number
 
 
+def test_a_published_order_is_known_by_its_stages_too() -> None:
+    folder = Path(__file__).resolve().parents[2] / "configs" / "published"
+    for stages, number in published.ORDERS.items():
+        named = re.findall(r"^  - name: (\w+)$", (folder / f"order{number}.yaml").read_text(), flags=re.MULTILINE)
+        assert tuple(named) == stages and published.order_number("cell", named) == number
+
+
 def test_a_single_run_of_a_published_order_shows_them_too(tmp_path: Path) -> None:
     files.write_cell(tmp_path / "order1-1a2b3c4d", ["one", "two"], A)
     text = write_report(tmp_path / "order1-1a2b3c4d").with_name("report.md").read_text()
