@@ -46,7 +46,7 @@ def cell_weights(orders: Sequence[Hashable], generator: np.random.Generator, num
         for index, group in enumerate(groups):
             chosen = np.flatnonzero(drawn == index)
             seeds = row_counts(len(group), generator, len(chosen))
-            weights[np.ix_(chosen, group)] += seeds / len(group)
+            weights[np.ix_(chosen, np.array(group))] += seeds / len(group)
     return weights / len(groups)
 
 
@@ -70,7 +70,8 @@ def means(rows: Sequence[Array], weights: Array, counts: Sequence[Array]) -> Arr
     total, num_tasks = np.zeros_like(weights), np.zeros_like(weights)
     for values, count in zip(rows, counts, strict=True):
         present = ~np.isnan(values)
-        drawn = count @ present.T
+        whole = present.all()  # the usual case, and half the work
+        drawn = np.broadcast_to(count.sum(axis=1)[:, None], weights.shape) if whole else count @ present.T
         sums = count @ np.where(present, values, 0.0).T
         total += np.divide(sums, drawn, out=np.zeros_like(sums), where=drawn > 0)
         num_tasks += drawn > 0

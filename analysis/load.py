@@ -162,7 +162,7 @@ def _ordered(table: Frame, stages: list[str]) -> Frame:
     """Turn the task columns into categories in the order of training; a task of no stage comes last."""
     table = table.copy()
     for column in {"task", "other"} & set(table.columns):
-        beside = sorted(set(table[column].dropna()) - set(stages))
+        beside = sorted(set(table[column].dropna().unique()) - set(stages))
         table[column] = pd.Categorical(table[column], categories=[*stages, *beside], ordered=True)
     return table.reset_index(drop=True)
 

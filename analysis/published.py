@@ -7,7 +7,7 @@ average accuracy in per cent, a mean over orders 1 to 3 or 4 to 6 unless one ord
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from analysis.content import Cell, Table, cell, make_table
@@ -15,6 +15,20 @@ from analysis.summary import Summary
 
 FEW, MANY = (1, 2, 3), (4, 5, 6)
 T5, LLAMA = "T5-large", "Llama-2-7B"
+
+
+ORDERS: dict[tuple[str, ...], int] = {
+    tuple(stages.split()): number
+    for number, stages in {
+        1: "dbpedia amazon yahoo agnews",
+        2: "dbpedia amazon agnews yahoo",
+        3: "yahoo amazon agnews dbpedia",
+        4: "mnli cb wic copa qqp boolq rte imdb yelp amazon sst2 dbpedia agnews multirc yahoo",
+        5: "multirc boolq wic mnli cb copa qqp rte imdb sst2 dbpedia agnews yelp amazon yahoo",
+        6: "yelp amazon mnli cb copa qqp rte imdb sst2 dbpedia agnews yahoo multirc boolq wic",
+    }.items()
+}
+"""The orders by their stages, as configs/published names them."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +69,10 @@ ROWS: tuple[Row, ...] = (
 )
 
 
-def order_number(name: str) -> int | None:
-    """Return which published order a configuration's or run's name stands for: 4 for order4, order4-1a2b3c, a path."""
+def order_number(name: str, stages: Sequence[str] = ()) -> int | None:
+    """Return which published order this is, by its stages or by a name: 4 for order4, order4-1a2b3c, or a path."""
     found = re.fullmatch(r"(?:.*/)?order([1-6])(?:-[0-9a-f]+)?(?:\.ya?ml)?", name)
-    return int(found.group(1)) if found else None
+    return ORDERS.get(tuple(stages)) or (int(found.group(1)) if found else None)
 
 
 @dataclass(frozen=True)
@@ -108,7 +122,7 @@ def _orders(orders: tuple[int, ...]) -> Cell:
 
 def beside_run(summary: Summary) -> Table | None:
     """Return the published table for one run, or None where the run is of no published order."""
-    run, order = summary.run, order_number(summary.run.name)
+    run, order = summary.run, order_number(summary.run.name, summary.run.stages)
     if order is None:
         return None
     adapter = str(run.model.get("adapter") or "this run").rsplit(".", 1)[-1]

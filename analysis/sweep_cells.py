@@ -48,7 +48,8 @@ class Cell:
         seconds: Wall-clock seconds.
         manifest: The run's manifest.
         stages: Its stages, which are its tasks, in order.
-        matrix: R, shape (T + 1, T), or (1, T) for the untrained backbone; None without numbers.
+        matrix: R, shape (T + 1, T), or (1, T) for the untrained backbone; None without numbers. NaN where a run did
+            not score a task after a stage; its last row is whole.
         rows: Its rows' scores by task.
         rows_problem: Why there are none, in one line.
     """
@@ -87,7 +88,7 @@ class Cell:
         return float(value) if isinstance(value, int | float) else float("nan")
 
     def measures(self) -> dict[str, float]:
-        """Return the score measures of the run; those that need stages are missing for the untrained backbone."""
+        """Return the score measures of the run, NaN or missing where it lacks the scores that one needs."""
         if self.matrix is None:
             return {}
         if len(self.matrix) == 1:
@@ -95,7 +96,7 @@ class Cell:
         return {key: measure(self.matrix) for key, measure in SCORE_MEASURES.items()}
 
     def by_stage(self) -> list[float]:
-        """Return the mean score on the tasks learnt so far, after each stage 1..T."""
+        """Return the mean score on the tasks learnt so far, after each stage 1..T; NaN where one was not scored."""
         if self.matrix is None:
             return []
         return [float(self.matrix[stage, :stage].mean()) for stage in range(1, len(self.matrix))]
@@ -121,9 +122,14 @@ def read_cell(directory: Path, entry: Mapping[str, Any]) -> Cell:
         run = load_run(directory / place, _TABLES)
         matrix = _matrix(run)
     except RunError as found:
-        return replace(cell, status="unreadable", error=str(found).replace(f"{directory}/", ""))
+        return replace(cell, status="unreadable", error=_relative(str(found), directory / place))
     rows, problem = _rows(run, matrix)
     return replace(cell, manifest=run.manifest, stages=run.stages, matrix=matrix, rows=rows, rows_problem=problem)
+
+
+def _relative(message: str, directory: Path) -> str:
+    """Return a message about a run without the run's own path."""
+    return message.replace(f"{directory}/", "").removeprefix(f"{directory}: ")
 
 
 def _matrix(run: Run) -> Array:
@@ -138,9 +144,9 @@ def _matrix(run: Run) -> Array:
     if "scores" in run.problems:
         raise RunError(run.problems["scores"])
     matrix = tables.score_matrix(tables.headline(run), run.finished_stage)
-    if np.isnan(matrix).any():
-        stage, task = np.argwhere(np.isnan(matrix))[0]
-        raise RunError(f"the score of {run.stages[task]} after stage {stage} is missing")
+    lacking = [task for task, score in zip(run.stages, matrix[-1], strict=True) if np.isnan(score)]
+    if lacking:  # earlier scores may be: a run may score some tasks after some stages only
+        raise RunError(f"the final score of {lacking[0]} is missing")
     if why := why_not_averaged(run):
         raise RunError(why)
     return matrix
@@ -159,7 +165,7 @@ def _rows(run: Run, matrix: Array) -> tuple[dict[str, RowScores], str]:
         rows, final = _at(ids, values, own & (stages == last))
         again, trained = _at(ids, values, own & (stages == min(index + 1, last)))
         if not len(rows) or not np.array_equal(rows, again):
-            return {}, f"the answers of {task} are not recorded for every stage"
+            return {}, f"the answers of {task} are not recorded after its own and the last stage"
         if run.metric(task) == "r2":
             scores = np.array([matrix[-1, index], matrix[min(index + 1, last), index]])
             final, trained = r2_by_row(np.stack([final, trained]), scores)

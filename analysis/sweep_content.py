@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import pandas as pd
+import numpy as np
 
 from analysis import published, words
 from analysis.content import Cell, Table, cell, make_table
@@ -86,6 +86,11 @@ def _whole(value: float) -> Cell:
     return cell(int(round(value)) if math.isfinite(value) else None)
 
 
+def stored(num_bytes: float) -> Cell:
+    """Return a number of bytes."""
+    return Cell("0", 0.0) if num_bytes == 0 else cell(float(num_bytes))
+
+
 def main_table(compared: Comparison) -> Table:
     """The one table: score, difference from the baseline, memory, parameters and seconds of every method."""
     sweep = compared.sweep
@@ -98,7 +103,7 @@ def main_table(compared: Comparison) -> Table:
             apart = [spanned(found["difference"], found["low"], found["high"]), Cell(found["verdict"])]
         named = Cell(f"{method} (bound)" if method in BOUNDS else method)
         scores = [_measure(row, key) for key in ("headline_accuracy", "average_accuracy", "backward_transfer")]
-        kept = [cell(float(row["stored_bytes_a_task"]))]
+        kept = [stored(row["stored_bytes_a_task"])]
         numbers = [_whole(row[key]) for key in ("trainable_parameters", "stored_parameters", "serving_parameters")]
         line = [named, _whole(row["cells"]), scores[0], *apart, *scores[1:], *kept, *numbers]
         rows.append([*line, cell(float(row["seconds"]), 1)])
@@ -171,14 +176,15 @@ def tuning_table(sweep: Sweep) -> Table | None:
     for method, tried in sweep.tuning.items():
         cells = [one for one in tried.get("cells") or [] if isinstance(one, dict)]
         settings = [one.get("settings") or {} for one in cells]
-        chosen = tried.get("chosen") or {}
+        chosen = tried.get("chosen") or tried.get("settings") or {}
         edge = edges([*settings, chosen], chosen)
         for one, setting in zip(cells, settings, strict=True):
             score = one.get("score")
             taken = bool(chosen) and setting == chosen
+            note = one.get("error") or (edge if taken else "")
             numbers = [Cell(settings_text(setting)), cell(float(score) if score is not None else None, 3)]
             rows.append(
-                [Cell(method), *numbers, Cell("chosen" if taken else "–"), Cell(edge if taken and edge else "–")]
+                [Cell(method), *numbers, Cell("chosen" if taken else "–"), Cell(" ".join(str(note or "–").split()))]
             )
         if chosen and chosen not in settings:
             rows.append(
@@ -192,7 +198,7 @@ def tuning_table(sweep: Sweep) -> Table | None:
     return make_table("tuning", "Values tried", ["method", "settings", "score", "chosen", "note"], rows, note)
 
 
-def edges(tried: list[Mapping[str, Any]], chosen: Mapping[str, Any]) -> str:
+def edges(tried: Sequence[Mapping[str, Any]], chosen: Mapping[str, Any]) -> str:
     """Return which chosen numbers are the smallest or largest of two or more tried, in words; "" for none."""
     found = []
     for key, value in chosen.items():
@@ -237,13 +243,14 @@ def published_table(compared: Comparison) -> Table | None:
     sweep, measured = compared.sweep, []
     alone = published.order_number(sweep.base) or published.order_number(sweep.name)
     for method in sweep.measured:
+        scores: dict[int, list[float]] = {}
         cells = sweep.cells_of(method)
-        numbers = [published.order_number(one.order) or (alone if len(sweep.orders) < 2 else None) for one in cells]
-        scores = pd.Series([one.measures()["average_accuracy"] for one in cells], index=numbers, dtype=float)
-        scores = scores[scores.index.notna()]
-        if len(scores):
-            orders = tuple(sorted({int(number) for number in scores.index}))
-            mean = float(scores.groupby(level=0).mean().mean())
+        for one in cells:
+            number = published.order_number(one.order, one.stages) or (alone if len(sweep.orders) < 2 else None)
+            if number is not None:
+                scores.setdefault(number, []).append(one.measures()["average_accuracy"])
+        if scores:
+            mean = float(np.mean([np.mean(values) for values in scores.values()]))
             backbone = str((cells[0].manifest.get("model") or {}).get("backbone") or "–")
-            measured.append(published.Measured(method, orders, mean, backbone))
+            measured.append(published.Measured(method, tuple(sorted(scores)), mean, backbone))
     return published.table(measured)

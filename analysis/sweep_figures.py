@@ -33,8 +33,9 @@ def _forest(compared: Comparison) -> Plate:
         "differences",
         f"Paired differences from {sweep.baseline}" if sweep.baseline else "Paired differences",
         "Mean final score of each method minus the baseline's over the cells that both have, with its 95 % interval: "
-        "orders, seeds and test rows redrawn, the same for both. Blue: above; red: below; grey: the interval holds 0, "
-        f"so the two are not told apart.{rough}",
+        "orders, seeds and test rows redrawn, the same for both. Written: on the headline tasks. Blue: "
+        "above; red: below; grey: the interval holds 0, so the two are not told apart."
+        f"{rough}",
         f"Forest plot of differences in mean final score. {'; '.join(spans)}.",
         *unless(why, lambda: plots.differences_forest(frame)),
     )
@@ -93,7 +94,7 @@ def stage_scores(sweep: Sweep) -> Frame:
         for index, (cell, weight) in enumerate(zip(cells, mean_weights([one.order for one in cells]), strict=True)):
             place = {"method": method, "cell": index, "weight": float(weight)}
             rows += [place | {"stage": stage, "value": value} for stage, value in enumerate(cell.by_stage(), start=1)]
-    return pd.DataFrame(rows, columns=["method", "cell", "weight", "stage", "value"])
+    return pd.DataFrame(rows, columns=["method", "cell", "weight", "stage", "value"]).dropna(ignore_index=True)
 
 
 def _stages(sweep: Sweep) -> Plate:

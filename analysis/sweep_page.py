@@ -138,10 +138,10 @@ def _key_numbers(compared: Comparison) -> list[KeyNumber]:
     if leader is None:
         return counts
     row, key = compared.row(leader), compared.key
-    better = f"{leader} minus {sweep.baseline or 'the baseline'}"
     found = compared.difference(compared.differences, leader)
     why = "it is the baseline" if leader == sweep.baseline else why_no_differences(sweep)
-    measure = Measure(f"paired difference, {better}", "higher", "Mean final score minus the baseline's, paired.")
+    pair = "from the baseline" if leader == sweep.baseline else f"{leader} minus {sweep.baseline or 'the baseline'}"
+    measure = Measure(f"paired difference, {pair}", "higher", "Mean final score minus the baseline's, paired.")
     paired = KeyNumber(measure, "–", None, why)
     if found:
         paired = KeyNumber(measure, cell(found["difference"], 3).text, _span(found["low"], found["high"]))
@@ -152,7 +152,7 @@ def _key_numbers(compared: Comparison) -> list[KeyNumber]:
         _number(row, key, leader),
         paired,
         _number(row, "backward_transfer", leader),
-        KeyNumber(kept, cell(float(row["stored_bytes_a_task"])).text),
+        KeyNumber(kept, sweep_content.stored(row["stored_bytes_a_task"]).text),
         *counts,
     ]
 

@@ -54,7 +54,7 @@ class Sweep:
         methods: Each method's settings by dotted key, in order.
         orders: Each order's stages.
         cells: Its cells, in order; those without numbers have a line in ``error``.
-        tuning: tuning.json's content.
+        tuning: What tuning.json says of each method: its cells, and the settings chosen.
         problems: A line for each thing that could not be read.
     """
 
@@ -156,6 +156,10 @@ def _tuning(directory: Path, problems: list[str]) -> dict[str, Any]:
     except RunError as error:
         problems.append(str(error).replace(f"{directory}/", ""))
         return {}
+    found = found.get("methods", found)
+    if not isinstance(found, dict):
+        problems.append("tuning.json: its methods are not readable")
+        return {}
     odd = [method for method, tried in found.items() if not isinstance(tried, dict)]
     problems += [f"tuning.json: what it says of {method} is not readable" for method in odd]
     return {method: tried for method, tried in found.items() if method not in odd}
@@ -242,15 +246,24 @@ def _mean_and_interval(key: str, values: Array, orders: list[str]) -> dict[str, 
 
 def _costs(cells: Sequence[Cell]) -> dict[str, float]:
     """Return what a method costs, as means over its cells; NaN for what no manifest says."""
-    stored = []
-    for cell in cells:
-        sizes = cell.manifest.get("stored_bytes") or {}
-        stages = max((int(stage) for stage in sizes), default=0)
-        stored.append(sizes[str(stages)] / stages if stages else None)
-    models = [cell.manifest.get("model") or {} for cell in cells]
-    names = ("trainable_parameters", "stored_parameters", "serving_parameters")
-    found = {name: _mean([model.get(name) for model in models]) for name in names}
-    return found | {"stored_bytes_a_task": _mean(stored), "seconds": _mean([cell.seconds for cell in cells])}
+    sizes = [_last(cell.manifest.get("stored_bytes")) for cell in cells]
+    a_task = [None if size is None else size / len(cell.stages) for size, cell in zip(sizes, cells, strict=True)]
+    found = {
+        "trainable_parameters": _mean(
+            [(cell.manifest.get("model") or {}).get("trainable_parameters") for cell in cells]
+        )
+    }
+    for name in ("stored_parameters", "serving_parameters"):
+        places = [cell.manifest.get(name, (cell.manifest.get("model") or {}).get(name)) for cell in cells]
+        found[name] = _mean([_last(value) for value in places])
+    return found | {"stored_bytes_a_task": _mean(a_task), "seconds": _mean([cell.seconds for cell in cells])}
+
+
+def _last(value: Any) -> float | None:
+    """Return a number as it is, or the last stage's of numbers by stage."""
+    if isinstance(value, Mapping):
+        value = value[max(value, key=int)] if value else None
+    return float(value) if isinstance(value, int | float) else None
 
 
 def _mean(values: Sequence[Any]) -> float:

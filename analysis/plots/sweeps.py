@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -54,7 +56,7 @@ def _forest_key(differences: Frame) -> list[Line2D]:
     marks = {"headline": ("o", style.INK, "headline tasks"), "all": ("D", "white", "all tasks")}
     for tasks, (marker, face, label) in marks.items():
         if tasks in set(differences["tasks"]):
-            more = {"markerfacecolor": face, "linestyle": "none", "label": label}
+            more: dict[str, Any] = {"markerfacecolor": face, "linestyle": "none", "label": label}
             keys.append(Line2D([], [], marker=marker, color=style.INK, **more))
     return keys
 
