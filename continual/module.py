@@ -35,7 +35,7 @@ class ContinualModule(L.LightningModule):
 
     Args:
         backbone: The pretrained model.
-        adapter: Any PEFT configuration; ours is ``continual.adapters.QueryableLoraConfig``.
+        adapter: Any PEFT configuration; ours are those of ``continual.adapters``.
         optimizer: Makes the optimizer from the trainable parameters; a fresh one for each stage.
         warmup_steps: Steps over which the learning rate rises linearly at the start of each stage.
         final_lr_fraction: Share of the learning rate that is left at the last step of a stage (linear decay).

@@ -1,4 +1,4 @@
-"""One adapted projection: y = W h + (lora_alpha / r) B S A h, with S mixed by the routes of its block."""
+"""Adapted layers: what all share, and y = W h + (lora_alpha / r) B S A h with S from its block's routes."""
 
 from __future__ import annotations
 

@@ -39,13 +39,11 @@ def test_the_merged_core_is_the_explicit_sum_of_expert_updates(
         weights = torch.zeros(5).double().scatter(0, chosen, logits[chosen].softmax(dim=0))
         torch.testing.assert_close(record[0]["default"][0][token], weights)
         experts = torch.stack([up @ core @ down for core in cores])  # each expert's whole update of the weight
-        expected = (
-            layer.get_base_layer()(x[token])
-            + 6 / 4 * sum(w * e for w, e in zip(weights, experts, strict=True)) @ x[token]
-        )
-        torch.testing.assert_close(outputs[0][token], expected)
+        base = layer.get_base_layer()(x[token])
+        summed = torch.einsum("e,eij->ij", weights, experts)
+        torch.testing.assert_close(outputs[0][token], base + 6 / 4 * summed @ x[token])
         merged = torch.einsum("e,eij->ij", weights, cores)
-        torch.testing.assert_close(outputs[0][token], layer.get_base_layer()(x[token]) + 6 / 4 * up @ merged @ u)
+        torch.testing.assert_close(outputs[0][token], base + 6 / 4 * up @ merged @ u)
 
 
 @pytest.mark.parametrize("fields", [{"num_experts": 1, "top_k": 1}, {"num_experts": 5}, {"core_routing": False}])

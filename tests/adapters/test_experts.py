@@ -167,6 +167,19 @@ def test_under_bfloat16_autocast(backbone, mix, ids, kind: str) -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
 
+def test_compiles_without_a_graph_break_and_keeps_the_balance_loss(backbone, mix, ids) -> None:
+    torch._dynamo.reset()
+    model = mix("moe_lora", backbone(num_hidden_layers=1), balance_weight=0.1).train()
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
+    out, expected = (network(input_ids=ids, use_cache=False).logits for network in (compiled, model))
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    losses = [network.base_model.auxiliary_loss() for network in (compiled, model)]
+    torch.testing.assert_close(*losses)
+    for loss, network in zip(losses, (compiled, model), strict=True):
+        loss.backward()
+        assert all(p.grad is not None for n, p in network.named_parameters() if "expert_router" in n)
+
+
 # -- routes -----------------------------------------------------------------------------------------------------------
 
 

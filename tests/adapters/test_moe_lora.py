@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,8 +14,7 @@ from continual.adapters import MoeLoraConfig
 
 def lora_with(backbone: Any, pairs: dict[str, tuple[Tensor, Tensor]], model: PeftModel) -> PeftModel:
     """Return plain LoRA on the same targets with the given A and B, by the projection's name."""
-    config = model.peft_config["default"]
-    targets = config.target_modules
+    targets = cast(MoeLoraConfig, model.peft_config["default"]).target_modules
     lora = get_peft_model(backbone, LoraConfig(r=4, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM"))
     with torch.no_grad():
         for name, (down, up) in pairs.items():
