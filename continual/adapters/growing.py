@@ -1,11 +1,11 @@
 """The growing atom bank: one slice of atoms a stage on one tuner, and a gate that says whose atoms answer a row.
 
-    y_l = W_l h_l + (lora_alpha / r) sum_{i in use(row)} B_{i,l} S_i(token) A_l h_l
+    y_l = W_l h_l + (lora_alpha / r) sum_{i in use(row)} B_{i,l} S_i(token) A_{i,l} h_l
 
-Slice i is an adapter of the tuner: its own atoms, router and B_{i,l}, written in stage i and frozen after it. All slices
-read the same frozen A_l (``frozen_A_seed``), so that A costs nothing to keep and low-rank states mean the same to every
-slice. A stage may read the slices of a like stage under its own; ``gate`` chooses one stage for each row from the row's
-own text and instruction, or none, and the slices of that stage are in use for the row.
+Slice i is an adapter of the tuner: its own atoms, router and B_{i,l}, written in stage i and frozen after it. With
+``frozen_A_seed`` all slices read the same A_l, which then costs nothing to keep. ``gate`` chooses one stage for each
+row from the row's own text and instruction, or none; the slices of that stage, its own or those that it shares with or
+reads from earlier stages, are in use for the row.
 
 The routes of a row over the whole bank, one weight for abstaining and one for each atom, sum to 1: a slice in use
 shares the row's weight evenly with the others in use and spreads it over its atoms as its router says.
@@ -47,6 +47,7 @@ class GrowingBank:
     Attributes:
         in_use: Adapters that every row uses, in training say; None where the gate decides.
         chosen_B: Index of the stage that the gate chose for each row of the last pass; ``gate.ABSTAIN`` for none.
+        factors: Of each slice, the layers whose B is kept as a product of two, (d_out, k) and (k, r).
     """
 
     def __init__(self, tuner: QueryableLoraModel, gate: StageGate, depth: int) -> None:
@@ -54,6 +55,7 @@ class GrowingBank:
         self.in_use: list[str] | None = []
         self.chosen_B: Tensor | None = None
         self.observe: Observer | None = None
+        self.factors: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
         self._seen: tuple[Any, ...] = ()
 
     @property
@@ -75,9 +77,9 @@ class GrowingBank:
         if features is None:
             self.chosen_B = None
             return {}
-        if self.chosen_B is None or not self._seen or any(a is not b for a, b in zip(self._seen, rows.values())):
-            self._seen = tuple(rows.values())  # generation asks again for every token
-            self.chosen_B = self.choose(rows)
+        given = [id(value) for value in rows.values()]
+        if self.chosen_B is None or given != [id(value) for value in self._seen]:  # generation asks for every token
+            self._seen, self.chosen_B = tuple(rows.values()), self.choose(rows)
         stages = list(self.gate.stages.values())
         found = {
             stages[index].adapters[place] for index in self._chosen for place in range(len(stages[index].adapters))
@@ -185,14 +187,37 @@ class GrowingBank:
         named = self.tuner.model.named_modules()
         return {place: m for place, m in named if isinstance(m, QueryableLinear) and name in m.queryable_B}
 
+    @torch.no_grad()
+    def copy(self, source: str, target: str) -> None:
+        """Start the slice ``target`` from what ``source`` is."""
+        self.tuner.queryable_bank[target].load_state_dict(self.tuner.queryable_bank[source].state_dict())
+        for layer in self.layers(target).values():
+            layer.queryable_A[target].copy_(layer.queryable_A[source])
+            layer.queryable_B[target].copy_(layer.queryable_B[source])
+
+    @torch.no_grad()
+    def factor(self, name: str, factors: dict[str, tuple[Tensor, Tensor]]) -> None:
+        """Put B = left right, (d_out, k) and (k, r), in the place of some layers' B of a slice, and keep it so.
+
+        The product is always taken on the CPU: read back, the slice is the same to the last bit.
+        """
+        kept = {place: (left.float().cpu(), right.float().cpu()) for place, (left, right) in factors.items()}
+        self.factors.setdefault(name, {}).update(kept)
+        layers = self.layers(name)
+        for place, (left, right) in kept.items():
+            layers[place].queryable_B[name].copy_(left @ right)
+
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """Return what has to be kept of a slice: atoms, router, and the columns of each B that are not all 0."""
+        """Return what has to be kept of a slice: atoms, router, its A where it is trained, and B or its factors."""
         kept = {f"bank|{key}": value.detach() for key, value in self.tuner.queryable_bank[name].state_dict().items()}
+        factors = self.factors.get(name, {})
         for place, layer in self.layers(name).items():
-            weight = layer.queryable_B[name].detach()
-            columns = weight.abs().amax(dim=0).nonzero().flatten()
-            kept[f"{place}|columns"] = columns.to(torch.uint8 if weight.shape[1] <= 256 else torch.int32)
-            kept[f"{place}|B"] = weight[:, columns].clone()
+            if name not in layer.frozen_A:
+                kept[f"{place}|A"] = layer.queryable_A[name].detach()
+            if place in factors:
+                kept[f"{place}|left"], kept[f"{place}|right"] = factors[place]
+            else:
+                kept[f"{place}|B"] = layer.queryable_B[name].detach()
         return kept
 
     @torch.no_grad()
@@ -200,13 +225,18 @@ class GrowingBank:
         """Take up what ``tensors`` gave, into the slice ``name``, which is there already."""
         bank = self.tuner.queryable_bank[name]
         bank.load_state_dict({key[5:]: value for key, value in tensors.items() if key.startswith("bank|")})
+        factors = {}
         for place, layer in self.layers(name).items():
-            weight = layer.queryable_B[name]
-            weight.zero_()
-            weight[:, tensors[f"{place}|columns"].long()] = tensors[f"{place}|B"].to(weight)
+            if f"{place}|A" in tensors:
+                layer.queryable_A[name].copy_(tensors[f"{place}|A"])
+            if f"{place}|left" in tensors:
+                factors[place] = (tensors[f"{place}|left"], tensors[f"{place}|right"])
+            else:
+                layer.queryable_B[name].copy_(tensors[f"{place}|B"])
+        self.factor(name, factors)
 
     def num_numbers(self, name: str) -> int:
-        """Return how many numbers a slice keeps; the places of its columns count too."""
+        """Return how many numbers a slice keeps."""
         return sum(tensor.numel() for tensor in self.tensors(name).values())
 
 

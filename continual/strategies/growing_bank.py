@@ -3,12 +3,13 @@
 Ours, beyond the paper (arXiv 2605.08423, which has one bank and no stages). ``continual.adapters.growing`` computes;
 this strategy decides, stage by stage:
 
-    reads     which earlier stage's slices the new one reads: those under which the new rows' loss is lowest, if lower
-              than the backbone's by ``reuse_margin``. They stay frozen; the new slice learns what is left (and with
-              few rows, that is where the transfer comes from)
+    reuses    the slice under which the new rows' loss is lowest, where that is lower than the backbone's by
+              ``reuse_margin``: the new slice starts as its copy, or learns what it leaves, reading it frozen
     trains    the new slice alone
-    prunes    columns of its B, the least used first, while the loss on some of its rows stays within
-              ``prune_tolerance``; a slice that reading makes needless goes altogether, and its stage shares atoms
+    shares    the slice it started from, if training has not made the new one better: memory then does not grow
+    prunes    each B to the subspace that its stage uses: B = U Sigma V^T under the second moments of S u (the metric
+              of the outputs that it makes), the least components over all layers first, while the loss on some of
+              the stage's rows stays within ``prune_tolerance``
     anchors   centroids of its rows' features (one a label, or a cluster), and its instruction's encoding: the gate's
 
 No row is kept and no task is named when scoring: the gate reads the row's own text and its instruction.
@@ -20,7 +21,7 @@ import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import lightning as L
 import torch
@@ -48,10 +49,10 @@ _APART = 0.8  # share of a stage's own rows that the gate has to send home for t
 class GrowingBank(Strategy):
     """Grows an atom bank by a slice a stage (see the module's docstring).
 
-    Takes the adapter ``QueryableLoraConfig`` with ``frozen_A_seed`` set.
+    Takes the adapter ``QueryableLoraConfig``; with its ``frozen_A_seed`` a stage keeps no A.
 
-    Stores: for each stage 4 x (columns kept) x d_out bytes a projection, its atoms and router, 4 x (labels x features)
-    for the gate; once, 8 x features^2 / 2 for the gate's covariance. The adapter's folder holds all of it.
+    Stores: for each stage 4 x (components kept) x (d_out + r) bytes a projection, its atoms and router, and 4 x labels
+    x features for the gate; once, 8 x features^2 / 2 for the gate's covariance. The adapter's folder holds all of it.
 
     Args:
         instruction_encoder: Encodes instructions for the gate: "backbone", the mean of its input embeddings; or a
@@ -59,10 +60,11 @@ class GrowingBank(Strategy):
         text_tokens: Tokens of a row's text that the gate reads, at least 1.
         depth: Share of the backbone's layers that compute the gate's features, in (0, 1].
         clusters: Centroids of a stage without labels, at least 1.
-        reuse: Let new stages read like stages' slices.
-        reuse_margin: How much lower the loss has to be for it, as a share, at least 0.
+        reuse: What a new slice takes from a like stage's: it starts as its "copy", it learns what is left of it as it
+            "read"s it, or nothing, "none".
+        reuse_margin: How much lower than the backbone's the loss has to be for it, as a share, at least 0.
         max_reads: Slices that a stage may read besides its own, at least 0.
-        prune_tolerance: How much the loss may rise for columns to go, as a share, at least 0; 0 keeps them all.
+        prune_tolerance: How much the loss may rise for components to go, as a share, at least 0; 0 keeps them all.
         probe_rows: Rows of the stage that reading and pruning are decided on, at least 1.
     """
 
@@ -74,7 +76,7 @@ class GrowingBank(Strategy):
         text_tokens: int = 64,
         depth: float = 1 / 3,
         clusters: int = 8,
-        reuse: bool = True,
+        reuse: Literal["copy", "read", "none"] = "copy",
         reuse_margin: float = 0.02,
         max_reads: int = 2,
         prune_tolerance: float = 0.02,
@@ -97,12 +99,11 @@ class GrowingBank(Strategy):
     # -- before the first stage ---------------------------------------------------------------------------------------
 
     def check(self, module: ContinualModule, stages: Sequence[StageData]) -> None:
-        """Raise ConfigError for any adapter but ours with a frozen A."""
-        config = module.adapter
-        if not isinstance(config, QueryableLoraConfig) or config.frozen_A_seed is None:
+        """Raise ConfigError for any adapter but ours."""
+        if not isinstance(module.adapter, QueryableLoraConfig):
             raise ConfigError(
-                "model.strategy: GrowingBank needs the adapter continual.adapters.QueryableLoraConfig with "
-                f"frozen_A_seed set, not {type(config).__name__}"
+                "model.strategy: GrowingBank needs the adapter continual.adapters.QueryableLoraConfig, not "
+                f"{type(module.adapter).__name__}"
             )
         if module.start_from is not None:
             raise ConfigError("model.strategy: GrowingBank grows its own bank: leave model.start_from out")
@@ -129,21 +130,24 @@ class GrowingBank(Strategy):
         bank_of(module).train_only(name)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Choose what the new slice reads, now that the model is on its device."""
-        module = cast("ContinualModule", pl_module)
+        """Choose what the new slice takes up, now that the model is on its device."""
+        module, name = cast("ContinualModule", pl_module), _slice_name(self.stage)
         bank = bank_of(module)
-        self._reads = self._choose_reads(module, self.data) if self.reuse and bank.gate.stages else []
-        bank.in_use = [*self._reads, _slice_name(self.stage)]
+        self._source = self._like_stage(module) if self.reuse != "none" else []
+        if self.reuse == "copy" and self._source:
+            bank.copy(self._source[-1], name)
+        bank.in_use = self._own(name)
 
-    def _choose_reads(self, module: ContinualModule, data: StageData) -> list[str]:
-        """Return the slices under which the loss on some of the stage's rows is lowest."""
-        bank = bank_of(module)
-        choices = [list(names) for names in {tuple(a.adapters) for a in bank.gate.stages.values()}]
-        choices = sorted(names for names in choices if 0 < len(names) <= self.max_reads)
-        bare = self._loss(module, data, [])
-        losses = [self._loss(module, data, names) for names in choices]
-        self._probe = {"bare": bare} | {"+".join(n): loss for n, loss in zip(choices, losses, strict=True)}
-        if not losses or min(losses) > (1 - self.reuse_margin) * bare:
+    def _own(self, name: str) -> list[str]:
+        """Return the adapters that answer the stage's rows by its own slice ``name``."""
+        return [*self._source, name] if self.reuse == "read" else [name]
+
+    def _like_stage(self, module: ContinualModule) -> list[str]:
+        """Return the adapters of the stage under which the loss on some of the new rows is lowest; [] for none."""
+        choices = sorted({tuple(anchors.adapters) for anchors in bank_of(module).gate.stages.values()})
+        choices = [list(names) for names in choices if len(names) <= self.max_reads or self.reuse == "copy"]
+        losses = [self._loss(module, self.data, names) for names in choices]
+        if not losses or min(losses) > (1 - self.reuse_margin) * self._loss(module, self.data, []):
             return []
         return choices[losses.index(min(losses))]
 
@@ -161,61 +165,68 @@ class GrowingBank(Strategy):
         return total / len(rows)
 
     def end_stage(self, module: ContinualModule, data: StageData, stage: int) -> None:
-        """Prune the slice, anchor the stage, and let the gate decide from here on."""
+        """Share or prune the slice, anchor the stage, and let the gate decide from here on."""
         bank, name = bank_of(module), _slice_name(stage)
-        kept = self._prune(module, data, name) if self.prune_tolerance else 1.0
-        adapters = [*self._reads, name]
-        if kept == 0 and self._reads:
-            module.model.delete_adapter(name)  # type: ignore[union-attr]
-            adapters = self._reads
+        limit = self._loss(module, data, self._own(name)) * (1 + self.prune_tolerance) + 1e-3
+        adapters, kept = self._own(name), 1.0
+        if self._source and self._loss(module, data, self._source) <= limit:
+            adapters, kept = self._source, 0.0
+            cast(Any, module.model).delete_adapter(name)
+        elif self.prune_tolerance:
+            kept = self._prune(module, data, name, limit)
         bank.in_use = None
         home, elsewhere = self._anchor(module, data, adapters)
-        self.notes[data.name] = {"reads": self._reads, "kept_columns": kept, "home": home, "elsewhere": elsewhere}
-        line = f"  {data.name}: {kept:.0%} of its slice kept, {home:.1%} of its rows find home"
-        if self._reads:
-            line += f", reads {', '.join(self._reads)}"
-        if home < _APART:
-            line += f"; it cannot be told apart from {max(elsewhere, key=elsewhere.get)}"  # type: ignore[arg-type]
-        print(line, flush=True)
+        self.notes[data.name] = {"source": self._source, "kept": kept, "home": home, "elsewhere": elsewhere}
+        print(f"  {data.name}: {_told(adapters, self._source, kept, home, elsewhere)}", flush=True)
 
-    def _prune(self, module: ContinualModule, data: StageData, name: str) -> float:
-        """Set the least used columns of the slice's B to 0; return the share that is left."""
+    def _prune(self, module: ContinualModule, data: StageData, name: str, limit: float) -> float:
+        """Drop components of the slice's B, least first, while the loss stays within ``limit``; return what is left."""
         bank = bank_of(module)
-        weights = [layer.queryable_B[name] for layer in bank.layers(name).values()]
-        order = self._usage(module, data, name).argsort()  # least used first, over all layers
-        before, whole = [weight.detach().clone() for weight in weights], self._loss(module, data, [*self._reads, name])
-        limit = whole * (1 + self.prune_tolerance) + 1e-3
+        parts = self._components(module, data, name)
+        sizes = [len(energy) for _, energy, _ in parts.values()]
+        order = torch.cat([energy for _, energy, _ in parts.values()]).argsort()
 
         def drop(count: int) -> None:
-            keep = torch.ones(len(order), dtype=torch.bool, device=order.device)
+            keep = torch.ones(len(order), dtype=torch.bool)
             keep[order[:count]] = False
-            for weight, own, mask in zip(weights, before, keep.view(len(weights), -1), strict=True):
-                weight.data.copy_(own * mask)
+            chosen = zip(parts.items(), keep.split(sizes), strict=True)
+            bank.factor(name, {place: (left[:, mask], right[mask]) for (place, (left, _, right)), mask in chosen})
 
-        low, high = (
-            0,
-            len(order) + 1,
-        )  # the loss holds with `low` columns gone, but not with `high`
+        low, high = 0, len(order)  # the loss holds with `low` components gone, but not with `high`
         while high - low > max(1, len(order) // 64):
             middle = (low + high) // 2
             drop(middle)
-            low, high = (middle, high) if self._loss(module, data, [*self._reads, name]) <= limit else (low, middle)
+            low, high = (middle, high) if self._loss(module, data, self._own(name)) <= limit else (low, middle)
         drop(low)
         return 1 - low / len(order)
 
-    def _usage(self, module: ContinualModule, data: StageData, name: str) -> Tensor:
-        """Return how much each column of each B moves its layer's output, (layers * r,)."""
+    def _components(
+        self, module: ContinualModule, data: StageData, name: str
+    ) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+        """Return, of each layer, B's components: left (d_out, r), how much each moves the output (r,), right (r, r).
+
+        With C = E[v v^T] over the stage's tokens, v = S u, and B C^(1/2) = U Sigma W^T: left = U Sigma, right = W^T
+        C^(-1/2), so that B = left right and E|| B v ||^2 = sum of Sigma^2.
+        """
         bank = bank_of(module)
-        energy: dict[nn.Module, Tensor] = {}
+        moments: dict[nn.Module, Tensor] = {}
 
         def observe(layer: nn.Module, adapter: str, routed: Tensor) -> None:
             if adapter == name:
-                energy[layer] = energy.get(layer, 0) + routed.detach().float().flatten(0, -2).square().sum(dim=0)
+                tokens = routed.detach().float().flatten(0, -2)
+                moments[layer] = moments.get(layer, 0) + tokens.T @ tokens
 
         with bank.observing(observe):
-            self._loss(module, data, [*self._reads, name])
-        layers = bank.layers(name).values()
-        return torch.cat([energy[layer] * layer.queryable_B[name].detach().square().sum(dim=0) for layer in layers])
+            self._loss(module, data, self._own(name))
+        parts = {}
+        for place, layer in bank.layers(name).items():
+            values, vectors = torch.linalg.eigh(moments[layer].double().cpu())
+            root = values.clamp_min(values.max() * 1e-10 + 1e-30).sqrt()  # a direction never used has no weight
+            weight = layer.queryable_B[name].detach().double().cpu()
+            U, sigma, W = torch.linalg.svd(weight @ vectors @ root.diag() @ vectors.T, full_matrices=False)
+            right = W @ vectors @ (1 / root).diag() @ vectors.T
+            parts[place] = (U * sigma, sigma.square(), right)
+        return parts
 
     @torch.no_grad()
     def _anchor(self, module: ContinualModule, data: StageData, adapters: list[str]) -> tuple[float, dict[str, float]]:
@@ -287,6 +298,18 @@ def add_slice(module: ContinualModule, name: str) -> None:
     model.add_adapter(name, config)
     model.base_model.set_adapter(bank_of(module).names)
     bank_of(module).train_only(name)
+
+
+def _told(adapters: list[str], source: list[str], kept: float, home: float, elsewhere: dict[str, float]) -> str:
+    """Return what a person should know of a stage that is anchored."""
+    if adapters == source:
+        line = f"shares {' + '.join(source)}"
+    else:
+        line = f"{kept:.0%} of its slice kept" + (f", from {' + '.join(source)}" if source else "")
+    line += f"; {home:.1%} of its rows find home"
+    if home < _APART:
+        line += f", and it cannot be told apart from {max(elsewhere, key=lambda name: elsewhere[name])}"
+    return line
 
 
 def _fields(config: Any) -> dict[str, Any]:
