@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 
-from analysis import page
 from analysis import routing as measures
 from analysis.report import write_report
 from continual import records
@@ -225,22 +222,3 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small_report(small_run: Path) -> Path:
     """The report of ``small_run``, its figures saved, that tests only read."""
     return write_report(small_run)
-
-
-@pytest.fixture
-def sketched(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draws each figure of a report and saves an empty one in its place: saving takes most of a report's time."""
-    save = page._draw
-
-    def sketch(plate: page.Plate, directory: Path) -> page.Figure:
-        draw = plate.draw
-        if draw is None:
-            return save(plate, directory)
-
-        def drawn_then_empty() -> Figure:
-            draw()
-            return Figure(figsize=(1, 1))
-
-        return save(replace(plate, draw=drawn_then_empty), directory)
-
-    monkeypatch.setattr(page, "_draw", sketch)
