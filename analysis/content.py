@@ -120,7 +120,7 @@ def bound_table(summary: Summary) -> Table | None:
     note = "Final average: over the learnt tasks after the last stage. Learning accuracy: over each just after its own "
     note += "stage. –: not run to its end, or scores that are not averaged. The runs lie in the folder bounds."
     columns = ["bound", "final average", "learning accuracy", "what it is"]
-    return _table("bounds", "Between its bounds", columns, rows, note)
+    return make_table("bounds", "Between its bounds", columns, rows, note)
 
 
 def task_table(summary: Summary) -> Table:
@@ -279,7 +279,7 @@ def words_table(run: Run) -> Table | None:
     columns = ["words", "given to", "options", "tasks", "score", "trained words", "difference", "95 % interval"]
     note = "After the last stage, means over tasks; paraphrases of one file together. The interval of the difference "
     note += "redraws test rows, the same ones for both wordings."
-    return _table("other_words", "Scores in other words", columns, rows, note) if rows else None
+    return make_table("other_words", "Scores in other words", columns, rows, note) if rows else None
 
 
 def general_table(run: Run) -> Table | None:
@@ -292,7 +292,7 @@ def general_table(run: Run) -> Table | None:
     note = (
         "No instruction is given. A relative change of −0.01 is a log-likelihood 1 % lower than the untrained model's."
     )
-    return _table("general", "Log-likelihood of untouched text", columns, rows, note) if rows else None
+    return make_table("general", "Log-likelihood of untouched text", columns, rows, note) if rows else None
 
 
 def stage_table(run: Run) -> Table:

@@ -221,6 +221,10 @@ class ContinualModule(L.LightningModule):
     def save_adapter(self, folder: Path) -> None:
         """Write the adapter as a PEFT folder, whole or not at all."""
         assert self.model is not None
+        for config in self.model.peft_config.values():
+            for name, value in vars(config).items():
+                if isinstance(value, set):  # its order follows PYTHONHASHSEED; saved files must not
+                    setattr(config, name, sorted(value))
         with whole_folder(folder) as temporary:
             self.model.save_pretrained(str(temporary), save_embedding_layers=False)
 

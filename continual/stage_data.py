@@ -71,7 +71,8 @@ class StageData(L.LightningDataModule):
         self.task, self.batch_size, self.max_tokens = task, batch_size, max_tokens
         self.eval_batch_tokens, self.validation_rows = eval_batch_tokens, validation_rows
         self.num_workers, self.seed, self.score_seen_labels = num_workers, seed, score_seen_labels
-        self.score_rows, self.options, self.vary_prompt = score_rows, options, vary_prompt
+        self.score_rows, self.vary_prompt = score_rows, vary_prompt
+        self.options: Literal["none", "listed"] = options
         self.generates = task.kind == "free" or (task.kind == "labels" and generate_labels)
         self.name: str = type(task).__name__
         self.seen_labels: list[str] = []

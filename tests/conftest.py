@@ -1,14 +1,17 @@
-"""What every test may ask for: one thread and a fixed seed, a tiny language model, the packaged one, real text."""
+"""What every test may ask for: one thread and a fixed seed, a tiny language model, the packaged one, a quick report."""
 
 import importlib.util
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
+from analysis import page
 from continual.backbones import CausalLM, TinyCausalLM
 
 
@@ -49,3 +52,22 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("no ../shared/data here")
     return folder
+
+
+@pytest.fixture
+def sketched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draws each figure of a report and saves an empty one in its place: saving takes most of a report's time."""
+    save = page._draw
+
+    def sketch(plate: page.Plate, directory: Path) -> page.Figure:
+        draw = plate.draw
+        if draw is None:
+            return save(plate, directory)
+
+        def drawn_then_empty() -> Figure:
+            draw()
+            return Figure(figsize=(1, 1))
+
+        return save(replace(plate, draw=drawn_then_empty), directory)
+
+    monkeypatch.setattr(page, "_draw", sketch)

@@ -39,7 +39,7 @@ class WordsTask(Task):
 class Stub:
     """What StageData asks of a module."""
 
-    backbone, uses_instructions, instruction_encoder = BACKBONE, True, None
+    backbone, uses_instructions, instruction_encoder, row_inputs = BACKBONE, True, None, None
 
 
 def encode(wording: Wording = TRAINING, options: Any = "listed", task: Task | None = None) -> EncodedTask:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from analysis import routing as measures
+from analysis.report import write_report
 from continual import records
 
 NAMES = ["family_relationships", "aiw", "syllogism", "letter_counting"]
@@ -215,3 +216,9 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_run(
         tmp_path_factory.mktemp("small"), names=NAMES[:3], num_atoms=6, num_blocks=2, num_rows=40, num_steps=12
     )
+
+
+@pytest.fixture(scope="session")
+def small_report(small_run: Path) -> Path:
+    """The report of ``small_run``, its figures saved, that tests only read."""
+    return write_report(small_run)

@@ -30,9 +30,10 @@ def keep(directory: Path, scored: Callable[[int, int], bool]) -> None:
         pq.write_table(rows.filter(pa.array(mask)), path)
 
 
+@pytest.mark.usefixtures("sketched")
 @pytest.mark.parametrize("scoring", ["seen", "final"])
 def test_measures_that_need_no_missing_score_stay_as_they_were(scoring: str, make_run: MakeRun) -> None:
-    directory = make_run()
+    directory = make_run(num_rows=40, num_atoms=6, num_blocks=2, num_steps=6)
     whole = summarise(load_run(directory))
     last = len(whole.run.stages)
 
@@ -51,8 +52,9 @@ def test_measures_that_need_no_missing_score_stay_as_they_were(scoring: str, mak
     assert written["score_matrix"][1][1] is None
 
 
+@pytest.mark.usefixtures("sketched")
 def test_a_run_whose_earlier_stages_trained_nothing(make_run: MakeRun) -> None:
-    directory = make_run()
+    directory = make_run(num_rows=40, num_atoms=6, num_blocks=2, num_steps=6)
     last = len(load_run(directory).stages)
     keep(directory, lambda stage, own: stage in (0, last))
     write_report(directory)

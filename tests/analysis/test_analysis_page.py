@@ -16,8 +16,6 @@ from typing import Any
 
 import pytest
 
-from analysis.report import write_report
-
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 needs_browser = pytest.mark.skipif(not (BROWSER and DRIVER), reason="chromium and chromedriver are not installed")
 
@@ -134,8 +132,3 @@ def test_no_two_elements_share_an_id(browser: Browser, small_report: Path) -> No
     browser.open(small_report)
     script = "const ids = [...document.querySelectorAll('[id]')].map(e => e.id); return ids.length - new Set(ids).size"
     assert browser.run(script) == 0
-
-
-@pytest.fixture(scope="module")
-def small_report(small_run: Path) -> Path:
-    return write_report(small_run)

@@ -29,17 +29,12 @@ FIGURES = {
 }
 
 
-@pytest.fixture(scope="module")
-def report(small_run: Path) -> Path:
-    return write_report(small_run)
-
-
 def summary_of(page: Path) -> dict:
     return json.loads(page.with_name("summary.json").read_text(encoding="utf-8"))
 
 
-def test_every_file_is_written(report: Path) -> None:
-    folder = report.parent
+def test_every_file_is_written(small_report: Path) -> None:
+    folder = small_report.parent
     assert {path.name for path in folder.iterdir()} == {"report.html", "report.md", "summary.json", "figures"}
     assert {path.name for path in (folder / "figures").iterdir()} == {
         f"{name}.{kind}" for name in FIGURES for kind in ("png", "svg")
@@ -47,33 +42,34 @@ def test_every_file_is_written(report: Path) -> None:
     assert all(path.stat().st_size > 2000 for path in (folder / "figures").iterdir())
 
 
-def test_the_page_asks_no_network(report: Path) -> None:
-    page = report.read_text(encoding="utf-8")
+def test_the_page_asks_no_network(small_report: Path) -> None:
+    page = small_report.read_text(encoding="utf-8")
     addresses = re.findall(r"""(?:src|href|xlink:href|action|data)\s*=\s*["']([^"']*)""", page)
     assert addresses and all(address.startswith(("#", "data:")) for address in addresses)
     assert all(target.startswith("#") for target in re.findall(r"url\(['\"]?([^)]{0,20})", page))
     assert "@import" not in page and "fetch(" not in page and '<link rel="stylesheet' not in page
 
 
-def test_every_figure_has_alternative_text(report: Path) -> None:
-    page = report.read_text(encoding="utf-8")
+def test_every_figure_has_alternative_text(small_report: Path) -> None:
+    page = small_report.read_text(encoding="utf-8")
     assert len(re.findall(r'<svg role="img" aria-label="[^"]{20,}"', page)) == page.count("<svg") == len(FIGURES)
-    text = report.with_name("report.md").read_text(encoding="utf-8")
+    text = small_report.with_name("report.md").read_text(encoding="utf-8")
     named = re.findall(r"!\[[^\]]{20,}\]\((figures/[a-z_0-9]+\.png)\)", text)
-    assert len(named) == len(FIGURES) and all((report.parent / name).is_file() for name in named)
+    assert len(named) == len(FIGURES) and all((small_report.parent / name).is_file() for name in named)
 
 
-def test_the_same_run_gives_the_same_bytes(report: Path, small_run: Path) -> None:
-    files = [path for path in sorted(report.parent.rglob("*")) if path.is_file()]
+def test_the_same_run_gives_the_same_bytes(small_report: Path, small_run: Path) -> None:
+    files = [path for path in sorted(small_report.parent.rglob("*")) if path.is_file()]
     before = [path.read_bytes() for path in files]
     write_report(small_run)
     assert [path.read_bytes() for path in files] == before
 
 
-def test_the_command_prints_the_page_last(small_run: Path) -> None:
-    done = subprocess.run([sys.executable, "-m", "analysis.report", str(small_run)], capture_output=True, text=True)
+def test_the_command_prints_the_page_last(make_run: MakeRun) -> None:
+    run = make_run(finished=-1, **TINY)
+    done = subprocess.run([sys.executable, "-m", "analysis.report", str(run)], capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == ""
-    assert done.stdout.splitlines()[-1] == str(small_run / "report" / "report.html")
+    assert done.stdout.splitlines()[-1] == str(run / "report" / "report.html")
 
 
 def test_text_format_prints_the_markdown(make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
@@ -196,6 +192,7 @@ def test_markup_is_escaped_everywhere(make_run: MakeRun) -> None:
     assert "line break \\| pipe" in text and "](http" not in text
 
 
+@pytest.mark.usefixtures("sketched")
 def test_an_unfinished_run_is_reported_over_its_finished_stages(make_run: MakeRun) -> None:
     run = make_run(finished=2, **TINY | {"names": ["one", "two", "three"]})
     left_behind = [
@@ -220,6 +217,7 @@ def test_an_unfinished_run_is_reported_over_its_finished_stages(make_run: MakeRu
     assert found["backward_transfer"] == pytest.approx(matrix[2, 0] - matrix[1, 0])
 
 
+@pytest.mark.usefixtures("sketched")
 @pytest.mark.parametrize(("finished", "drawn"), [(-1, set()), (0, {"score_matrix", "score_curves", "atom_usage"})])
 def test_a_run_without_a_finished_stage_still_has_a_report(make_run: MakeRun, finished: int, drawn: set[str]) -> None:
     page = write_report(make_run(finished=finished, **TINY))
@@ -229,6 +227,7 @@ def test_a_run_without_a_finished_stage_still_has_a_report(make_run: MakeRun, fi
     assert drawn <= {path.stem for path in (page.parent / "figures").iterdir()}
 
 
+@pytest.mark.usefixtures("sketched")
 def test_one_stage(make_run: MakeRun) -> None:
     page = write_report(make_run(**TINY | {"names": ["one"]}))
     found = summary_of(page)
@@ -239,6 +238,7 @@ def test_one_stage(make_run: MakeRun) -> None:
     assert "Cannot be shown:** it needs a stage after the one that trained a task" in text
 
 
+@pytest.mark.usefixtures("sketched")
 def test_a_run_without_routes_says_so(make_run: MakeRun) -> None:
     page = write_report(make_run(routes=False, **TINY))
     found = summary_of(page)
@@ -267,6 +267,7 @@ def test_regression_shows_r2_and_rmse(make_run: MakeRun) -> None:
     assert "−2" in (page.parent / "figures" / "score_matrix.svg").read_text(encoding="utf-8")
 
 
+@pytest.mark.usefixtures("sketched")
 def test_unlike_scales_are_not_averaged(make_run: MakeRun) -> None:
     page = write_report(make_run(metrics=["r2", "accuracy"], routes=False, **TINY))
     found = summary_of(page)
@@ -287,6 +288,7 @@ def test_a_lower_is_better_headline_is_not_averaged(make_run: MakeRun) -> None:
     assert "better when lower" in summarise(load_run(run)).reasons["forgetting"]
 
 
+@pytest.mark.usefixtures("sketched")
 @pytest.mark.parametrize("cut", [["routing"], ["scores"], ["separation", "drift", "gradients", "answers"]])
 def test_a_truncated_table_leaves_the_rest_intact(
     make_run: MakeRun, cut: list[str], capsys: pytest.CaptureFixture[str]
@@ -332,6 +334,7 @@ def test_a_directory_that_is_no_run(tmp_path: Path, kind: str, capsys: pytest.Ca
     assert not (directory / "report").exists()
 
 
+@pytest.mark.usefixtures("sketched")
 def test_an_earlier_figure_that_no_longer_holds_is_taken_away(make_run: MakeRun) -> None:
     run = make_run(**TINY)
     figures = write_report(run).parent / "figures"

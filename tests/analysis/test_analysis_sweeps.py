@@ -167,6 +167,7 @@ def test_the_untrained_backbone_has_an_average_and_no_stages(tmp_path: Path) -> 
     assert list(paired_differences(sweep, "zero_shot")["measure"].unique()) == ["average_accuracy"]
 
 
+@pytest.mark.usefixtures("sketched")
 def test_a_run_that_scores_a_task_after_its_own_stage_and_at_the_end_only(tmp_path: Path) -> None:
     """A bound's run: what needs the other scores is not given, the rest is."""
     cells = {("base", "x", 0): A, ("joint", "x", 0): JOINT}
@@ -266,6 +267,7 @@ def test_the_same_sweep_gives_the_same_bytes(report: Path, trial: Path) -> None:
     assert [path.read_bytes() for path in written] == before
 
 
+@pytest.mark.usefixtures("sketched")
 def test_a_difference_is_not_called_that_its_interval_does_not_call(tmp_path: Path) -> None:
     near = earned([0.2] * 2, [0.8, 0.2], [0.7, 0.9])
     cells = {("base", "x", 0): A, ("more", "x", 0): near}
@@ -275,6 +277,7 @@ def test_a_difference_is_not_called_that_its_interval_does_not_call(tmp_path: Pa
     assert "| above " not in text and "below it" not in text
 
 
+@pytest.mark.usefixtures("sketched")
 def test_what_failed_waits_or_is_cut_is_named_and_the_rest_compared(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -325,6 +328,7 @@ def test_a_sweep_without_a_finished_cell_still_has_a_report(tmp_path: Path, cell
     assert not list((page.parent / "figures").iterdir())
 
 
+@pytest.mark.usefixtures("sketched")
 def test_a_sweep_without_a_baseline_says_so(tmp_path: Path) -> None:
     text = write_report(by_hand(tmp_path, {("m", "x", 0): A, ("n", "x", 0): B}, ["one", "two"])).with_name("report.md")
     assert "names no baseline to compare with" in text.read_text(encoding="utf-8")
@@ -346,6 +350,7 @@ def test_markup_in_a_methods_name_is_escaped(tmp_path: Path) -> None:
     assert "<script" not in text and "](http" not in text and html.count("<h1>") == 1
 
 
+@pytest.mark.usefixtures("sketched")
 def test_tuning_names_the_chosen_and_the_edge(tmp_path: Path) -> None:
     rates = [{"lr": rate} for rate in (1e-4, 3e-4, 1e-3)]
     assert edges(rates, {"lr": 1e-3}) == "lr at its upper edge" and edges(rates, {"lr": 1e-4}) == "lr at its lower edge"
@@ -364,6 +369,7 @@ def test_tuning_names_the_chosen_and_the_edge(tmp_path: Path) -> None:
     assert re.search(r"\| o +\| lr=2.0 +\| +– \| – +\| CUDA out of memory", text)
 
 
+@pytest.mark.usefixtures("sketched")
 def test_published_scores_stand_beside_ours(tmp_path: Path) -> None:
     cells = {("m", order, 0): A for order in ("order4", "order5")}
     text = write_report(by_hand(tmp_path / "many", cells, ["one", "two"])).with_name("report.md").read_text()
@@ -394,6 +400,7 @@ def test_a_published_order_is_known_by_its_stages_too() -> None:
         assert tuple(named) == stages and published.order_number("cell", named) == number
 
 
+@pytest.mark.usefixtures("sketched")
 def test_a_single_run_of_a_published_order_shows_them_too(tmp_path: Path) -> None:
     files.write_cell(tmp_path / "order1-1a2b3c4d", ["one", "two"], A)
     text = write_report(tmp_path / "order1-1a2b3c4d").with_name("report.md").read_text()

@@ -76,6 +76,7 @@ def test_general_ability_is_a_change_against_stage_0(run_dir: Path) -> None:
     assert len(load(run_dir).general) == 4
 
 
+@pytest.mark.usefixtures("sketched")
 def test_the_report_shows_both_where_there_are_any_and_no_empty_section(run_dir: Path) -> None:
     text = write_report(run_dir).with_suffix(".md").read_text()
     summary = json.loads((run_dir / "report" / "summary.json").read_text())

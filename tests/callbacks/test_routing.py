@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -74,9 +75,9 @@ def move(module: ContinualModule) -> None:
             parameter.data += 0.2 * torch.randn_like(parameter)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def scored(make_module, make_data, run_test) -> Any:
-    """A module, three tasks and a recorder that has scored them after stages 0, 1 and 2, with the usages by hand."""
+    """A module, three tasks and a recorder that scored them after stages 0, 1 and 2, with usages by hand; to read."""
     module = make_module()
     stages = [
         make_data(module, "labels", "one", 9, "Say yes or no.", seed=1, eval_batch_tokens=200),
@@ -185,6 +186,7 @@ def test_rows_fit_their_tables(scored: Any, tmp_path: Path) -> None:
 
 def test_usages_restored_from_parquet_give_the_same_drift(scored: Any, run_test, tmp_path: Path) -> None:
     module, stages, recorder, tables, _ = scored
+    recorder = copy.deepcopy(recorder)
     for stage in range(3):
         records.append(tmp_path, "routing", tables[stage]["routing"])
     restored = RouteRecorder()

@@ -33,6 +33,7 @@ def configuration(bounds: list[str]) -> str:
     return yaml.safe_dump(tree)
 
 
+@pytest.mark.usefixtures("sketched")
 def test_bounds_stand_beside_the_run_and_go_on_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_dir = tmp_path / "run"
     step = ContinualModule.training_step

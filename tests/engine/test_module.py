@@ -1,5 +1,6 @@
 """The LightningModule: what trains, by which loss and rate, and what is saved and loaded."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -313,6 +314,15 @@ def test_a_saved_adapter_is_loaded_exactly(tmp_path: Path, config: Any) -> None:
     with torch.no_grad():  # make moves the adapter; go back to what was loaded
         started.load_adapter(tmp_path / "stage-01")
     assert torch.equal(losses(started), losses(module))
+
+
+def test_a_saved_configuration_does_not_follow_the_hash_seed(tmp_path: Path) -> None:
+    """PEFT keeps target_modules as a set, whose order is another one in every process."""
+    targets = ["v_proj", "up_proj", "k_proj", "down_proj", "q_proj", "gate_proj", "o_proj"]
+    module = make(adapter=LoraConfig(r=2, target_modules=targets))
+    module.save_adapter(tmp_path / "stage-01")
+    saved = json.loads((tmp_path / "stage-01" / "adapter_config.json").read_text())
+    assert saved["target_modules"] == sorted(targets)
 
 
 def test_start_from_is_where_the_adapter_starts(tmp_path: Path) -> None:

