@@ -19,6 +19,7 @@ Shapes: B rows, F features, E width of an instruction's encoding, S stages, C ce
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -173,6 +174,13 @@ class StageGate:
         return self._ready[1:]
 
     # -- on disk ------------------------------------------------------------------------------------------------------
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The arguments that the gate was made with."""
+        names = ("temperature", "prior_temperature", "abstain_cosine", "length_scale", "shrinkage")
+        sizes = {"num_features": len(self.scatter_FF), "instruction_dim": self.instruction_dim}
+        return sizes | {name: getattr(self, name) for name in names}
 
     @property
     def num_numbers(self) -> int:

@@ -47,6 +47,7 @@ class GrowingBank:
     Attributes:
         in_use: Adapters that every row uses, in training say; None where the gate decides.
         chosen_B: Index of the stage that the gate chose for each row of the last pass; ``gate.ABSTAIN`` for none.
+        reads: What the gate reads of a row, as a bank's folder says (``bank_folder``); empty in a run.
         factors: Of each slice, the layers whose B is kept as a product of two, (d_out, k) and (k, r).
     """
 
@@ -55,6 +56,7 @@ class GrowingBank:
         self.in_use: list[str] | None = []
         self.chosen_B: Tensor | None = None
         self.observe: Observer | None = None
+        self.reads: dict[str, Any] = {}
         self.factors: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
         self._seen: tuple[Any, ...] = ()
 
