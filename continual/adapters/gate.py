@@ -34,7 +34,7 @@ class Anchors:
 
     Attributes:
         centroids_CF: Means of the stage's rows, one a label (or a cluster), (C, F).
-        radius: Squared distance to the nearest centroid that 99 of 100 of the stage's own rows stay within.
+        radius: Squared distance to the stage, -2 T times the state's part, that 99 of 100 of its own rows stay within.
         instruction_E: The instruction's encoding, (E,), of unit length; zeros for none.
         adapters: Names of the adapters that answer the stage's rows together, its own last.
     """
@@ -97,8 +97,8 @@ class StageGate:
         self.num_rows += len(features)
         self.stages[name] = Anchors(centroids.float(), 0.0, F.normalize(instruction_E.float().cpu(), dim=0))
         self._ready = None
-        nearest = self.distances(features_nF, lengths_n)[:, self._owner() == len(self.stages) - 1].amin(dim=1)
-        self.stages[name].radius = nearest.quantile(0.99).item()
+        own = self.logits(features_nF, lengths_n.clamp_min(1), None)[:, -1]
+        self.stages[name].radius = (-2 * self.temperature * own).quantile(0.99).item()
         self._ready = None
 
     def drop(self, name: str) -> Anchors:
