@@ -7,9 +7,10 @@ The bank's routing logits have two parts, as the paper's have, and each is ancho
 
 d^2 is the Mahalanobis distance under one covariance that all stages share (linear discriminant analysis with a mixture
 of centroids for each stage); the mean over n tokens varies more the fewer there are, so d^2 is divided by 1 + a / n.
-A further choice, to abstain, has the state score of a row at the edge of the nearest stage (its ``radius``) and the
-prior of an unrelated instruction: what is like no stage is answered by the backbone as it is. The choice is hard, one
-stage a row or none, so that a stage that is not chosen has no part in a row's answer, to the last bit.
+A stage may have a row if it scores above one at the stage's own edge (its ``radius``) with an unrelated instruction;
+what no stage may have is answered by the backbone as it is. The choice is hard, one stage a row or none, and whether a
+stage may have a row is its own matter: a stage that is not chosen has no part in a row's answer, to the last bit, nor
+has it in the choice, whether it is there or dropped.
 
 Centroids, encodings and the covariance are all that is kept: no rows. (Choices throughout: the paper has no stages.)
 
@@ -97,7 +98,7 @@ class StageGate:
         self.num_rows += len(features)
         self.stages[name] = Anchors(centroids.float(), 0.0, F.normalize(instruction_E.float().cpu(), dim=0))
         self._ready = None
-        own = self.logits(features_nF, lengths_n.clamp_min(1), None)[:, -1]
+        own = self._state(features_nF, lengths_n)[:, -1]
         self.stages[name].radius = (-2 * self.temperature * own).quantile(0.99).item()
         self._ready = None
 
@@ -115,7 +116,9 @@ class StageGate:
         return torch.cdist(points, centroids).square() / self._spread(lengths_B).unsqueeze(1)
 
     def logits(self, features_BF: Tensor, lengths_B: Tensor, instruction_BE: Tensor | None) -> Tensor:
-        """Return the logits of abstaining and of each stage, (B, 1 + S).
+        """Return the logits of abstaining, the lowest number, and of each stage, -inf where it may not have the row.
+
+        The shape is (B, 1 + S).
 
         Args:
             features_BF: Features of each row's own text, (B, F).
@@ -123,22 +126,25 @@ class StageGate:
             instruction_BE: Encoding of each row's instruction, (B, E); a row of zeros, or None: no instruction.
         """
         *_, instructions, radii = self._prepared(features_BF.device)
-        distances = self.distances(features_BF, lengths_B.clamp_min(1))
-        scores = -distances / (2 * self.temperature)
+        state = self._state(features_BF, lengths_B)
+        has_text = (lengths_B > 0).unsqueeze(1)
+        scores = state * has_text
+        edge = -radii / (2 * self.temperature) * has_text
+        if instruction_BE is not None:
+            given = instruction_BE.abs().amax(dim=1, keepdim=True) > 0
+            cosine = F.normalize(instruction_BE.float(), dim=1) @ instructions.T
+            scores = scores + cosine * given / self.prior_temperature
+            edge = edge + self.abstain_cosine * given / self.prior_temperature
+        scores = scores.masked_fill(scores <= edge, -torch.inf)
+        abstain = torch.full_like(scores[:, :1], torch.finfo(scores.dtype).min)
+        return torch.cat([abstain, scores], dim=1)
+
+    def _state(self, features_BF: Tensor, lengths_B: Tensor) -> Tensor:
+        """Return the state's part of each stage's logit, (B, S)."""
+        scores = -self.distances(features_BF, lengths_B) / (2 * self.temperature)
         owner = self._owner().to(scores.device)
-        state = torch.stack(
-            [scores[:, owner == i].logsumexp(dim=1) - (owner == i).sum().log() for i in range(len(self.stages))], dim=1
-        )
-        edge = -radii / (2 * self.temperature)
-        # Abstaining wins just where the row lies outside of every stage's radius.
-        away = state.amax(dim=1, keepdim=True) + (edge - state).amin(dim=1, keepdim=True)
-        both = torch.cat([away, state], dim=1) * (lengths_B > 0).unsqueeze(1)
-        if instruction_BE is None:
-            return both
-        given = instruction_BE.abs().amax(dim=1, keepdim=True) > 0
-        cosine = F.normalize(instruction_BE.float(), dim=1) @ instructions.T
-        unrelated = torch.full_like(cosine[:, :1], self.abstain_cosine)
-        return both + torch.cat([unrelated, cosine], dim=1) * given / self.prior_temperature
+        places = [owner == index for index in range(len(self.stages))]
+        return torch.stack([scores[:, own].logsumexp(dim=1) - own.sum().log() for own in places], dim=1)
 
     def choose(self, features_BF: Tensor, lengths_B: Tensor, instruction_BE: Tensor | None = None) -> Tensor:
         """Return the index of each row's stage, (B,), ``ABSTAIN`` for none; see ``logits``."""
