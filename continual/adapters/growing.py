@@ -79,9 +79,9 @@ class GrowingBank:
         if features is None:
             self.chosen_B = None
             return {}
-        given = [id(value) for value in rows.values()]
-        if self.chosen_B is None or given != [id(value) for value in self._seen]:  # generation asks for every token
-            self._seen, self.chosen_B = tuple(rows.values()), self.choose(rows)
+        given = (*self.gate.stages, *rows.values())
+        if self.chosen_B is None or [*map(id, given)] != [*map(id, self._seen)]:  # generation asks for every token
+            self._seen, self.chosen_B = given, self.choose(rows)
         stages = list(self.gate.stages.values())
         found = {
             stages[index].adapters[place] for index in self._chosen for place in range(len(stages[index].adapters))
