@@ -115,7 +115,9 @@ def table(folder: Path) -> str:
         own = sum(sizes[name] for name in slices)
         lines.append(f"{stage:<{width}}  {own:>9,}  {anchors[stage]:>8,}  {told:>6}  {' + '.join(slices)}{shared}")
     total = sum(sizes.values()) + sum(anchors.values()) + common
-    lines.append(f"slices: {len(sizes)}, of {sum(sizes.values()):,} numbers; {total:,} in all, the gate's covariance in")
+    lines.append(
+        f"slices: {len(sizes)}, of {sum(sizes.values()):,} numbers; {total:,} in all, the gate's covariance in"
+    )
     return "\n".join(lines)
 
 
