@@ -39,6 +39,7 @@ class Outcome:
         seen_values: Label tasks: 1.0 where the answer is right among all labels seen; None where only own ones count.
         generated_values: Label tasks: 1.0 where the generated text is the label; None where nothing is generated.
         routes: Of each block, the routing weights of the prompt's tokens, (B, P, M); None without a router.
+        stages: Name of the stage that a growing bank's gate chose for each row, "" for none; None without a gate.
         prompt_mask: 1 for the prompt's own tokens, 0 for padding, (B, P); None without routes.
     """
 
@@ -50,6 +51,7 @@ class Outcome:
     generated_values: list[float] | None = None
     routes: list[Tensor] | None = None
     prompt_mask: Tensor | None = None
+    stages: list[str] | None = None
 
 
 @torch.inference_mode()
@@ -73,6 +75,7 @@ def score_batch(module: ContinualModule, task: Task, batch: dict[str, Any], max_
             outcome = _generate(module, task, batch, max_answer_tokens)
         else:
             outcome = _predict(module, batch)
+    outcome.stages = _chosen_stages(module)
     if passes:
         _keep_prompt_routes(outcome, _routes_of(module, passes[0], batch), batch)
     return outcome
@@ -177,6 +180,15 @@ def _predict(module: ContinualModule, batch: dict[str, Any]) -> Outcome:
         predictions=[repr(value) for value in predicted.tolist()],
         targets=target.tolist(),
     )
+
+
+def _chosen_stages(module: ContinualModule) -> list[str] | None:
+    """Return the names of the stages that a growing bank chose for the rows of the last pass."""
+    growing = module.tuner and module.tuner.growing
+    if not growing or growing.chosen_B is None:
+        return None
+    names = [*growing.gate.stages, ""]  # the last one is ABSTAIN's
+    return [names[index] for index in growing.chosen_B.tolist()]
 
 
 def _routes_of(module: ContinualModule, recorded: dict[str, list[Tensor]], batch: dict[str, Any]) -> list[Tensor]:

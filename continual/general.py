@@ -41,12 +41,14 @@ def encode_passages(backbone: Any) -> list[Row]:
     if backbone.kind != "causal_lm":
         raise ConfigError(f"general_ability: {type(backbone).__name__} is no causal language model, it reads no text")
     encoded = [backbone.tokenizer(text, verbose=False)["input_ids"] for text in passages()]
-    return [Row({}, "", ids[:1], ids[1:]) for ids in encoded]
+    texts = zip(passages(), encoded, strict=True)
+    return [Row({"context": text, "question": ""}, "", ids[:1], ids[1:]) for text, ids in texts]
 
 
 def log_likelihood(module: ContinualModule, rows: list[Row]) -> tuple[float, int]:
     """Return the mean log-likelihood a token (nats), and of how many tokens; a passage's first one is only read."""
-    collate = Collator(module.backbone, module.uses_instructions, answers=True, encoder=module.instruction_encoder)
+    encoder, inputs = module.instruction_encoder, module.row_inputs
+    collate = Collator(module.backbone, module.uses_instructions, answers=True, encoder=encoder, row_inputs=inputs)
     total, count = 0.0, 0
     for batch in token_batches([row.length for row in rows], 0, BATCH_TOKENS):
         padded: Any = move_data_to_device(collate([rows[index] for index in batch]), module.device)

@@ -24,6 +24,7 @@ class ScoreRecorder(L.Callback):
         self.rows, self.answers = [], []
         self._metrics: list[dict[str, Metric]] = [_metrics_of(data) for data in tasks]
         self._counts = [0] * len(tasks)
+        self._stages: dict[str, dict[str, int]] = {}
 
     def on_test_batch_end(
         self,
@@ -39,6 +40,7 @@ class ScoreRecorder(L.Callback):
         task = self.tasks[dataloader_idx].task
         self._counts[dataloader_idx] += len(outcome.rows)
         values = torch.tensor(outcome.values, dtype=torch.float64)
+        self._count_stages(outcome, dataloader_idx)
         for name, metric in self._metrics[dataloader_idx].items():
             if task.kind == "regression":
                 predicted = torch.tensor([float(text) for text in outcome.predictions], dtype=torch.float64)
@@ -53,6 +55,15 @@ class ScoreRecorder(L.Callback):
         for row, value, prediction in zip(outcome.rows, outcome.values, outcome.predictions, strict=True):
             self.answers.append(self.keys | {"task": name, "row": row, "value": value, "prediction": prediction})
 
+    def _count_stages(self, outcome: Outcome, index: int) -> None:
+        """Note how many rows a growing bank's gate sends to their own stage, and to none."""
+        if outcome.stages is None:
+            return
+        counted = self._stages.setdefault(self.tasks[index].name, {"routed_home": 0, "abstained": 0, "rows": 0})
+        counted["routed_home"] += outcome.stages.count(self.tasks[index].name)
+        counted["abstained"] += outcome.stages.count("")
+        counted["rows"] += len(outcome.stages)
+
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Compute the scores."""
         for data, metrics, count in zip(self.tasks, self._metrics, self._counts, strict=True):
@@ -60,6 +71,10 @@ class ScoreRecorder(L.Callback):
                 direction = "higher" if metric.higher_is_better or isinstance(metric, MeanMetric) else "lower"
                 value = {"metric": name, "direction": direction, "value": metric.compute().item(), "count": count}
                 self.rows.append(self.keys | {"task": data.name} | value)
+        for name, counted in self._stages.items():
+            for metric in ("routed_home", "abstained"):
+                value = {"metric": metric, "direction": "none", "value": counted[metric] / counted["rows"]}
+                self.rows.append(self.keys | {"task": name} | value | {"count": counted["rows"]})
         self.answers.sort(key=lambda answer: (answer["task"], answer["row"]))
 
     def headline(self) -> dict[str, float]:

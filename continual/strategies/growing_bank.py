@@ -79,7 +79,7 @@ class GrowingBank(Strategy):
         reuse: Literal["copy", "read", "none"] = "copy",
         reuse_margin: float = 0.02,
         max_reads: int = 2,
-        prune_tolerance: float = 0.02,
+        prune_tolerance: float = 0.01,
         probe_rows: int = 128,
     ) -> None:
         require_at_least(0, reuse_margin=reuse_margin, max_reads=max_reads, prune_tolerance=prune_tolerance)

@@ -146,6 +146,8 @@ class PerInstructionLookup(AdapterLibrary):
         instruction_encoder: "backbone", the mean of its input embeddings; or a sentence encoder's name or folder.
     """
 
+    reads_instructions = True
+
     def __init__(self, instruction_encoder: str = "backbone") -> None:
         super().__init__()
         self.instruction_encoder = instruction_encoder
