@@ -132,6 +132,8 @@ def test_an_exported_stage_is_a_bank_and_an_adapter(bank_run: Callable[..., Sequ
     assert names == {"bank.json", "gate.safetensors", "stage02.safetensors", "adapter_config.json", "adapter"}
     state = bank_json(out)
     assert state["slices"] == ["stage02"] and list(state["stages"]) == list(state["notes"]) == ["task1"]
+    kept = {key.rpartition("|")[0] for key in load_file(out / "gate.safetensors")}
+    assert kept == {"", "task1"}  # nothing of the other stages goes with it
     model = TinyCausalLM(hidden_size=16, num_layers=2).build()
     plain = PeftModel.from_pretrained(model, str(out / "adapter")).eval()
     ids, bank = torch.randint(3, 250, (2, 7)), bank_of(run.module)
