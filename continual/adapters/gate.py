@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ABSTAIN = -1
+_FOLDS = 5
 
 
 @dataclass
@@ -89,17 +90,33 @@ class StageGate:
             groups_n: Group of each row, (n,) integers; a centroid is kept for each group.
             instruction_E: Encoding of its instruction; zeros for none.
         """
-        features, weight = features_nF.double().cpu(), self._spread(lengths_n.cpu()).double()
-        groups = groups_n.cpu().unique(return_inverse=True)[1]
+        features, lengths, groups = features_nF.double().cpu(), lengths_n.cpu(), groups_n.cpu()
+        encoding = F.normalize(instruction_E.float().cpu(), dim=0)
+        # Rows lie nearer to centroids and a covariance that were computed from them than others of their kind do, and
+        # the fewer they are, the more so: the radius is that of rows held out, a fold at a time.
+        num_folds = min(_FOLDS, len(features))
+        fold = torch.randperm(len(features), generator=torch.Generator().manual_seed(0)) % num_folds
+        before, states = (self.scatter_FF.clone(), self.num_rows), []
+        for index in range(num_folds if num_folds > 1 else 0):
+            out = fold == index
+            self._learn(name, features[~out], lengths[~out], groups[~out], encoding)
+            states.append(self._state(features[out], lengths[out])[:, -1])
+            self.scatter_FF, self.num_rows = before[0].clone(), before[1]
+        self._learn(name, features, lengths, groups, encoding)
+        own = torch.cat(states) if states else self._state(features, lengths)[:, -1]
+        self.stages[name].radius = (-2 * self.temperature * own).quantile(0.99).item()
+        self._ready = None
+
+    def _learn(self, name: str, features: Tensor, lengths: Tensor, groups: Tensor, encoding_E: Tensor) -> None:
+        """Take up some rows of a stage: its centroids, and their part of the covariance."""
+        weight = self._spread(lengths).double()
+        groups = groups.unique(return_inverse=True)[1]
         share = F.one_hot(groups).double() / weight.unsqueeze(1)
         centroids = (share.T @ features) / share.sum(dim=0).unsqueeze(1)
         residuals = (features - centroids[groups]) / weight.sqrt().unsqueeze(1)
         self.scatter_FF += residuals.T @ residuals
         self.num_rows += len(features)
-        self.stages[name] = Anchors(centroids.float(), 0.0, F.normalize(instruction_E.float().cpu(), dim=0))
-        self._ready = None
-        own = self._state(features_nF, lengths_n)[:, -1]
-        self.stages[name].radius = (-2 * self.temperature * own).quantile(0.99).item()
+        self.stages[name] = Anchors(centroids.float(), 0.0, encoding_E)
         self._ready = None
 
     def drop(self, name: str) -> Anchors:

@@ -116,6 +116,16 @@ def test_ninety_nine_of_a_hundred_own_rows_lie_within_the_radius(num_groups: int
     assert at_home == pytest.approx(0.99, abs=0.005)
 
 
+@pytest.mark.parametrize("num_rows", [40, 300])
+def test_rows_never_seen_lie_within_the_radius_too(num_rows: int) -> None:
+    centres = 100.0 * torch.eye(80)[:2]  # more features than the first stage has rows, or nearly
+    gate = StageGate(80, 4)
+    for name, rows in zip("ab", blobs(centres, num_rows), strict=True):
+        gate.add(name, rows, lengths(rows, 30), torch.arange(num_rows) % 2, torch.zeros(4))
+        others = blobs(centres, 400, seed=8)["ab".index(name)]
+        assert (gate.choose(others, lengths(others, 30)) == "ab".index(name)).float().mean() > 0.95
+
+
 def test_a_row_outside_of_every_radius_goes_nowhere() -> None:
     gate = learnt(torch.tensor([[0.0, 0.0, 0.0], [4.0, 0.0, 0.0]]))
     points = 12 * torch.rand(400, 3) - 5

@@ -40,8 +40,8 @@ def grow(model: PeftModel, slices: list[list[str]], depth: int = 1, spread: floa
     tuner.set_adapter(names or ["default"])
     bank = tuner.growing = GrowingBank(tuner, StageGate(32, 32, length_scale=5.0), depth)
     for stage, used in enumerate(slices):
-        features, lengths = bank.features({"text_ids": texts(stage, 60), "row_features": None})
-        bank.gate.add(f"task{stage}", features, lengths, torch.zeros(60), torch.zeros(32))
+        features, lengths = bank.features({"text_ids": texts(stage, 300), "row_features": None})
+        bank.gate.add(f"task{stage}", features, lengths, torch.zeros(300), torch.zeros(32))
         bank.gate.stages[f"task{stage}"].adapters = used
     bank.in_use = None
     return bank
@@ -162,8 +162,8 @@ def test_another_slice_leaves_what_the_first_answers(grown) -> None:
             model(prompts, labels=prompts).loss.backward()
             optimizer.step()
     assert all(torch.equal(kept[name], tensor) for name, tensor in bank.tensors("default").items())
-    features, lengths = bank.features({"text_ids": texts(1, 60), "row_features": None})
-    bank.gate.add("task1", features, lengths, torch.zeros(60), torch.zeros(32))
+    features, lengths = bank.features({"text_ids": texts(1, 300), "row_features": None})
+    bank.gate.add("task1", features, lengths, torch.zeros(300), torch.zeros(32))
     bank.gate.stages["task1"].adapters = ["default", "stage02"]
     again = model(prompts, text_ids=text).logits
     assert bank.chosen_B is not None and bank.chosen_B.tolist() == [0] * 4
