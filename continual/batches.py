@@ -9,7 +9,7 @@ Shapes: B rows of a batch, P prompt columns, S prompt and answer columns, L cand
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -19,6 +19,7 @@ from torch.utils.data import Sampler
 
 from continual.backbones import Backbone, CausalLM
 from continual.errors import ConfigError
+from continual.instructions import InstructionEncoder
 from continual.wordings import TRAINING, Wording, opening
 from tasks import Task
 from tasks.base import Split
@@ -143,20 +144,26 @@ class RowInputs:
         text_tokens: Tokens of the text that are read.
     """
 
-    def __init__(self, backbone: Backbone, encode: Callable[[str], Tensor], text_tokens: int) -> None:
+    def __init__(self, backbone: Backbone, encode: InstructionEncoder, text_tokens: int) -> None:
         self.backbone: Any = backbone
         self.encode, self.text_tokens = encode, text_tokens
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """Return the keywords of a batch of rows."""
-        instructions = torch.stack([self.encode(row.instruction) for row in rows])
+        instructions = [row.instruction for row in rows]
         if self.backbone.kind == "regressor":
-            return {"row_features": torch.tensor([row.source["x"] for row in rows]), "gate_instruction": instructions}
-        texts = [f"{row.source['context']}\n{row.source['question']}".strip() for row in rows]
+            features = torch.tensor([row.source["x"] for row in rows])
+            return {"row_features": features, "gate_instruction": self.instructions(instructions)}
+        return self.of([f"{row.source['context']}\n{row.source['question']}".strip() for row in rows], instructions)
+
+    def of(self, texts: Sequence[str], instructions: Sequence[str]) -> dict[str, Tensor]:
+        """Return the keywords of rows by their own texts and their instructions; "" where there is none."""
         ids = [self.backbone.encode_text(text)[: self.text_tokens] for text in texts]
-        width = max(1, *map(len, ids))
-        padded = torch.tensor([tokens + [-1] * (width - len(tokens)) for tokens in ids])
-        return {"text_ids": padded, "gate_instruction": instructions}
+        return {"text_ids": padded(ids), "gate_instruction": self.instructions(instructions)}
+
+    def instructions(self, texts: Sequence[str]) -> Tensor:
+        """Return the encodings of instructions, (B, E)."""
+        return torch.stack([self.encode(text) for text in texts])
 
 
 class Collator:
@@ -235,10 +242,14 @@ class Collator:
             return {}
         if self.backbone.kind == "causal_lm":
             encoded = {text: self.backbone.encode_instruction(text) for text in set(texts)}
-            width = max(1, *(len(ids) for ids in encoded.values()))
-            padded = {text: ids + [-1] * (width - len(ids)) for text, ids in encoded.items()}
-            return {"instruction_ids": torch.tensor([padded[text] for text in texts])}
+            return {"instruction_ids": padded([encoded[text] for text in texts])}
         return {"instruction_encoding": self.encoder.encode(list(texts))}
+
+
+def padded(ids: Sequence[list[int]]) -> Tensor:
+    """Return token ids of several texts, (B, L), padded with -1."""
+    width = max(1, *map(len, ids))
+    return torch.tensor([tokens + [-1] * (width - len(tokens)) for tokens in ids])
 
 
 class LengthBatches(Sampler[list[int]]):

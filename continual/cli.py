@@ -4,6 +4,7 @@ python -m continual.cli fit --config configs/one_stage.yaml            one stage
 python -m continual.cli run-stages --config configs/stages.yaml        the sequence, as continual.run runs it
 python -m continual.cli run-stages --config configs/stages.yaml --print_config
 python -m continual.cli fit --help
+python -m continual.cli bank RUN list                                  a growing bank: see ``continual.bank``
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 from jsonargparse import ArgumentError
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
-from continual import run
+from continual import bank, run
 from continual.errors import ConfigError
 from continual.experiment import TRAINER_DEFAULTS, Stage, make_parser
 from continual.explain import explain
@@ -25,6 +26,7 @@ from continual.quiet import quieten
 from continual.stage_data import StageData
 
 RUN_STAGES = "run-stages"
+BANK = "bank"
 _OWN_KEYS = ("config", "out", "resume")
 
 # A stage by hand is an ordinary Lightning run, with Lightning's own bar and checkpoints.
@@ -60,6 +62,8 @@ class ContinualCLI(LightningCLI):
         )
         stages.add_argument("--resume", type=str | None, default=None, help="Go on with the run in this directory.")
         action.add_subcommand(RUN_STAGES, stages, help=description)
+        # For the list of subcommands; ``main`` hands the command itself to ``continual.bank``.
+        action.add_subcommand(BANK, self.init_parser(), help=str(bank.__doc__).splitlines()[0])
 
     def _set_seed(self) -> None:
         if self.subcommand != RUN_STAGES:
@@ -79,6 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run from the command line; return the exit status."""
     quieten()
     argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == [BANK]:
+        return run.guarded(lambda: bank.main(argv[1:]))
     if argv[:1] == [RUN_STAGES] and not {"--help", "-h"} & set(argv):
         return run.guarded(lambda: _run_stages(argv))
     return run.guarded(lambda: _run_stage(argv))

@@ -46,12 +46,16 @@ class InstructionEncoder:
     Args:
         module: Holds the backbone, and names the sentence encoder of one without words.
         sentence_encoder: A sentence encoder, by name or folder, to take in the place of a backbone's embeddings.
+
+    Attributes:
+        name: The sentence encoder's name or folder; None for the backbone's embeddings.
     """
 
     def __init__(self, module: ContinualModule, sentence_encoder: str | None = None) -> None:
         self._module = module
         if sentence_encoder is None and not isinstance(module.backbone, CausalLM):
             sentence_encoder = module.encoder
+        self.name = sentence_encoder
         self._sentences = None if sentence_encoder is None else SentenceEncoder(sentence_encoder)
         self._known: dict[str, Tensor] = {}
         self._reference: Tensor | None = None

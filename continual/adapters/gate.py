@@ -7,9 +7,10 @@ The bank's routing logits have two parts, as the paper's have, and each is ancho
 
 d^2 is the Mahalanobis distance under one covariance that all stages share (linear discriminant analysis with a mixture
 of centroids for each stage); the mean over n tokens varies more the fewer there are, so d^2 is divided by 1 + a / n.
-A further choice, to abstain, has the state score of a row at the edge of the nearest stage (its ``radius``) and the
-prior of an unrelated instruction: what is like no stage is answered by the backbone as it is. The choice is hard, one
-stage a row or none, so that a stage that is not chosen has no part in a row's answer, to the last bit.
+A stage may have a row if it scores above one at the stage's own edge (its ``radius``) with an unrelated instruction;
+what no stage may have is answered by the backbone as it is. The choice is hard, one stage a row or none, and whether a
+stage may have a row is its own matter: a stage that is not chosen has no part in a row's answer, to the last bit, nor
+has it in the choice, whether it is there or dropped.
 
 Centroids, encodings and the covariance are all that is kept: no rows. (Choices throughout: the paper has no stages.)
 
@@ -19,12 +20,14 @@ Shapes: B rows, F features, E width of an instruction's encoding, S stages, C ce
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 ABSTAIN = -1
+_FOLDS = 5
 
 
 @dataclass
@@ -33,7 +36,7 @@ class Anchors:
 
     Attributes:
         centroids_CF: Means of the stage's rows, one a label (or a cluster), (C, F).
-        radius: Squared distance to the nearest centroid that 99 of 100 of the stage's own rows stay within.
+        radius: Squared distance to the stage, -2 T times the state's part, that 99 of 100 of its own rows stay within.
         instruction_E: The instruction's encoding, (E,), of unit length; zeros for none.
         adapters: Names of the adapters that answer the stage's rows together, its own last.
     """
@@ -87,17 +90,33 @@ class StageGate:
             groups_n: Group of each row, (n,) integers; a centroid is kept for each group.
             instruction_E: Encoding of its instruction; zeros for none.
         """
-        features, weight = features_nF.double().cpu(), self._spread(lengths_n.cpu()).double()
-        groups = groups_n.cpu().unique(return_inverse=True)[1]
+        features, lengths, groups = features_nF.double().cpu(), lengths_n.cpu(), groups_n.cpu()
+        encoding = F.normalize(instruction_E.float().cpu(), dim=0)
+        # Rows lie nearer to centroids and a covariance that were computed from them than others of their kind do, and
+        # the fewer they are, the more so: the radius is that of rows held out, a fold at a time.
+        num_folds = min(_FOLDS, len(features))
+        fold = torch.randperm(len(features), generator=torch.Generator().manual_seed(0)) % num_folds
+        before, states = (self.scatter_FF.clone(), self.num_rows), []
+        for index in range(num_folds if num_folds > 1 else 0):
+            out = fold == index
+            self._learn(name, features[~out], lengths[~out], groups[~out], encoding)
+            states.append(self._state(features[out], lengths[out])[:, -1])
+            self.scatter_FF, self.num_rows = before[0].clone(), before[1]
+        self._learn(name, features, lengths, groups, encoding)
+        own = torch.cat(states) if states else self._state(features, lengths)[:, -1]
+        self.stages[name].radius = (-2 * self.temperature * own).quantile(0.99).item()
+        self._ready = None
+
+    def _learn(self, name: str, features: Tensor, lengths: Tensor, groups: Tensor, encoding_E: Tensor) -> None:
+        """Take up some rows of a stage: its centroids, and their part of the covariance."""
+        weight = self._spread(lengths).double()
+        groups = groups.unique(return_inverse=True)[1]
         share = F.one_hot(groups).double() / weight.unsqueeze(1)
         centroids = (share.T @ features) / share.sum(dim=0).unsqueeze(1)
         residuals = (features - centroids[groups]) / weight.sqrt().unsqueeze(1)
         self.scatter_FF += residuals.T @ residuals
         self.num_rows += len(features)
-        self.stages[name] = Anchors(centroids.float(), 0.0, F.normalize(instruction_E.float().cpu(), dim=0))
-        self._ready = None
-        nearest = self.distances(features_nF, lengths_n)[:, self._owner() == len(self.stages) - 1].amin(dim=1)
-        self.stages[name].radius = nearest.quantile(0.99).item()
+        self.stages[name] = Anchors(centroids.float(), 0.0, encoding_E)
         self._ready = None
 
     def drop(self, name: str) -> Anchors:
@@ -114,7 +133,9 @@ class StageGate:
         return torch.cdist(points, centroids).square() / self._spread(lengths_B).unsqueeze(1)
 
     def logits(self, features_BF: Tensor, lengths_B: Tensor, instruction_BE: Tensor | None) -> Tensor:
-        """Return the logits of abstaining and of each stage, (B, 1 + S).
+        """Return the logits of abstaining, the lowest number, and of each stage, -inf where it may not have the row.
+
+        The shape is (B, 1 + S).
 
         Args:
             features_BF: Features of each row's own text, (B, F).
@@ -122,22 +143,25 @@ class StageGate:
             instruction_BE: Encoding of each row's instruction, (B, E); a row of zeros, or None: no instruction.
         """
         *_, instructions, radii = self._prepared(features_BF.device)
-        distances = self.distances(features_BF, lengths_B.clamp_min(1))
-        scores = -distances / (2 * self.temperature)
+        state = self._state(features_BF, lengths_B)
+        has_text = (lengths_B > 0).unsqueeze(1)
+        scores = state * has_text
+        edge = -radii / (2 * self.temperature) * has_text
+        if instruction_BE is not None:
+            given = instruction_BE.abs().amax(dim=1, keepdim=True) > 0
+            cosine = F.normalize(instruction_BE.float(), dim=1) @ instructions.T
+            scores = scores + cosine * given / self.prior_temperature
+            edge = edge + self.abstain_cosine * given / self.prior_temperature
+        scores = scores.masked_fill(scores <= edge, -torch.inf)
+        abstain = torch.full_like(scores[:, :1], torch.finfo(scores.dtype).min)
+        return torch.cat([abstain, scores], dim=1)
+
+    def _state(self, features_BF: Tensor, lengths_B: Tensor) -> Tensor:
+        """Return the state's part of each stage's logit, (B, S)."""
+        scores = -self.distances(features_BF, lengths_B) / (2 * self.temperature)
         owner = self._owner().to(scores.device)
-        state = torch.stack(
-            [scores[:, owner == i].logsumexp(dim=1) - (owner == i).sum().log() for i in range(len(self.stages))], dim=1
-        )
-        edge = -radii / (2 * self.temperature)
-        # Abstaining wins just where the row lies outside of every stage's radius.
-        away = state.amax(dim=1, keepdim=True) + (edge - state).amin(dim=1, keepdim=True)
-        both = torch.cat([away, state], dim=1) * (lengths_B > 0).unsqueeze(1)
-        if instruction_BE is None:
-            return both
-        given = instruction_BE.abs().amax(dim=1, keepdim=True) > 0
-        cosine = F.normalize(instruction_BE.float(), dim=1) @ instructions.T
-        unrelated = torch.full_like(cosine[:, :1], self.abstain_cosine)
-        return both + torch.cat([unrelated, cosine], dim=1) * given / self.prior_temperature
+        places = [owner == index for index in range(len(self.stages))]
+        return torch.stack([scores[:, own].logsumexp(dim=1) - own.sum().log() for own in places], dim=1)
 
     def choose(self, features_BF: Tensor, lengths_B: Tensor, instruction_BE: Tensor | None = None) -> Tensor:
         """Return the index of each row's stage, (B,), ``ABSTAIN`` for none; see ``logits``."""
@@ -173,6 +197,13 @@ class StageGate:
         return self._ready[1:]
 
     # -- on disk ------------------------------------------------------------------------------------------------------
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The arguments that the gate was made with."""
+        names = ("temperature", "prior_temperature", "abstain_cosine", "length_scale", "shrinkage")
+        sizes = {"num_features": len(self.scatter_FF), "instruction_dim": self.instruction_dim}
+        return sizes | {name: getattr(self, name) for name in names}
 
     @property
     def num_numbers(self) -> int:

@@ -47,6 +47,7 @@ class GrowingBank:
     Attributes:
         in_use: Adapters that every row uses, in training say; None where the gate decides.
         chosen_B: Index of the stage that the gate chose for each row of the last pass; ``gate.ABSTAIN`` for none.
+        reads: What the gate reads of a row, as a bank's folder says (``bank_folder``); empty in a run.
         factors: Of each slice, the layers whose B is kept as a product of two, (d_out, k) and (k, r).
     """
 
@@ -55,6 +56,7 @@ class GrowingBank:
         self.in_use: list[str] | None = []
         self.chosen_B: Tensor | None = None
         self.observe: Observer | None = None
+        self.reads: dict[str, Any] = {}
         self.factors: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
         self._seen: tuple[Any, ...] = ()
 
@@ -77,9 +79,9 @@ class GrowingBank:
         if features is None:
             self.chosen_B = None
             return {}
-        given = [id(value) for value in rows.values()]
-        if self.chosen_B is None or given != [id(value) for value in self._seen]:  # generation asks for every token
-            self._seen, self.chosen_B = tuple(rows.values()), self.choose(rows)
+        given = (*self.gate.stages, *rows.values())
+        if self.chosen_B is None or [*map(id, given)] != [*map(id, self._seen)]:  # generation asks for every token
+            self._seen, self.chosen_B = given, self.choose(rows)
         stages = list(self.gate.stages.values())
         found = {
             stages[index].adapters[place] for index in self._chosen for place in range(len(stages[index].adapters))

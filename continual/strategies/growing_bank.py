@@ -323,13 +323,18 @@ def _slice_name(stage: int) -> str:
 
 
 def write_bank(module: ContinualModule, folder: Path, notes: dict[str, Any]) -> None:
-    """Write a bank: bank.json (which stage uses which slices), gate.safetensors and NAME.safetensors for each slice."""
+    """Write a bank: bank.json (which stage uses which slices), gate.safetensors and NAME.safetensors for each slice.
+
+    bank.json also says what the gate reads and how it weighs it, for ``continual.adapters.load_bank``.
+    """
     bank = bank_of(module)
     for name in bank.names:
         save_file({k: v.cpu().contiguous() for k, v in bank.tensors(name).items()}, folder / f"{name}.safetensors")
     save_file({k: v.cpu().contiguous() for k, v in bank.gate.tensors().items()}, folder / "gate.safetensors")
     stages = {name: anchors.adapters for name, anchors in bank.gate.stages.items()}
-    state = {"slices": bank.names, "stages": stages, "notes": notes}
+    inputs = cast(RowInputs, module.row_inputs)
+    reads = {"instruction_encoder": inputs.encode.name, "text_tokens": inputs.text_tokens, "depth": bank.depth}
+    state = {"slices": bank.names, "stages": stages, "notes": notes, "reads": reads, "gate": bank.gate.settings}
     (folder / "bank.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
     module.model.peft_config[_FIRST].save_pretrained(str(folder))  # type: ignore[union-attr]
 

@@ -52,7 +52,7 @@ def test_help_lists_the_subcommands(command: Callable) -> None:
     code, out, _ = command("--help")
     assert code == 0
     assert [
-        name for name in ("fit", "validate", "test", "run-stages") if not re.search(rf"^\s+{name}\s", out, re.M)
+        name for name in ("fit", "validate", "test", "run-stages", "bank") if not re.search(rf"^\s+{name}\s", out, re.M)
     ] == []
 
 

@@ -28,6 +28,11 @@ ADAPTERS: dict[str, dict[str, Any]] = {
         "class_path": "peft.LoraConfig",
         "init_args": {"r": 2, "lora_alpha": 4, "target_modules": ["linear", "head"]},
     },
+    "queryable_regressor": {
+        "class_path": "continual.adapters.QueryableLoraConfig",
+        "init_args": {"r": 2, "num_atoms": 4, "top_k": 2, "num_blocks": 2, "prior_weight": 0.0,
+                      "target_modules": ["linear", "head"]},
+    },
 }  # fmt: skip
 
 WORDS = ["red", "blue", "green", "black", "white"]
@@ -56,7 +61,7 @@ def configure(tmp_path: Path) -> Callable[..., str]:
     """Return a maker of configurations, as YAML: a strategy, an adapter of ``ADAPTERS``, more of ``model``'s keys."""
 
     def make(strategy: str, adapter: str = "lora", num_stages: int = 2, rows: int = 8, **init_args: Any) -> str:
-        regression = adapter == "regressor"
+        regression = adapter.endswith("regressor")
         folder = tmp_path / "tables"
         folder.mkdir(exist_ok=True)
         labels = [["yes", "no"], ["up", "down"], ["left", "right"]]

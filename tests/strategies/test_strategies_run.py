@@ -28,8 +28,12 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "PerTask": {},
     "PerInstructionLookup": {},
     "Joint": {},
+    "GrowingBank": {"instruction_encoder": "backbone", "depth": 0.5, "probe_rows": 4},
 }
-CASES = [(name, adapter) for name in STRATEGIES for adapter in ("lora", "queryable", "regressor")]
+ROUTED_ONLY = {"GrowingBank": ("queryable", "queryable_regressor")}
+CASES = [
+    (name, adapter) for name in STRATEGIES for adapter in ROUTED_ONLY.get(name, ("lora", "queryable", "regressor"))
+]
 LORA_ONLY = [("OLoRA", "queryable"), ("SEQR", "queryable")]
 
 
@@ -81,10 +85,13 @@ def test_killed_run_goes_on_to_the_same_scores(
     resumed.prepare(state)
     resumed.run()
 
-    for table in ("scores", "answers", "gradients"):
+    for table in ("scores", "answers", "gradients", *(["routing"] if "queryable" in adapter else [])):
         assert (whole / f"{table}.parquet").read_bytes() == (cut / f"{table}.parquet").read_bytes(), table
+    files = sorted(path.relative_to(whole) for path in (whole / "adapters" / "stage-03").iterdir())
+    assert [path.name for path in files if path.suffix == ".safetensors"]
+    for file in files:
+        assert (whole / file).read_bytes() == (cut / file).read_bytes(), file
     last = "adapters/stage-03/adapter_model.safetensors"
-    assert (whole / last).read_bytes() == (cut / last).read_bytes()
     facts = json.loads((cut / "manifest.json").read_text())
     assert facts["model"]["strategy"] == strategy
     kept = size_bytes(whole / "strategy")
