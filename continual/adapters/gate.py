@@ -7,10 +7,11 @@ The bank's routing logits have two parts, as the paper's have, and each is ancho
 
 d^2 is the Mahalanobis distance under one covariance that all stages share (linear discriminant analysis with a mixture
 of centroids for each stage); the mean over n tokens varies more the fewer there are, so d^2 is divided by 1 + a / n.
-A stage may have a row if it scores above one at the stage's own edge (its ``radius``) with an unrelated instruction;
-what no stage may have is answered by the backbone as it is. The choice is hard, one stage a row or none, and whether a
-stage may have a row is its own matter: a stage that is not chosen has no part in a row's answer, to the last bit, nor
-has it in the choice, whether it is there or dropped.
+A stage may have a row if it scores above one at the stage's own edge (its ``radius``) with an unrelated instruction,
+and above the ``background``: centroids of what the backbone writes by itself, which is what a row looks like that is no
+task's. What no stage may have is answered by the backbone as it is. The choice is hard, one stage a row or none, and
+whether a stage may have a row is its own matter: a stage that is not chosen has no part in a row's answer, to the last
+bit, nor has it in the choice, whether it is there or dropped.
 
 Centroids, encodings and the covariance are all that is kept: no rows. (Choices throughout: the paper has no stages.)
 
@@ -73,14 +74,19 @@ class StageGate:
         self.temperature, self.prior_temperature = temperature, prior_temperature
         self.abstain_cosine, self.length_scale, self.shrinkage = abstain_cosine, length_scale, shrinkage
         self.stages: dict[str, Anchors] = {}
+        self.background_CF = torch.zeros(0, num_features)
         self.scatter_FF = torch.zeros(num_features, num_features, dtype=torch.float64)
         self.num_rows = 0
         self.instruction_dim = instruction_dim
-        self._ready: tuple[torch.device, Tensor, Tensor, Tensor, Tensor, Tensor] | None = None
+        self._ready: tuple[torch.device, tuple[Tensor, ...]] | None = None
 
     # -- learning -----------------------------------------------------------------------------------------------------
 
-    def add(self, name: str, features_nF: Tensor, lengths_n: Tensor, groups_n: Tensor, instruction_E: Tensor) -> None:
+    def set_background(self, features_nF: Tensor, lengths_n: Tensor, groups_n: Tensor) -> None:
+        """Take up rows that belong to no stage; see ``add``."""
+        self.background_CF = self._centroids(features_nF.double().cpu(), lengths_n.cpu(), groups_n.cpu())
+
+    def add(self, name: str, features_nF: Tensor, lengths_n: Tensor, groups_n: Tensor, instruction_E: Tensor) -> Tensor:
         """Anchor a stage.
 
         Args:
@@ -89,6 +95,9 @@ class StageGate:
             lengths_n: Tokens that each was computed from.
             groups_n: Group of each row, (n,) integers; a centroid is kept for each group.
             instruction_E: Encoding of its instruction; zeros for none.
+
+        Returns:
+            The index of the stage that scores each row highest, (n,), where the row itself was not learnt from.
         """
         features, lengths, groups = features_nF.double().cpu(), lengths_n.cpu(), groups_n.cpu()
         encoding = F.normalize(instruction_E.float().cpu(), dim=0)
@@ -97,18 +106,25 @@ class StageGate:
         num_folds = min(_FOLDS, len(features))
         fold = torch.randperm(len(features), generator=torch.Generator().manual_seed(0)) % num_folds
         before, states = (self.scatter_FF.clone(), self.num_rows), []
+        best = torch.full((len(features),), len(self.stages))
         for index in range(num_folds if num_folds > 1 else 0):
             out = fold == index
             self._learn(name, features[~out], lengths[~out], groups[~out], encoding)
             states.append(self._state(features[out], lengths[out])[:, -1])
+            best[out] = self._scores(features[out], lengths[out], encoding.expand(int(out.sum()), -1))[:, 1:].argmax(1)
             self.scatter_FF, self.num_rows = before[0].clone(), before[1]
         self._learn(name, features, lengths, groups, encoding)
         own = torch.cat(states) if states else self._state(features, lengths)[:, -1]
         self.stages[name].radius = (-2 * self.temperature * own).quantile(0.99).item()
         self._ready = None
+        return best
 
     def _learn(self, name: str, features: Tensor, lengths: Tensor, groups: Tensor, encoding_E: Tensor) -> None:
         """Take up some rows of a stage: its centroids, and their part of the covariance."""
+        self.stages[name] = Anchors(self._centroids(features, lengths, groups), 0.0, encoding_E)
+
+    def _centroids(self, features: Tensor, lengths: Tensor, groups: Tensor) -> Tensor:
+        """Return the rows' centroids, (C, F), and add what they vary by to the covariance."""
         weight = self._spread(lengths).double()
         groups = groups.unique(return_inverse=True)[1]
         share = F.one_hot(groups).double() / weight.unsqueeze(1)
@@ -116,8 +132,8 @@ class StageGate:
         residuals = (features - centroids[groups]) / weight.sqrt().unsqueeze(1)
         self.scatter_FF += residuals.T @ residuals
         self.num_rows += len(features)
-        self.stages[name] = Anchors(centroids.float(), 0.0, encoding_E)
         self._ready = None
+        return centroids.float()
 
     def drop(self, name: str) -> Anchors:
         """Forget a stage's anchors. The covariance, which tells no stages apart, stays: so do the others' choices."""
@@ -127,7 +143,7 @@ class StageGate:
     # -- choosing -----------------------------------------------------------------------------------------------------
 
     def distances(self, features_BF: Tensor, lengths_B: Tensor) -> Tensor:
-        """Return d^2 to every centroid of every stage in turn, (B, sum of C)."""
+        """Return d^2 to every centroid of the background and of every stage in turn, (B, sum of C)."""
         whiten, centre, centroids, _, _ = self._prepared(features_BF.device)
         points = (features_BF.float() - centre) @ whiten
         return torch.cdist(points, centroids).square() / self._spread(lengths_B).unsqueeze(1)
@@ -142,25 +158,37 @@ class StageGate:
             lengths_B: Tokens they were computed from, (B,); 0 for a row without text, whose state then says nothing.
             instruction_BE: Encoding of each row's instruction, (B, E); a row of zeros, or None: no instruction.
         """
-        *_, instructions, radii = self._prepared(features_BF.device)
-        state = self._state(features_BF, lengths_B)
-        has_text = (lengths_B > 0).unsqueeze(1)
-        scores = state * has_text
-        edge = -radii / (2 * self.temperature) * has_text
+        radii = self._prepared(features_BF.device)[-1]
+        background, scores = self._scores(features_BF, lengths_B, instruction_BE).split([1, len(radii)], dim=1)
+        edge = -radii / (2 * self.temperature) * (lengths_B > 0).unsqueeze(1)
         if instruction_BE is not None:
-            given = instruction_BE.abs().amax(dim=1, keepdim=True) > 0
-            cosine = F.normalize(instruction_BE.float(), dim=1) @ instructions.T
-            scores = scores + cosine * given / self.prior_temperature
-            edge = edge + self.abstain_cosine * given / self.prior_temperature
-        scores = scores.masked_fill(scores <= edge, -torch.inf)
-        abstain = torch.full_like(scores[:, :1], torch.finfo(scores.dtype).min)
+            edge = edge + self._unrelated(instruction_BE)
+        scores = scores.masked_fill(scores <= torch.maximum(edge, background), -torch.inf)
+        abstain = torch.full_like(background, torch.finfo(scores.dtype).min)
         return torch.cat([abstain, scores], dim=1)
 
+    def _scores(self, features_BF: Tensor, lengths_B: Tensor, instruction_BE: Tensor | None) -> Tensor:
+        """Return how well the background and each stage go with each row, (B, 1 + S)."""
+        instructions = self._prepared(features_BF.device)[-2]
+        scores = self._state(features_BF, lengths_B) * (lengths_B > 0).unsqueeze(1)
+        if not len(self.background_CF):
+            scores[:, 0] = -torch.inf
+        if instruction_BE is not None:
+            given = instruction_BE.abs().amax(dim=1, keepdim=True) > 0
+            cosine = F.normalize(instruction_BE.float(), dim=1) @ instructions.T * given / self.prior_temperature
+            scores = scores + torch.cat([self._unrelated(instruction_BE), cosine], dim=1)
+        return scores
+
+    def _unrelated(self, instruction_BE: Tensor) -> Tensor:
+        """Return the instruction's part of a logit that it has nothing to do with, (B, 1); 0 where there is none."""
+        given = instruction_BE.abs().amax(dim=1, keepdim=True) > 0
+        return self.abstain_cosine * given / self.prior_temperature
+
     def _state(self, features_BF: Tensor, lengths_B: Tensor) -> Tensor:
-        """Return the state's part of each stage's logit, (B, S)."""
+        """Return the state's part of the background's and of each stage's logit, (B, 1 + S)."""
         scores = -self.distances(features_BF, lengths_B) / (2 * self.temperature)
         owner = self._owner().to(scores.device)
-        places = [owner == index for index in range(len(self.stages))]
+        places = [owner == index for index in range(-1, len(self.stages))]
         return torch.stack([scores[:, own].logsumexp(dim=1) - own.sum().log() for own in places], dim=1)
 
     def choose(self, features_BF: Tensor, lengths_B: Tensor, instruction_BE: Tensor | None = None) -> Tensor:
@@ -174,17 +202,19 @@ class StageGate:
         return 1 + self.length_scale / lengths.clamp_min(1).float()
 
     def _owner(self) -> Tensor:
-        """Return the stage's index of every centroid."""
-        return torch.tensor([i for i, a in enumerate(self.stages.values()) for _ in a.centroids_CF])
+        """Return the stage's index of every centroid; -1 for the background's."""
+        sizes = [len(anchors.centroids_CF) for anchors in self.stages.values()]
+        return torch.arange(-1, len(sizes)).repeat_interleave(torch.tensor([len(self.background_CF), *sizes]))
 
-    def _prepared(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def _prepared(self, device: torch.device) -> tuple[Tensor, ...]:
         """Return the whitening map, the centre, the whitened centroids, the instructions and the radii, on a device."""
         if self._ready is None or self._ready[0] != device:
             covariance = self.scatter_FF / max(1, self.num_rows)
             size = covariance.diagonal().mean().clamp_min(1e-12)
             covariance = (1 - self.shrinkage) * covariance + self.shrinkage * size * torch.eye(len(covariance))
             whiten = torch.linalg.inv(torch.linalg.cholesky(covariance)).T
-            centroids = torch.cat([anchors.centroids_CF for anchors in self.stages.values()]).double()
+            own = [anchors.centroids_CF for anchors in self.stages.values()]
+            centroids = torch.cat([self.background_CF, *own]).double()
             centre = centroids.mean(dim=0)
             parts = (
                 whiten.float(),
@@ -193,8 +223,8 @@ class StageGate:
                 torch.stack([anchors.instruction_E for anchors in self.stages.values()]),
                 torch.tensor([anchors.radius for anchors in self.stages.values()]),
             )
-            self._ready = (device, *(part.to(device) for part in parts))
-        return self._ready[1:]
+            self._ready = (device, tuple(part.to(device) for part in parts))
+        return self._ready[1]
 
     # -- on disk ------------------------------------------------------------------------------------------------------
 
@@ -210,12 +240,13 @@ class StageGate:
         """How many numbers the gate keeps: anchors, and the covariance's half."""
         size = len(self.scatter_FF)
         anchors = sum(a.centroids_CF.numel() + a.instruction_E.numel() + 1 for a in self.stages.values())
-        return anchors + size * (size + 1) // 2
+        return anchors + self.background_CF.numel() + size * (size + 1) // 2
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what is kept, as named tensors; ``restore`` takes them up."""
         rows, columns = torch.tril_indices(*self.scatter_FF.shape)
         kept = {"scatter": self.scatter_FF[rows, columns], "num_rows": torch.tensor(self.num_rows)}
+        kept["background"] = self.background_CF
         for name, anchors in self.stages.items():
             kept[f"{name}|centroids"] = anchors.centroids_CF
             kept[f"{name}|radius"] = torch.tensor(anchors.radius, dtype=torch.float64)
@@ -228,6 +259,7 @@ class StageGate:
         self.scatter_FF[rows, columns] = tensors["scatter"]
         self.scatter_FF[columns, rows] = tensors["scatter"]
         self.num_rows, self._ready = int(tensors["num_rows"]), None
+        self.background_CF = tensors["background"]
         self.stages = {
             name: Anchors(
                 tensors[f"{name}|centroids"], tensors[f"{name}|radius"].item(), tensors[f"{name}|instruction"], own

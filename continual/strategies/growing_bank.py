@@ -65,7 +65,9 @@ class GrowingBank(Strategy):
         reuse_margin: How much lower than the backbone's the loss has to be for it, as a share, at least 0.
         max_reads: Slices that a stage may read besides its own, at least 0.
         prune_tolerance: How much the loss may rise for components to go, as a share, at least 0; 0 keeps them all.
-        probe_rows: Rows of the stage that reading and pruning are decided on, at least 1.
+        probe_rows: Rows of the stage that reuse and pruning are decided on, at least 1.
+        background_rows: Texts that the backbone writes by itself, before the first stage is anchored, for the gate to
+            know what is no task's row by; 0 for none. Text only.
     """
 
     reads_instructions = True
@@ -81,8 +83,10 @@ class GrowingBank(Strategy):
         max_reads: int = 2,
         prune_tolerance: float = 0.01,
         probe_rows: int = 128,
+        background_rows: int = 384,
     ) -> None:
         require_at_least(0, reuse_margin=reuse_margin, max_reads=max_reads, prune_tolerance=prune_tolerance)
+        require_at_least(0, background_rows=background_rows)
         require_at_least(1, text_tokens=text_tokens, clusters=clusters, probe_rows=probe_rows)
         if not 0 < depth <= 1:
             raise ValueError(f"model.strategy.depth must lie in (0, 1], got {depth:g}")
@@ -93,7 +97,7 @@ class GrowingBank(Strategy):
             clusters,
         )
         self.reuse, self.reuse_margin, self.max_reads = reuse, reuse_margin, max_reads
-        self.prune_tolerance, self.probe_rows = prune_tolerance, probe_rows
+        self.prune_tolerance, self.probe_rows, self.background_rows = prune_tolerance, probe_rows, background_rows
         self.notes: dict[str, dict[str, Any]] = {}
 
     # -- before the first stage ---------------------------------------------------------------------------------------
@@ -117,7 +121,8 @@ class GrowingBank(Strategy):
         text = module.backbone.kind == "causal_lm"
         decoder = tuner.model.get_decoder() if text else None
         num_features = decoder.config.hidden_size if text else module.backbone.num_inputs  # type: ignore[attr-defined]
-        depth = max(1, round(self.depth * len(decoder.layers)) - 1) if text else 0  # type: ignore[union-attr]
+        num_layers = len(decoder.layers) if text else 1  # type: ignore[union-attr]
+        depth = min(max(1, round(self.depth * num_layers)), num_layers - 1)
         tuner.growing = Bank(tuner, StageGate(num_features, len(encode(""))), depth)
         tuner.growing.in_use = None
 
@@ -175,6 +180,8 @@ class GrowingBank(Strategy):
         elif self.prune_tolerance:
             kept = self._prune(module, data, name, limit)
         bank.in_use = None
+        if stage == 1 and self.background_rows and module.backbone.kind == "causal_lm":
+            self._set_background(module)
         home, elsewhere = self._anchor(module, data, adapters)
         self.notes[data.name] = {"source": self._source, "kept": kept, "home": home, "elsewhere": elsewhere}
         print(f"  {data.name}: {_told(adapters, self._source, kept, home, elsewhere)}", flush=True)
@@ -239,14 +246,27 @@ class GrowingBank(Strategy):
                 keywords = {key: value.to(module.device) for key, value in inputs(rows[start : start + 64]).items()}
                 parts.append(bank.features({"text_ids": None, "row_features": None} | keywords))
         features, lengths = (torch.cat(part) for part in zip(*parts, strict=True))
-        bank.gate.add(data.name, features, lengths, self._groups(data, rows, features), encoding)
+        best = bank.gate.add(data.name, features, lengths, self._groups(data, rows, features), encoding)
         bank.gate.stages[data.name].adapters = list(adapters)
-        chosen = bank.gate.choose(features, lengths, encoding.to(features).expand(len(rows), -1))
-        names = [*bank.gate.stages, "no stage"]
-        shares = {name: (chosen == i).float().mean().item() for i, name in enumerate(names[:-1])}
-        shares["no stage"] = (chosen < 0).float().mean().item()
+        shares = {name: (best == index).float().mean().item() for index, name in enumerate(bank.gate.stages)}
         home = shares.pop(data.name)
         return home, {name: share for name, share in shares.items() if share}
+
+    @torch.no_grad()
+    def _set_background(self, module: ContinualModule) -> None:
+        """Let the gate know what the backbone writes by itself: what is like that is no task's row."""
+        bank, tokenizer = bank_of(module), cast(Any, module.backbone).tokenizer
+        starts = sorted({tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id} - {None})
+        texts = []
+        devices = [module.device] if module.device.type == "cuda" else []
+        with evaluating(module), bank.using([]), torch.random.fork_rng(devices=devices):
+            torch.manual_seed(0)
+            for start in starts:
+                first = torch.full((self.background_rows // len(starts), 1), start, device=module.device)
+                texts.append(_write(module.model, first, self.text_tokens))
+        ids = torch.cat(texts)
+        features, lengths = bank.features({"text_ids": ids, "row_features": None})
+        bank.gate.set_background(features, lengths, _cluster(features, min(self.clusters, len(ids)), seed=0))
 
     def _groups(self, data: StageData, rows: list[Row], features: Tensor) -> Tensor:
         """Return each row's label, or its cluster where the task has no labels."""
@@ -348,6 +368,17 @@ def read_bank(module: ContinualModule, folder: Path) -> dict[str, Any]:
         bank.restore(name, load_file(folder / f"{name}.safetensors"))
     bank.gate.restore(load_file(folder / "gate.safetensors"), state["stages"])
     return state["notes"]
+
+
+def _write(model: Any, ids_B1: Tensor, num_tokens: int) -> Tensor:
+    """Return what a language model writes after its first tokens, (B, num_tokens), drawn from torch's generator."""
+    ids, cache = ids_B1, None
+    for _ in range(num_tokens):
+        output = model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        probabilities = output.logits[:, -1].float().softmax(dim=-1)
+        ids = torch.cat([ids, torch.multinomial(probabilities, 1)], dim=1)
+    return ids[:, 1:]
 
 
 def _cluster(features: Tensor, num_clusters: int, seed: int, num_rounds: int = 10) -> Tensor:
