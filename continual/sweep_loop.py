@@ -35,6 +35,7 @@ from continual.sweep_plan import BASE_NAME, SWEEP_NAME, Plan, Settings
 
 STATE_NAME = "sweep.json"
 TUNING_NAME = "tuning.json"
+DIVERGED = "the stage is dropped"  # how the line of a loss that is not finite ends
 
 
 class Sweep:
@@ -68,7 +69,7 @@ class Sweep:
         for method, order, seed in self.plan.cells():
             place = _place(method, order, seed)
             if method in self.tuning and self.tuning[method]["choice"] is None:
-                self.outcomes[place] = Outcome(place, f"no tuning cell of {method} has a score")
+                self.outcomes[place] = Outcome(place, _untuned(method, self.tuning[method]["cells"]))
                 continue
             name, stages = f"{method}-{order}-seed{seed}", self.plan.orders[order].stages
             config = self.plan.configuration(name, self.settings[method], stages, seed)
@@ -103,7 +104,11 @@ class Sweep:
         write_json(path, vars(tune) | {"methods": self.tuning})
 
     def _choice(self, method: str, combinations: list[Settings], cells: list[Cell]) -> dict[str, Any]:
-        """Return what tuning.json says of a method: the highest mean final score wins, the first of equal ones."""
+        """Return what tuning.json says of a method: the highest mean final score wins, the first of equal ones.
+
+        There is no choice while a cell has failed for want of memory, say: methods are to be tuned alike. A value that
+        makes the loss diverge has been tried, and lost.
+        """
         assert self.plan.tune is not None
         entries = []
         for cell, settings in zip(cells, combinations, strict=True):
@@ -112,7 +117,8 @@ class Sweep:
             told = {"score": score, "scores": outcome.scores, "error": outcome.error, "seconds": outcome.seconds}
             entries.append({"dir": cell.place, "settings": settings} | told)
         scored = [index for index, entry in enumerate(entries) if entry["score"] is not None]
-        choice = max(scored, key=lambda index: entries[index]["score"], default=None)
+        untried = [entry for entry in entries if entry["error"] and DIVERGED not in entry["error"]]
+        choice = None if untried else max(scored, key=lambda index: entries[index]["score"], default=None)
         chosen = {"settings": None, "score": None} if choice is None else entries[choice]
         return {
             "settings": chosen["settings"],
@@ -190,6 +196,13 @@ def taken_up(plan: Plan, sweep_dir: Path) -> Iterator[None]:
 
 def _differs(path: Path, text: str) -> bool:
     return not path.is_file() or yaml.safe_load(path.read_text(encoding="utf-8")) != yaml.safe_load(text)
+
+
+def _untuned(method: str, entries: list[dict[str, Any]]) -> str:
+    """Return why a method's cells do not run."""
+    if not (failed := sum(DIVERGED not in (entry["error"] or DIVERGED) for entry in entries)):
+        return f"every tuning cell of {method} diverged"
+    return f"{failed} of the {len(entries)} tuning cells of {method} failed: it would not be tuned like the others"
 
 
 def _place(method: str, order: str, seed: int) -> str:

@@ -177,6 +177,7 @@ class GrowingBank(Strategy):
         if self._source and self._loss(module, data, self._source) <= limit:
             adapters, kept = self._source, 0.0
             cast(Any, module.model).delete_adapter(name)
+            bank.train_only(name)  # nothing trains: PEFT makes what is left trainable
         elif self.prune_tolerance:
             kept = self._prune(module, data, name, limit)
         bank.in_use = None

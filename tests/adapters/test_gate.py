@@ -50,6 +50,36 @@ def far_apart(num_stages: int = 3, num_features: int = 5) -> Tensor:
 # -- the state --------------------------------------------------------------------------------------------------------
 
 
+def test_a_row_like_the_background_is_no_stage_s() -> None:
+    """Nearer to the background than to any stage, within a stage's radius or not."""
+    gate = StageGate(5, 4)
+    centres = torch.stack([torch.zeros(5), 8.0 * torch.eye(5)[0]])
+    stage, background = blobs(centres)
+    gate.set_background(background, lengths(background), torch.zeros(len(background)))
+    gate.add("a", stage, lengths(stage), torch.zeros(len(stage)), torch.zeros(4))
+    gate.stages["a"].radius = 1e6
+    fresh_stage, fresh_background = blobs(centres, num_rows=100, seed=1)
+    assert (gate.choose(fresh_background, lengths(fresh_background)) == ABSTAIN).float().mean() > 0.9
+    assert (gate.choose(fresh_stage, lengths(fresh_stage)) == 0).float().mean() > 0.9
+    restored = StageGate(5, 4)
+    restored.restore(gate.tensors(), {"a": ["default"]})
+    assert torch.equal(
+        restored.logits(fresh_stage, lengths(fresh_stage), None), gate.logits(fresh_stage, lengths(fresh_stage), None)
+    )
+
+
+def test_whether_rows_are_told_apart_is_judged_on_rows_left_out() -> None:
+    """Two stages of one kind cannot be told apart, however few rows and many features there are."""
+    gate, size = StageGate(200, 4), 200
+    rows = torch.randn(300, size, generator=torch.Generator().manual_seed(0))
+    none = torch.zeros(4)
+    assert (gate.add("a", rows[:150], lengths(rows[:150]), torch.zeros(150), none) == 0).all()
+    best = gate.add("b", rows[150:], lengths(rows[150:]), torch.zeros(150), none)
+    assert 0.3 < (best == 1).float().mean() < 0.7
+    chosen = gate.choose(rows[150:], lengths(rows[150:]))
+    assert (chosen == 1).float().mean() > 0.8  # what rows learnt by heart would have one believe
+
+
 @settings(deadline=None, max_examples=30)
 @given(st.integers(0, 10_000), st.integers(2, 5), st.integers(2, 6))
 def test_choice_is_the_posterior_argmax_of_a_linear_discriminant(seed: int, num_stages: int, size: int) -> None:

@@ -275,7 +275,7 @@ def test_tuning_chooses_on_held_out_rows_and_never_reads_a_test_row(
     assert every_byte(tmp_path / "out" / "tuning") == before and tuned(tmp_path / "out") == tuning
 
 
-def test_the_first_of_equal_settings_wins_and_a_failed_one_never(planned: Callable, tmp_path: Path) -> None:
+def test_the_first_of_equal_settings_wins_and_a_diverged_one_never(planned: Callable, tmp_path: Path) -> None:
     grid = {"*": {LR: [1, 2, 3, 4]}}
     plan = sweep_plan.load(planned(tune={"stages": ["animals"], "validation_rows": 2, "grid": grid}))
     loop = Sweep(plan, tmp_path, "loky", 1)
@@ -283,9 +283,9 @@ def test_the_first_of_equal_settings_wins_and_a_failed_one_never(planned: Callab
     combinations = plan.tune.combinations("lora")
     group = [Cell(tmp_path, f"tuning/lora/{i}", "", tmp_path) for i in range(4)]
 
-    def choice(*scores: float | None) -> Tree:
+    def choice(*scores: float | None, reason: str = "the loss is nan; the stage is dropped") -> Tree:
         for cell, score in zip(group, scores, strict=True):
-            failed = "died" if score is None else None
+            failed = reason if score is None else None
             loop.outcomes[cell.place] = Outcome(cell.place, failed, 1.0, {} if score is None else {"animals": score})
         return loop._choice("lora", combinations, group)
 
@@ -294,6 +294,8 @@ def test_the_first_of_equal_settings_wins_and_a_failed_one_never(planned: Callab
     assert choice(0.1, 0.7, 0.7, None)["at_edge"] == [] and choice(None, None, None, 0.0)["at_edge"] == [LR]
     nothing = choice(None, None, None, None)
     assert (nothing["choice"], nothing["settings"], nothing["at_edge"]) == (None, None, [])
+    # Out of memory, say: nobody knows what that value would have given.
+    assert choice(0.1, 0.7, 0.7, None, reason="CUDA out of memory")["choice"] is None
 
 
 def test_only_numbers_have_an_edge() -> None:
@@ -309,7 +311,10 @@ def test_a_method_that_cannot_be_tuned_is_not_run(
     code, _, err = command(planned(tune=tune, orders={"o": {"stages": ["animals"]}}), "--out", tmp_path / "out")
     assert code == 1 and cells.calls == ["tuning/routed/00", "tuning/routed/01", "cells/lora/o-seed0"]
     assert statuses(tmp_path / "out") == {"cells/lora/o-seed0": "done", "cells/routed/o-seed0": "failed"}
-    assert "cells/routed/o-seed0: no tuning cell of routed has a score" in err and "tuning/routed/00: stages" in err
+    assert (
+        "cells/routed/o-seed0: 2 of the 2 tuning cells of routed failed: it would not be tuned like" in err
+        and "tuning/routed/00: stages" in err
+    )
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------
