@@ -4,7 +4,7 @@
     inputs = GateInputs(model, tokenizer)
     model.generate(**tokenizer(prompts, return_tensors="pt"), **inputs(texts, instructions))
 
-A bank folder is what ``continual.strategies.growing_bank.write_bank`` writes: a run's adapters/stage-NN and bank, or
+A bank folder is what ``continual.strategies.bank_parts.write_bank`` writes: a run's adapters/stage-NN and bank, or
 what ``python -m continual.cli bank RUN export STAGE`` writes. Without the keywords, the backbone answers as it is.
 """
 

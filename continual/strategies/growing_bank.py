@@ -17,7 +17,6 @@ No row is kept and no task is named when scoring: the gate reads the row's own t
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +24,6 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import lightning as L
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from continual.adapters import QueryableLoraConfig
@@ -35,6 +33,17 @@ from continual.batches import RowInputs
 from continual.errors import ConfigError, RunError, one_line
 from continual.files import whole_folder
 from continual.instructions import InstructionEncoder
+from continual.strategies.bank_parts import (
+    FIRST,
+    add_slice,
+    bank_of,
+    cluster,
+    components,
+    read_bank,
+    slice_name,
+    write_bank,
+    write_freely,
+)
 from continual.strategies.base import Strategy, evaluating, require_at_least
 
 if TYPE_CHECKING:
@@ -42,7 +51,6 @@ if TYPE_CHECKING:
     from continual.module import ContinualModule
     from continual.stage_data import StageData
 
-_FIRST = "default"  # the adapter that a PEFT model starts with
 _APART = 0.8  # share of a stage's own rows that the gate has to send home for the stage to count as told apart
 
 
@@ -130,13 +138,13 @@ class GrowingBank(Strategy):
 
     def begin_stage(self, module: ContinualModule, data: StageData, stage: int) -> None:
         """Add the stage's slice."""
-        if (name := _slice_name(stage)) != _FIRST:
+        if (name := slice_name(stage)) != FIRST:
             add_slice(module, name)
         bank_of(module).train_only(name)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Choose what the new slice takes up, now that the model is on its device."""
-        module, name = cast("ContinualModule", pl_module), _slice_name(self.stage)
+        module, name = cast("ContinualModule", pl_module), slice_name(self.stage)
         bank = bank_of(module)
         self._source = self._like_stage(module) if self.reuse != "none" else []
         if self.reuse == "copy" and self._source:
@@ -171,7 +179,7 @@ class GrowingBank(Strategy):
 
     def end_stage(self, module: ContinualModule, data: StageData, stage: int) -> None:
         """Share or prune the slice, anchor the stage, and let the gate decide from here on."""
-        bank, name = bank_of(module), _slice_name(stage)
+        bank, name = bank_of(module), slice_name(stage)
         limit = self._loss(module, data, self._own(name)) * (1 + self.prune_tolerance) + 1e-3
         adapters, kept = self._own(name), 1.0
         if self._source and self._loss(module, data, self._source) <= limit:
@@ -211,11 +219,7 @@ class GrowingBank(Strategy):
     def _components(
         self, module: ContinualModule, data: StageData, name: str
     ) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-        """Return, of each layer, B's components: left (d_out, r), how much each moves the output (r,), right (r, r).
-
-        With C = E[v v^T] over the stage's tokens, v = S u, and B C^(1/2) = U Sigma W^T: left = U Sigma, right = W^T
-        C^(-1/2), so that B = left right and E|| B v ||^2 = sum of Sigma^2.
-        """
+        """Return B's components in each layer, by how much they move its output on the stage's tokens."""
         bank = bank_of(module)
         moments: dict[nn.Module, Tensor] = {}
 
@@ -226,15 +230,8 @@ class GrowingBank(Strategy):
 
         with bank.observing(observe):
             self._loss(module, data, self._own(name))
-        parts = {}
-        for place, layer in bank.layers(name).items():
-            values, vectors = torch.linalg.eigh(moments[layer].double().cpu())
-            root = values.clamp_min(values.max() * 1e-10 + 1e-30).sqrt()  # a direction never used has no weight
-            weight = layer.queryable_B[name].detach().double().cpu()
-            U, sigma, W = torch.linalg.svd(weight @ vectors @ root.diag() @ vectors.T, full_matrices=False)
-            right = W @ vectors @ (1 / root).diag() @ vectors.T
-            parts[place] = (U * sigma, sigma.square(), right)
-        return parts
+        layers = bank.layers(name).items()
+        return {place: components(layer.queryable_B[name], moments[layer]) for place, layer in layers}
 
     @torch.no_grad()
     def _anchor(self, module: ContinualModule, data: StageData, adapters: list[str]) -> tuple[float, dict[str, float]]:
@@ -264,16 +261,16 @@ class GrowingBank(Strategy):
             torch.manual_seed(0)
             for start in starts:
                 first = torch.full((self.background_rows // len(starts), 1), start, device=module.device)
-                texts.append(_write(module.model, first, self.text_tokens))
+                texts.append(write_freely(module.model, first, self.text_tokens))
         ids = torch.cat(texts)
         features, lengths = bank.features({"text_ids": ids, "row_features": None})
-        bank.gate.set_background(features, lengths, _cluster(features, min(self.clusters, len(ids)), seed=0))
+        bank.gate.set_background(features, lengths, cluster(features, min(self.clusters, len(ids)), seed=0))
 
     def _groups(self, data: StageData, rows: list[Row], features: Tensor) -> Tensor:
         """Return each row's label, or its cluster where the task has no labels."""
         if data.task.labels:
             return torch.tensor([data.task.labels.index(row.source["answer"]) for row in rows])
-        return _cluster(features, min(self.clusters, len(rows)), data.seed)
+        return cluster(features, min(self.clusters, len(rows)), data.seed)
 
     # -- scoring ------------------------------------------------------------------------------------------------------
 
@@ -307,20 +304,6 @@ class GrowingBank(Strategy):
         return bank.gate.num_numbers + max(sum(sizes[n] for n in a.adapters) for a in bank.gate.stages.values())
 
 
-def bank_of(module: ContinualModule) -> Bank:
-    """Return the growing bank of a module that ``GrowingBank.prepare`` has seen."""
-    return cast(Bank, cast(Any, module.tuner).growing)
-
-
-def add_slice(module: ContinualModule, name: str) -> None:
-    """Put another slice, that changes nothing yet, on the tuner."""
-    model: Any = module.model
-    config = type(model.peft_config[_FIRST])(**_fields(model.peft_config[_FIRST]))
-    model.add_adapter(name, config)
-    model.base_model.set_adapter(bank_of(module).names)
-    bank_of(module).train_only(name)
-
-
 def _told(adapters: list[str], source: list[str], kept: float, home: float, elsewhere: dict[str, float]) -> str:
     """Return what a person should know of a stage that is anchored."""
     if adapters == source:
@@ -331,64 +314,3 @@ def _told(adapters: list[str], source: list[str], kept: float, home: float, else
     if home < _APART:
         line += f", and it cannot be told apart from {max(elsewhere, key=lambda name: elsewhere[name])}"
     return line
-
-
-def _fields(config: Any) -> dict[str, Any]:
-    import dataclasses
-
-    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.init}
-
-
-def _slice_name(stage: int) -> str:
-    return _FIRST if stage == 1 else f"stage{stage:02d}"
-
-
-def write_bank(module: ContinualModule, folder: Path, notes: dict[str, Any]) -> None:
-    """Write a bank: bank.json (which stage uses which slices), gate.safetensors and NAME.safetensors for each slice.
-
-    bank.json also says what the gate reads and how it weighs it, for ``continual.adapters.load_bank``.
-    """
-    bank = bank_of(module)
-    for name in bank.names:
-        save_file({k: v.cpu().contiguous() for k, v in bank.tensors(name).items()}, folder / f"{name}.safetensors")
-    save_file({k: v.cpu().contiguous() for k, v in bank.gate.tensors().items()}, folder / "gate.safetensors")
-    stages = {name: anchors.adapters for name, anchors in bank.gate.stages.items()}
-    inputs = cast(RowInputs, module.row_inputs)
-    reads = {"instruction_encoder": inputs.encode.name, "text_tokens": inputs.text_tokens, "depth": bank.depth}
-    state = {"slices": bank.names, "stages": stages, "notes": notes, "reads": reads, "gate": bank.gate.settings}
-    (folder / "bank.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-    module.model.peft_config[_FIRST].save_pretrained(str(folder))  # type: ignore[union-attr]
-
-
-def read_bank(module: ContinualModule, folder: Path) -> dict[str, Any]:
-    """Read what ``write_bank`` wrote, into a module whose bank is empty; return its notes."""
-    bank, state = bank_of(module), json.loads((folder / "bank.json").read_text(encoding="utf-8"))
-    for name in state["slices"]:
-        if name not in bank.names:
-            add_slice(module, name)
-        bank.restore(name, load_file(folder / f"{name}.safetensors"))
-    bank.gate.restore(load_file(folder / "gate.safetensors"), state["stages"])
-    return state["notes"]
-
-
-def _write(model: Any, ids_B1: Tensor, num_tokens: int) -> Tensor:
-    """Return what a language model writes after its first tokens, (B, num_tokens), drawn from torch's generator."""
-    ids, cache = ids_B1, None
-    for _ in range(num_tokens):
-        output = model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
-        probabilities = output.logits[:, -1].float().softmax(dim=-1)
-        ids = torch.cat([ids, torch.multinomial(probabilities, 1)], dim=1)
-    return ids[:, 1:]
-
-
-def _cluster(features: Tensor, num_clusters: int, seed: int, num_rounds: int = 10) -> Tensor:
-    """Return each row's cluster, (n,), by k-means from rows drawn by ``seed``."""
-    points = features.double().cpu()
-    start = torch.randperm(len(points), generator=torch.Generator().manual_seed(seed))[:num_clusters]
-    centres, nearest = points[start], torch.zeros(len(points), dtype=torch.long)
-    for _ in range(num_rounds):
-        nearest = torch.cdist(points, centres).argmin(dim=1)
-        for index in nearest.unique():
-            centres[index] = points[nearest == index].mean(dim=0)
-    return nearest

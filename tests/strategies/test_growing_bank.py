@@ -25,7 +25,7 @@ from continual.errors import ConfigError
 from continual.module import ContinualModule
 from continual.sequence import Sequence
 from continual.strategies import GrowingBank
-from continual.strategies.growing_bank import bank_of
+from continual.strategies.bank_parts import bank_of
 
 BANK: dict[str, Any] = {"instruction_encoder": "backbone", "depth": 0.5, "probe_rows": 8}
 NAMES = ["task0", "task1", "task2"]
