@@ -122,8 +122,8 @@ def load_sweep(directory: str | Path) -> Sweep:
             cells.append(read_cell(directory, entry if isinstance(entry, dict) else {}))
         except RunError as error:
             problems.append(f"sweep.json, cell {number}: {error}")
-    problems += [f"{cell.directory}: {cell.error}" for cell in cells if cell.status == "unreadable"]
-    problems += [f"{cell.directory}: {cell.rows_problem}" for cell in cells if cell.rows_problem]
+    problems += _by_reason({cell.directory: cell.error for cell in cells if cell.status == "unreadable"})
+    problems += _by_reason({cell.directory: cell.rows_problem for cell in cells if cell.rows_problem})
     tuning = _tuning(directory, problems)
     methods = {method: settings or {} for method, settings in methods.items()}
     methods |= {cell.method: {} for cell in cells if cell.method not in methods}
@@ -145,6 +145,14 @@ def _json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise RunError(f"{path}: a JSON object is expected")
     return content
+
+
+def _by_reason(reasons: Mapping[str, str | None]) -> list[str]:
+    """Return a line for each reason, naming the cells that share it."""
+    places: dict[str | None, list[str]] = {}
+    for place, reason in reasons.items():
+        places.setdefault(reason, []).append(place)
+    return [f"{', '.join(named)}: {reason}" for reason, named in places.items()]
 
 
 def _tuning(directory: Path, problems: list[str]) -> dict[str, Any]:

@@ -154,6 +154,19 @@ class SEQR(Strategy):
             handle.remove()
         self._handles = []
 
+    def stored_parameters(self, module: ContinualModule) -> int:
+        """Return the numbers of the library and of the shared A."""
+        library = sum(tensor.numel() for library in self.libraries.values() for tensor in vars(library).values())
+        return library + self._size_A(module)
+
+    def serving_parameters(self, module: ContinualModule) -> int:
+        """Return the numbers that a token is routed by, and those of one stage's B."""
+        sizes = [library.B.numel() // len(library.B) - library.B.numel() for library in self.libraries.values()]
+        return self.stored_parameters(module) + sum(sizes)
+
+    def _size_A(self, module: ContinualModule) -> int:
+        return sum(layer.lora_A[_PAIR].weight.numel() for layer in lora_layers(module).values())
+
     # -- on disk ------------------------------------------------------------------------------------------------------
 
     def write(self, folder: Path) -> None:

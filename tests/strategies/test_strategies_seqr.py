@@ -93,3 +93,17 @@ def test_routed_model_is_the_chosen_stages_own_where_all_tokens_agree(sequence: 
         torch.testing.assert_close(model.eval()(ids).logits, alone(ids).logits)
     strategy.begin_stage(run.module, run.data[0], 3)
     assert all(not layer.lora_B["default"]._forward_hooks for layer in lora_layers(run.module).values())
+
+
+def test_what_is_stored_grows_by_a_stage_s_b_and_what_is_served_by_its_r_factor(
+    sequence: Callable[..., Sequence],
+) -> None:
+    run = sequence("SEQR", num_stages=3)
+    run.run()
+    layers = lora_layers(run.module).values()
+    of_A = sum(layer.lora_A["default"].weight.numel() for layer in layers)
+    of_B = sum(layer.lora_B["default"].weight.numel() for layer in layers)
+    of_R = sum(min(layer.r["default"], layer.out_features) * layer.r["default"] + 2 for layer in layers)
+    stored, served = run.manifest.stored_parameters, run.manifest.serving_parameters
+    assert [stored[str(stage)] for stage in (1, 2, 3)] == [of_A + stage * (of_B + of_R) for stage in (1, 2, 3)]
+    assert [served[str(stage)] for stage in (1, 2, 3)] == [of_A + of_B + stage * of_R for stage in (1, 2, 3)]
