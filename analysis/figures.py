@@ -22,6 +22,13 @@ def plates(summary: Summary) -> list[Plate]:
     return [*_scores(summary), *_routes(summary), *_training(summary.run), *_general(summary.run)]
 
 
+def _whose_atoms(run: Run) -> str:
+    """Return what the numbers of a growing bank's atoms mean; nothing for a bank of one size."""
+    if run.model.get("strategy") != "GrowingBank":
+        return ""
+    return f" Atom 0: no stage, the backbone as it is; then each slice's {run.model.get('num_atoms')} atoms, in turn."
+
+
 def _scores(summary: Summary) -> list[Plate]:
     run, scores = summary.run, summary.scores
     why = run.problems.get("scores") or ("" if len(scores) else "nothing is scored yet")
@@ -81,7 +88,7 @@ def _use(run: Run, usage: np.ndarray, none: str) -> list[Plate]:
             "use",
             "Atom usage by task after each stage (Fig. 6)",
             "Share of a task's routing weight that each atom gets, mean over its prompts' tokens and over "
-            f"blocks. {_FRAMED}",
+            f"blocks. {_FRAMED}{_whose_atoms(run)}",
             f"Heat maps of atom usage by stage, one a task; {size}.",
             *unless(none, lambda: plots.atom_usage(tables.usage(usage, names))),
         ),
