@@ -260,7 +260,7 @@ class GrowingBank(Strategy):
         with evaluating(module), bank.using([]), torch.random.fork_rng(devices=devices):
             torch.manual_seed(0)
             for start in starts:
-                first = torch.full((self.background_rows // len(starts), 1), start, device=module.device)
+                first = torch.full((-(-self.background_rows // len(starts)), 1), start, device=module.device)
                 texts.append(write_freely(module.model, first, self.text_tokens))
         ids = torch.cat(texts)
         features, lengths = bank.features({"text_ids": ids, "row_features": None})
