@@ -78,9 +78,11 @@ def _difference(
     weights: Array,
     counts: dict[str, tuple[NDArray[np.int64], Array]],
 ) -> tuple[float, float, float] | None:
-    """Return the mean difference and its interval; None where no pair has it."""
+    """Return the mean difference and its interval; None where a pair lacks it."""
     rows, drawn, ones = [], [], []
     for task in tasks:
+        if not any(task in own.rows for own, _ in pairs):  # a task of other orders, perhaps without rows at all
+            continue
         if task not in counts:
             counts[task] = _drawn_rows(sweep, task)
         every, count = counts[task]

@@ -77,7 +77,9 @@ class GeneralRecorder(L.Callback):
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure, while the model is still on its device."""
+        module: ContinualModule = pl_module  # type: ignore[assignment]
+        module.strategy.begin_untasked(module)
         with torch.inference_mode():
-            value, count = log_likelihood(pl_module, self._encoded)  # type: ignore[arg-type]
+            value, count = log_likelihood(module, self._encoded)
         measured = {"metric": "log_likelihood_nats", "direction": "higher", "value": value, "count": count}
         self.rows = [self.keys | {"task": "general"} | measured]

@@ -102,9 +102,9 @@ class StageData(L.LightningDataModule):
         return wordings + [TRAINING] * (num_rows - num_trained)
 
     def worded(self, wording: Wording) -> StageData:
-        """Return the same data with its test rows in other words."""
-        other = copy.copy(self)
-        other._encoded = self._encoded | {"test": self._encode("test", wording)}
+        """Return the same data with the rows that it is scored on in other words."""
+        other, split = copy.copy(self), "test" if self.score_rows == "test" else "train"
+        other._encoded = self._encoded | {split: self._encode(split, wording)}
         return other
 
     def opening_tokens(self, wording: Wording) -> int:

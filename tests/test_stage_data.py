@@ -21,6 +21,7 @@ from continual.errors import ConfigError
 from continual.module import ContinualModule
 from continual.stage_data import StageData
 from continual.strategies import Sequential
+from continual.wordings import Wording
 from tasks import Task
 from tasks.base import Split, text_rows
 
@@ -352,6 +353,14 @@ def test_held_out_rows_can_be_scored_in_the_place_of_test_rows() -> None:
     assert (data.facts()["test_rows"], data.facts()["trained_rows"]) == (3, 7)
     tested = prepared(MemoryTask(text(10), text(4)), validation_rows=3)
     assert sorted(sources(tested.test_dataloader())) == [0, 1, 2, 3]
+
+
+def test_held_out_rows_are_put_into_other_words_too() -> None:
+    data = prepared(MemoryTask(text(10), text(4)), validation_rows=3, score_rows="held_out")
+    other = data.worded(Wording("other", "Say something else entirely."))
+    assert sorted(sources(other.test_dataloader())) == [7, 8, 9] and list(other._encoded) == ["train"]
+    before, after = ([row.prompt_ids for row in each.held_out_rows] for each in (data, other))
+    assert all(own != new for own, new in zip(before, after, strict=True))
 
 
 def test_held_out_rows_are_not_scored_where_none_are_held_out() -> None:

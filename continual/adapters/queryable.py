@@ -152,6 +152,11 @@ class QueryableLoraModel(RoutedTuner):
         self._record(states)
         return args, kwargs
 
+    @property
+    def carries_routes(self) -> bool:
+        """Whether a pass's routing state travels as a keyword of the decoder layers."""
+        return self._has_carriers
+
     # -- instructions -------------------------------------------------------------------------------------------------
 
     def encode_instruction(self, ids_BL: Tensor) -> Tensor:

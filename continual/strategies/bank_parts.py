@@ -39,6 +39,9 @@ def add_slice(module: ContinualModule, name: str) -> None:
         **{field.name: getattr(first, field.name) for field in dataclasses.fields(first) if field.init}
     )
     model.add_adapter(name, config)
+    if config.uses_prior:  # fixed before the first stage and for good: a new slice starts without one
+        banks = model.base_model.queryable_bank
+        banks[name].instruction_reference.copy_(banks[FIRST].instruction_reference)
     model.base_model.set_adapter(bank_of(module).names)
     bank_of(module).train_only(name)
 

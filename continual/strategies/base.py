@@ -89,6 +89,9 @@ class Strategy(L.Callback):
     def end_stage(self, module: ContinualModule, data: StageData, stage: int) -> None:
         """Keep what later stages need of this one."""
 
+    def begin_untasked(self, module: ContinualModule) -> None:
+        """Get ready to score text of no task, after the tasks of a test and before it ends."""
+
     def write(self, folder: Path) -> None:
         """Write into the empty ``folder`` what is kept between stages."""
 

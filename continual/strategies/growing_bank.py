@@ -128,6 +128,11 @@ class GrowingBank(Strategy):
         module.row_inputs = RowInputs(module.backbone, encode, self.text_tokens)
         text = module.backbone.kind == "causal_lm"
         decoder = tuner.model.get_decoder() if text else None
+        if text and not (hasattr(decoder, "layers") and tuner.carries_routes):
+            raise ConfigError(
+                "model.strategy: GrowingBank needs decoder layers that take keywords, as Llama's do, and "
+                f"{type(decoder).__name__} has none"
+            )
         num_features = decoder.config.hidden_size if text else module.backbone.num_inputs  # type: ignore[attr-defined]
         num_layers = len(decoder.layers) if text else 1  # type: ignore[union-attr]
         depth = min(max(1, round(self.depth * num_layers)), num_layers - 1)
@@ -138,6 +143,8 @@ class GrowingBank(Strategy):
 
     def begin_stage(self, module: ContinualModule, data: StageData, stage: int) -> None:
         """Add the stage's slice."""
+        # Known before loaders start workers, which could not read embeddings that lie on a GPU.
+        cast(RowInputs, module.row_inputs).encode(data.task.instruction)
         if (name := slice_name(stage)) != FIRST:
             add_slice(module, name)
         bank_of(module).train_only(name)
@@ -260,7 +267,7 @@ class GrowingBank(Strategy):
         with evaluating(module), bank.using([]), torch.random.fork_rng(devices=devices):
             torch.manual_seed(0)
             for start in starts:
-                first = torch.full((self.background_rows // len(starts), 1), start, device=module.device)
+                first = torch.full((-(-self.background_rows // len(starts)), 1), start, device=module.device)
                 texts.append(write_freely(module.model, first, self.text_tokens))
         ids = torch.cat(texts)
         features, lengths = bank.features({"text_ids": ids, "row_features": None})

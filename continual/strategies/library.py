@@ -69,14 +69,19 @@ class AdapterLibrary(Strategy):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Put in the adapter that answers this batch."""
-        if self.stage:
+        if self.adapters:  # by what is kept, not by the stage: a finished run that is scored again is in none
             module: ContinualModule = pl_module  # type: ignore[assignment]
             self.put_in(module, self.choose(module, module.scored[dataloader_idx], batch))
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Put the stage's own adapter back, which is what the stage's folder holds."""
-        if self.stage:
+        if self.adapters:
             self.put_in(pl_module, len(self.adapters) - 1)  # type: ignore[arg-type]
+
+    def begin_untasked(self, module: ContinualModule) -> None:
+        """Let the bare backbone answer: text of no task has no adapter, nor an instruction to find one by."""
+        if self.adapters:
+            self.put_in(module, None)
 
     def put_in(self, module: ContinualModule, index: int | None) -> None:
         """Answer by the adapter ``index`` from here on, or by the bare backbone for None."""

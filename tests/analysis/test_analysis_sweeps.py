@@ -143,6 +143,20 @@ def test_orders_of_other_stages_compare_task_by_task(tmp_path: Path) -> None:
     assert found.loc[("all", "average_accuracy"), "difference"] == pytest.approx(0.2)
 
 
+def test_a_task_whose_answers_no_cell_has_hinders_no_other(tmp_path: Path) -> None:
+    cells = []
+    for method, score in (("base", 0.5), ("m", 0.7)):
+        for order, stages in (("one", ["a", "b"]), ("two", ["c", "d"])):
+            cells.append(files.place(method, order, 0))
+            values = earned([0, 0], [score, 0], [score, score])
+            files.write_cell(tmp_path / cells[-1]["dir"], stages, values)
+            if order == "two":
+                (tmp_path / cells[-1]["dir"] / "answers.parquet").unlink()
+    found = paired_differences(load_sweep(files.write_sweep(tmp_path, cells)), "base")
+    found = found.set_index(["tasks", "measure"])
+    assert found.loc[("all", "average_accuracy"), "difference"] == pytest.approx(0.2)
+
+
 def test_headline_tasks_by_hand(tmp_path: Path) -> None:
     """per_task is the bound where there is one, else the best just-trained score; 0.30 does not beat 0.28 by 0.05."""
     cells = {

@@ -281,6 +281,8 @@ def test_the_first_of_equal_settings_wins_and_a_diverged_one_never(planned: Call
     loop = Sweep(plan, tmp_path, "loky", 1)
     assert plan.tune is not None
     combinations = plan.tune.combinations("lora")
+    beside = yaml.safe_load(plan.tuning_configuration("lora", combinations[0]))
+    assert (beside["bounds"], beside["wordings"], beside["general_ability"]) == ([], None, False)
     group = [Cell(tmp_path, f"tuning/lora/{i}", "", tmp_path) for i in range(4)]
 
     def choice(*scores: float | None, reason: str = "the loss is nan; the stage is dropped") -> Tree:

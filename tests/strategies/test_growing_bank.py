@@ -25,7 +25,7 @@ from continual.errors import ConfigError
 from continual.module import ContinualModule
 from continual.sequence import Sequence
 from continual.strategies import GrowingBank
-from continual.strategies.bank_parts import bank_of
+from continual.strategies.bank_parts import add_slice, bank_of
 
 BANK: dict[str, Any] = {"instruction_encoder": "backbone", "depth": 0.5, "probe_rows": 8}
 NAMES = ["task0", "task1", "task2"]
@@ -280,6 +280,14 @@ def test_a_stage_trains_its_own_slice_and_no_other(sequence: Callable[..., Seque
     assert any(
         tensor.abs().max() > 0 for name, tensor in load_file(folders[0] / "default.safetensors").items() if "|B" in name
     )
+
+
+def test_a_new_slice_centres_instructions_as_the_first_does(sequence: Callable[..., Sequence]) -> None:
+    module = sequence("GrowingBank", "queryable", **BANK).module
+    add_slice(module, "stage02")
+    banks: Any = module.model.base_model.queryable_bank  # type: ignore[union-attr]
+    first, second = (banks[name].instruction_reference for name in ("default", "stage02"))
+    assert first.any() and torch.equal(first, second)
 
 
 def test_no_training_row_is_kept(sequence: Callable[..., Sequence]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -11,11 +12,12 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from continual import experiment, records
+from continual import experiment, manifest, records
 from continual.errors import RunError
 from continual.sequence import AllTasks, Sequence
 from continual.strategies import Joint, PerInstructionLookup, PerTask
 from continual.strategies.base import adapter_tensors
+from continual.strategies.library import AdapterLibrary
 
 
 def scores_of(run: Sequence, stage: int) -> dict[str, float]:
@@ -116,6 +118,37 @@ def test_lookup_takes_the_instruction_and_not_the_task(sequence: Callable[..., S
     strategy.put_in(module, 0)
     alone = experiment_answers(run, second)
     assert with_wrong == alone
+
+
+@pytest.mark.parametrize("strategy", ["PerTask", "PerInstructionLookup"])
+def test_a_finished_run_scored_again_answers_as_it_did(
+    strategy: str, configure: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = yaml.safe_dump(yaml.safe_load(configure(strategy)) | {"general_ability": True})
+    run = Sequence(experiment.parse(text, "again"), tmp_path / "run")
+    run.prepare()
+    run.run()
+    general = records.read(run.run_dir, "general")["value"]
+    assert general.tolist() == [general[0]] * 3  # text of no task: the bare backbone's, whichever task came last
+    state, text = manifest.read(run.run_dir)
+    again = Sequence(experiment.parse(text, "again"), run.run_dir)
+    again.prepare(state)
+    again._see_labels(2)
+    again.scores.start(again._keys(2), again.data)
+    library, chosen = again.module.strategy, set[int | None]()
+    assert isinstance(library, AdapterLibrary)
+    put_in = library.put_in
+    monkeypatch.setattr(library, "put_in", lambda module, index: (chosen.add(index), put_in(module, index)))
+    trainer = again.experiment.make_trainer(None, run.run_dir, [again.scores, library])
+    trainer.test(again.module, datamodule=AllTasks(again.data), verbose=False)
+    assert chosen == {0, 1}
+    assert [row["value"] for row in again.scores.rows] == [row["value"] for row in run.scores.rows]
+    assert [row["prediction"] for row in again.scores.answers] == [row["prediction"] for row in run.scores.answers]
+    folder = run.run_dir / "adapters" / "stage-02" / "adapter_model.safetensors"
+    last = adapter_tensors(again.module)
+    assert all(
+        torch.equal(last[name.replace(".weight", ".default.weight")], t) for name, t in load_file(folder).items()
+    )
 
 
 def experiment_answers(run: Sequence, data: Any) -> list[str]:
