@@ -9,6 +9,10 @@ class RunError(RuntimeError):
     """Something failed while a run was under way: one line naming what and where. The command exits with 1."""
 
 
+DIVERGED = "the loss is not finite"
+"""Stands in the line of a RunError whose stage could not be trained with these settings, on any machine."""
+
+
 def one_line(error: BaseException, limit: int | None = None) -> str:
     """Return an error's message on one line, cut to ``limit`` characters; its class where it has no message."""
     text = " ".join(str(error).split()) or type(error).__name__

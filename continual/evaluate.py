@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from continual.adapters import RoutedTuner
-from continual.adapters.carrier import INSTRUCTION_KEYWORDS
+from continual.adapters.carrier import ROUTING_KEYWORDS
 from continual.batches import Candidates
 from tasks import Task
 
@@ -90,7 +90,7 @@ def label_log_likelihoods(model: Any, forward: dict[str, Tensor], candidates: Ca
         candidates: The labels.
     """
     ids, prompt_mask, positions = (forward[name] for name in ("input_ids", "attention_mask", "position_ids"))
-    rest = {name: value for name, value in forward.items() if name in INSTRUCTION_KEYWORDS}
+    rest = {name: value for name, value in forward.items() if name in ROUTING_KEYWORDS}
     device, num_rows = ids.device, len(ids)
     label_ids, segment, offset = (t.to(device) for t in (candidates.ids_L, candidates.segment_L, candidates.offset_L))
     num_label = len(label_ids)

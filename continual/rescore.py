@@ -29,7 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _work(argv: Sequence[str]) -> Path:
-    parser = OneLineParser(prog="python -m continual.rescore", description=str(__doc__).splitlines()[0])
+    parser = OneLineParser(
+        prog="python -m continual.rescore", description=str(__doc__).splitlines()[0], allow_abbrev=False
+    )
     parser.add_argument("run", type=Path, metavar="RUN", help="the directory of a finished run")
     parser.add_argument("--wordings", metavar="FILE", help="JSON file of paraphrases, by task name")
     parser.add_argument("--key", help="the name in FILE whose paraphrases are every task's")
@@ -39,6 +41,8 @@ def _work(argv: Sequence[str]) -> Path:
     for name, what in (("none", "with no instruction"), ("wrong", "with another task's instruction")):
         parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=True, help=f"score {what}")
     arguments = parser.parse_args(argv)
+    if not (arguments.wordings or arguments.none or arguments.wrong):
+        parser.error("nothing to score: give --wordings FILE, or leave --no-none or --no-wrong away")
     state, text = manifest.read(arguments.run)
     if not state.complete:
         raise ConfigError(

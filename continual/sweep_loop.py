@@ -28,14 +28,13 @@ from typing import Any
 import yaml
 
 from continual import manifest
-from continual.errors import ConfigError
+from continual.errors import DIVERGED, ConfigError
 from continual.files import whole_folder, write_json
 from continual.sweep_cells import Cell, Engine, Outcome, outcome_of, run_cells, visible_devices
 from continual.sweep_plan import BASE_NAME, SWEEP_NAME, Plan, Settings
 
 STATE_NAME = "sweep.json"
 TUNING_NAME = "tuning.json"
-DIVERGED = "the stage is dropped"  # how the line of a loss that is not finite ends
 
 
 class Sweep:
@@ -86,7 +85,7 @@ class Sweep:
         if tune is None:
             return
         before = json.loads(path.read_text(encoding="utf-8"))["methods"] if path.exists() else {}
-        settled = {method: entry for method, entry in before.items() if entry["choice"] is not None}
+        settled = {method: entry for method, entry in before.items() if not _untried(entry["cells"])}
         combinations = {method: tune.combinations(method) for method in self.plan.methods if tune.values(method)}
         cells: dict[str, list[Cell]] = {}
         for method, settings in combinations.items():
@@ -117,8 +116,7 @@ class Sweep:
             told = {"score": score, "scores": outcome.scores, "error": outcome.error, "seconds": outcome.seconds}
             entries.append({"dir": cell.place, "settings": settings} | told)
         scored = [index for index, entry in enumerate(entries) if entry["score"] is not None]
-        untried = [entry for entry in entries if entry["error"] and DIVERGED not in entry["error"]]
-        choice = None if untried else max(scored, key=lambda index: entries[index]["score"], default=None)
+        choice = None if _untried(entries) else max(scored, key=lambda index: entries[index]["score"], default=None)
         chosen = {"settings": None, "score": None} if choice is None else entries[choice]
         return {
             "settings": chosen["settings"],
@@ -198,11 +196,16 @@ def _differs(path: Path, text: str) -> bool:
     return not path.is_file() or yaml.safe_load(path.read_text(encoding="utf-8")) != yaml.safe_load(text)
 
 
+def _untried(entries: list[dict[str, Any]]) -> int:
+    """Return how many tuning cells failed for a reason of their own, and would have to run again."""
+    return sum(bool(entry["error"]) and DIVERGED not in entry["error"] for entry in entries)
+
+
 def _untuned(method: str, entries: list[dict[str, Any]]) -> str:
     """Return why a method's cells do not run."""
-    if not (failed := sum(DIVERGED not in (entry["error"] or DIVERGED) for entry in entries)):
-        return f"every tuning cell of {method} diverged"
-    return f"{failed} of the {len(entries)} tuning cells of {method} failed: it would not be tuned like the others"
+    if failed := _untried(entries):
+        return f"{failed} of the {len(entries)} tuning cells of {method} failed: it would not be tuned like the others"
+    return f"every tuning cell of {method} diverged"
 
 
 def _place(method: str, order: str, seed: int) -> str:

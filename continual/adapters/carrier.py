@@ -17,7 +17,8 @@ from torch import nn
 from continual.adapters.layer import QueryableLinear
 from continual.adapters.router import RoutingState
 
-INSTRUCTION_KEYWORDS = ("instruction_ids", "instruction_encoding", "text_ids", "row_features", "gate_instruction")
+ROUTING_KEYWORDS = ("instruction_ids", "instruction_encoding", "text_ids", "row_features", "gate_instruction")
+"""What routes are decided by, as keywords of the model that an adapter is put into."""
 
 
 class RouteCarrier:
@@ -73,7 +74,7 @@ def _prepare_inputs_for_generation(
 ) -> dict[str, Any]:
     inputs = type(self).prepare_inputs_for_generation(self, *args, **kwargs)
     values = (instruction_ids, instruction_encoding, text_ids, row_features, gate_instruction)
-    given = zip(INSTRUCTION_KEYWORDS, values, strict=True)
+    given = zip(ROUTING_KEYWORDS, values, strict=True)
     return inputs | {name: value for name, value in given if value is not None}
 
 

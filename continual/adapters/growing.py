@@ -199,15 +199,18 @@ class GrowingBank:
 
     @torch.no_grad()
     def factor(self, name: str, factors: dict[str, tuple[Tensor, Tensor]]) -> None:
-        """Put B = left right, (d_out, k) and (k, r), in the place of some layers' B of a slice, and keep it so.
+        """Put B = left right, (d_out, k) and (k, r), in the place of some layers' B of a slice.
 
-        The product is always taken on the CPU: read back, the slice is the same to the last bit.
+        The factors are what is kept, where they are fewer numbers than B. Their product is always taken on the CPU:
+        read back, the slice is the same to the last bit.
         """
-        kept = {place: (left.float().cpu(), right.float().cpu()) for place, (left, right) in factors.items()}
-        self.factors.setdefault(name, {}).update(kept)
-        layers = self.layers(name)
-        for place, (left, right) in kept.items():
+        layers, kept = self.layers(name), self.factors.setdefault(name, {})
+        for place, (left, right) in factors.items():
+            left, right = left.float().cpu(), right.float().cpu()
             layers[place].queryable_B[name].copy_(left @ right)
+            kept.pop(place, None)
+            if left.numel() + right.numel() < layers[place].queryable_B[name].numel():
+                kept[place] = (left, right)
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """Return what has to be kept of a slice: atoms, router, its A where it is trained, and B or its factors."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from continual.adapters.layer import layer_of as layer_of_module
-from continual.errors import RunError
+from continual.errors import DIVERGED, RunError
 
 
 def layer_of(parameter_name: str) -> str:
@@ -90,7 +90,7 @@ class GradientRecorder(L.Callback):
         for step, epoch, loss, norms in self._pending:
             value = loss.item()
             if not math.isfinite(value):
-                raise RunError(f"stage {self.keys['task']!r}, step {step}: the loss is {value}; the stage is dropped")
+                raise RunError(f"stage {self.keys['task']!r}, step {step}: {DIVERGED} ({value}); the stage is dropped")
             self._add(step, epoch, "train_loss", "", value, 1, "lower")
             # On the CPU: a GPU adds up in an order that changes from run to run.
             squares = torch.zeros(len(self._layers), dtype=torch.float64)

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from continual.adapters.bank_folder import GATE_NAME, STATE_NAME, read_state
 from continual.adapters.growing import GrowingBank
 from continual.batches import RowInputs
 
@@ -54,23 +55,23 @@ def write_bank(module: ContinualModule, folder: Path, notes: dict[str, Any]) -> 
     bank = bank_of(module)
     for name in bank.names:
         save_file({k: v.cpu().contiguous() for k, v in bank.tensors(name).items()}, folder / f"{name}.safetensors")
-    save_file({k: v.cpu().contiguous() for k, v in bank.gate.tensors().items()}, folder / "gate.safetensors")
+    save_file({k: v.cpu().contiguous() for k, v in bank.gate.tensors().items()}, folder / GATE_NAME)
     stages = {name: anchors.adapters for name, anchors in bank.gate.stages.items()}
     inputs = cast(RowInputs, module.row_inputs)
     reads = {"instruction_encoder": inputs.encode.name, "text_tokens": inputs.text_tokens, "depth": bank.depth}
     state = {"slices": bank.names, "stages": stages, "notes": notes, "reads": reads, "gate": bank.gate.settings}
-    (folder / "bank.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+    (folder / STATE_NAME).write_text(json.dumps(state, indent=1), encoding="utf-8")
     module.model.peft_config[FIRST].save_pretrained(str(folder))  # type: ignore[union-attr]
 
 
 def read_bank(module: ContinualModule, folder: Path) -> dict[str, Any]:
     """Read what ``write_bank`` wrote, into a module whose bank is empty; return its notes."""
-    bank, state = bank_of(module), json.loads((folder / "bank.json").read_text(encoding="utf-8"))
+    bank, state = bank_of(module), read_state(folder)
     for name in state["slices"]:
         if name not in bank.names:
             add_slice(module, name)
         bank.restore(name, load_file(folder / f"{name}.safetensors"))
-    bank.gate.restore(load_file(folder / "gate.safetensors"), state["stages"])
+    bank.gate.restore(load_file(folder / GATE_NAME), state["stages"])
     return state["notes"]
 
 

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from continual.module import ContinualModule
     from continual.stage_data import StageData
 
+_SLACK = 1e-3  # nats (a regressor: squared error) of the loss that nobody would miss
 _APART = 0.8  # share of a stage's own rows that the gate has to send home for the stage to count as told apart
 
 
@@ -66,13 +67,14 @@ class GrowingBank(Strategy):
         instruction_encoder: Encodes instructions for the gate: "backbone", the mean of its input embeddings; or a
             sentence encoder's name or folder, which knows other words for the same task.
         text_tokens: Tokens of a row's text that the gate reads, at least 1.
-        depth: Share of the backbone's layers that compute the gate's features, in (0, 1].
+        depth: Share of the backbone's layers that compute the gate's features, in (0, 1]; all but the last at most.
         clusters: Centroids of a stage without labels, at least 1.
         reuse: What a new slice takes from a like stage's: it starts as its "copy", it learns what is left of it as it
             "read"s it, or nothing, "none".
         reuse_margin: How much lower than the backbone's the loss has to be for it, as a share, at least 0.
         max_reads: Slices that a stage may read besides its own, at least 0.
-        prune_tolerance: How much the loss may rise for components to go, as a share, at least 0; 0 keeps them all.
+        prune_tolerance: How much the loss may rise for components to go, or for a stage to share a slice, as a share, at
+            least 0, beside 0.001; 0 keeps all components.
         probe_rows: Rows of the stage that reuse and pruning are decided on, at least 1.
         background_rows: Texts that the backbone writes by itself, before the first stage is anchored, for the gate to
             know what is no task's row by; 0 for none. Text only.
@@ -187,7 +189,7 @@ class GrowingBank(Strategy):
     def end_stage(self, module: ContinualModule, data: StageData, stage: int) -> None:
         """Share or prune the slice, anchor the stage, and let the gate decide from here on."""
         bank, name = bank_of(module), slice_name(stage)
-        limit = self._loss(module, data, self._own(name)) * (1 + self.prune_tolerance) + 1e-3
+        limit = self._loss(module, data, self._own(name)) * (1 + self.prune_tolerance) + _SLACK
         adapters, kept = self._own(name), 1.0
         if self._source and self._loss(module, data, self._source) <= limit:
             adapters, kept = self._source, 0.0

@@ -151,7 +151,9 @@ def test_a_loss_that_is_no_number_names_stage_and_step(bad: float, make_module, 
     module.loss = lambda *given: (calls.append(1), loss(*given) * (bad if len(calls) == 3 else 1))[1]
     recorder = GradientRecorder()
     recorder.start(KEYS)
-    with pytest.raises(RunError, match=rf"^stage 'one', step 3: the loss is {bad}; the stage is dropped$"):
+    with pytest.raises(
+        RunError, match=rf"^stage 'one', step 3: the loss is not finite \({bad}\); the stage is dropped$"
+    ):
         make_trainer(recorder, max_epochs=1).fit(module, datamodule=data)
     assert len(calls) == 3
     assert [row["step"] for row in recorder.rows if row["metric"] == "train_loss"] == [1, 2]
@@ -191,7 +193,7 @@ def test_on_a_gpu_losses_wait_and_the_first_bad_one_is_named(bad_step: int | Non
     if bad_step is None:
         train()
     else:
-        with pytest.raises(RunError, match=rf"^stage 'one', step {bad_step}: the loss is nan"):
+        with pytest.raises(RunError, match=rf"^stage 'one', step {bad_step}: the loss is not finite \(nan\)"):
             train()
     losses = [row["value"] for row in recorder.rows if row["metric"] == "train_loss"]
     assert losses == [float(step) for step in range(1, bad_step or 22)]

@@ -20,6 +20,7 @@ import pytest
 import yaml
 
 from continual import records, run, sweep, sweep_cells, sweep_plan
+from continual.errors import DIVERGED
 from continual.sweep_cells import Cell, Outcome
 from continual.sweep_loop import Sweep, _at_edge
 
@@ -285,7 +286,7 @@ def test_the_first_of_equal_settings_wins_and_a_diverged_one_never(planned: Call
     assert (beside["bounds"], beside["wordings"], beside["general_ability"]) == ([], None, False)
     group = [Cell(tmp_path, f"tuning/lora/{i}", "", tmp_path) for i in range(4)]
 
-    def choice(*scores: float | None, reason: str = "the loss is nan; the stage is dropped") -> Tree:
+    def choice(*scores: float | None, reason: str = f"stage 'a', step 3: {DIVERGED} (nan)") -> Tree:
         for cell, score in zip(group, scores, strict=True):
             failed = reason if score is None else None
             loop.outcomes[cell.place] = Outcome(cell.place, failed, 1.0, {} if score is None else {"animals": score})
