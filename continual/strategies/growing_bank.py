@@ -73,8 +73,8 @@ class GrowingBank(Strategy):
             "read"s it, or nothing, "none".
         reuse_margin: How much lower than the backbone's the loss has to be for it, as a share, at least 0.
         max_reads: Slices that a stage may read besides its own, at least 0.
-        prune_tolerance: How much the loss may rise for components to go, or for a stage to share a slice, as a share, at
-            least 0, beside 0.001; 0 keeps all components.
+        prune_tolerance: How much the loss may rise for components to go, or for a stage to share a slice, as a share,
+            at least 0, beside 0.001; 0 keeps all components.
         probe_rows: Rows of the stage that reuse and pruning are decided on, at least 1.
         background_rows: Texts that the backbone writes by itself, before the first stage is anchored, for the gate to
             know what is no task's row by; 0 for none. Text only.
