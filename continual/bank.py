@@ -23,12 +23,13 @@ from typing import Any
 
 from continual import manifest
 from continual.errors import ConfigError
-from continual.files import whole_folder
+from continual.files import whole_folder, write_json
 from continual.manifest import Manifest
 from continual.run import OneLineParser
 
 PROGRAM = "python -m continual.cli bank"
 _CONFIG = "adapter_config.json"
+STATE_NAME, GATE_NAME = "bank.json", "gate.safetensors"  # as in adapters.bank_folder, which it takes torch to import
 
 
 def main(argv: Sequence[str]) -> Path:
@@ -45,13 +46,19 @@ def main(argv: Sequence[str]) -> Path:
         print(table(folder))
         return folder
     if arguments.command == "score":
-        return score(run_dir, folder, state, text)
+        return _dated(score(run_dir, folder, state, text), state)
     if arguments.command == "rollback":
-        return rollback(run_dir, state, arguments.stage)
+        return _dated(rollback(run_dir, state, arguments.stage), state)
     _require_stage(arguments.stage, list(_read(folder)["stages"]), folder)
     if arguments.command == "export":
         return export(folder, arguments.stage, arguments.out, text)
-    return drop(folder, arguments.stage, run_dir / "bank")
+    return _dated(drop(folder, arguments.stage, run_dir / "bank"), state)
+
+
+def _dated(folder: Path, state: Manifest) -> Path:
+    """Note in a bank folder after which of the run's stages it was made."""
+    write_json(folder / STATE_NAME, _read(folder) | {"after_stage": state.finished_stage})
+    return folder
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -78,14 +85,21 @@ def current(run_dir: Path, state: Manifest) -> Path:
     """Return the folder of the bank that a command starts from.
 
     Raises:
-        ConfigError: No stage is finished, or the run keeps no bank.
+        ConfigError: No stage is finished, the run keeps no bank, or RUN/bank is from before its last stage.
     """
     if state.finished_stage < 1:
         raise ConfigError(f"{run_dir} has no bank yet: its first stage is not finished")
     kept = run_dir / "adapters" / f"stage-{state.finished_stage:02d}"
-    if not (kept / "bank.json").is_file():
+    if not (kept / STATE_NAME).is_file():
         raise ConfigError(f"{run_dir} keeps no growing bank: its strategy is {state.model.get('strategy', 'unknown')}")
-    return run_dir / "bank" if (run_dir / "bank").exists() else kept
+    if not (edited := run_dir / "bank").exists():
+        return kept
+    after = _read(edited).get("after_stage")
+    if after != state.finished_stage:
+        raise ConfigError(
+            f"{edited} was made after stage {after}, and {state.finished_stage} are finished: move it away"
+        )
+    return edited
 
 
 # -- commands ---------------------------------------------------------------------------------------------------------
@@ -193,17 +207,17 @@ def _keep(folder: Path, stages: list[str], out: Path, more: Callable[[Path], Non
     state = _read(folder)
     used = {name for stage in stages for name in state["stages"][stage]}
     gone = {f"{stage}|" for stage in state["stages"] if stage not in stages}
-    gate = load_file(folder / "gate.safetensors")
+    gate = load_file(folder / GATE_NAME)
     with whole_folder(out) as temporary:
         for name in [f"{name}.safetensors" for name in state["slices"] if name in used] + [_CONFIG]:
             shutil.copyfile(folder / name, temporary / name)
         kept = {key: tensor for key, tensor in gate.items() if f"{key.rpartition('|')[0]}|" not in gone}
-        save_file(kept, temporary / "gate.safetensors")
+        save_file(kept, temporary / GATE_NAME)
         cut = {
             key: {stage: state[key][stage] for stage in stages if stage in state[key]} for key in ("stages", "notes")
         }
         new = state | cut | {"slices": [name for name in state["slices"] if name in used]}
-        (temporary / "bank.json").write_text(json.dumps(new, indent=1), encoding="utf-8")
+        (temporary / STATE_NAME).write_text(json.dumps(new, indent=1), encoding="utf-8")
         if more is not None:
             more(temporary)
     return [name for name in state["slices"] if name not in used]

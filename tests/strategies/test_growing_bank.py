@@ -174,6 +174,7 @@ def test_a_slice_that_others_use_stays(bank_run: Callable[..., Sequence], capsys
         (["{single}", "drop", "task0"], ["last stage"]),
         (["{plain}", "list"], ["no growing bank", "Sequential"]),
         (["{early}", "list"], ["no bank yet"]),
+        (["{older}", "list"], ["after stage 1", "2 are finished"]),
     ],
 )
 def test_bad_input_ends_with_2_on_one_line(
@@ -185,6 +186,7 @@ def test_bad_input_ends_with_2_on_one_line(
         ("run", "GrowingBank", 2),
         ("plain", "Sequential", 2),
         ("early", "GrowingBank", 0),
+        ("older", "GrowingBank", 2),
     ):
         made[name] = folder = tmp_path / name
         stages, text = ["task0", "task1"], "seed: 0\n"
@@ -192,6 +194,7 @@ def test_bad_input_ends_with_2_on_one_line(
         manifest.create(folder, text, manifest.Manifest("r", 0, manifest.sha256(text), stages, **fields))
         if strategy == "GrowingBank":
             _write_state(folder / "adapters" / "stage-02", {"task0": ["default"], "task1": ["stage02"]})
+    _write_state(made["older"] / "bank", {"task0": ["default"]}, after_stage=1)
     made["single"] = tmp_path / "single"
     manifest.create(
         made["single"], "a: 1\n", manifest.Manifest("r", 0, manifest.sha256("a: 1\n"), ["task0"], finished_stage=1)
@@ -206,10 +209,10 @@ def test_bad_input_ends_with_2_on_one_line(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def _write_state(folder: Path, stages: dict[str, list[str]]) -> None:
+def _write_state(folder: Path, stages: dict[str, list[str]], **more: Any) -> None:
     folder.mkdir(parents=True)
     state = {"slices": [names[0] for names in stages.values()], "stages": stages, "notes": {}, "reads": {}, "gate": {}}
-    (folder / "bank.json").write_text(json.dumps(state))
+    (folder / "bank.json").write_text(json.dumps(state | more))
 
 
 # -- without a run ----------------------------------------------------------------------------------------------------
