@@ -3,7 +3,7 @@
     python -m continual.sweep sweep.yaml [--out DIR] [--jobs N] [--engine loky|ray] [dotted.key=value ...]
     python -m continual.sweep --resume DIR [--jobs N] [--engine loky|ray]
 
-``sweep_plan`` says what a sweep file holds, ``sweep_loop`` what its directory does. A sweep that was killed goes on
+``sweeps.plan`` says what a sweep file holds, ``sweeps.loop`` what its directory does. A sweep that was killed goes on
 with --resume, or with the same --out again: finished cells are kept, interrupted ones go on after their last stage.
 The last line on standard output is the sweep's directory. Exit status: 0 done; 2 the sweep or an input is wrong and
 nothing was run; 1 cells failed, each named with the reason, and the others are done.
@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, get_args
 
 from continual.errors import ConfigError
 from continual.run import OneLineParser, guarded
-from continual.sweep_cells import Engine, choose_jobs, start_engine
+from continual.sweeps.cells import Engine, choose_jobs, start_engine
 
 if TYPE_CHECKING:
-    from continual.sweep_loop import Sweep
+    from continual.sweeps.loop import Sweep
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,7 +52,7 @@ def _work(argv: Sequence[str], failed: dict[str, str]) -> Path:
     from continual.quiet import quieten
 
     quieten()
-    from continual.sweep_plan import SWEEP_NAME
+    from continual.sweeps.plan import SWEEP_NAME
 
     saved = None if arguments.resume is None else arguments.resume / SWEEP_NAME
     if saved is not None and not saved.is_file():
@@ -74,14 +74,14 @@ def run(
         sweep_dir: The sweep's directory: new, or that of the same sweep.
         overrides: ``dotted.key=value`` changes to the base configuration.
         engine: What joblib spreads the cells with.
-        jobs: Cells at a time; see ``sweep_cells.choose_jobs`` for the default.
+        jobs: Cells at a time; see ``sweeps.cells.choose_jobs`` for the default.
 
     Raises:
         ConfigError: The sweep or an input is wrong; nothing was run.
         RunError: A worker died.
     """
-    from continual import sweep_plan
-    from continual.sweep_loop import Sweep, taken_up
+    from continual.sweeps import plan as sweep_plan
+    from continual.sweeps.loop import Sweep, taken_up
 
     plan = sweep_plan.load(config, overrides)
     start_engine(engine)

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
-from continual import cli, experiment, manifest, records, sweep_plan
+from continual import cli, experiment, manifest, records
+from continual.sweeps import plan as sweep_plan
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
 SWEEPS = [path for path in CONFIGS if "methods" in yaml.safe_load(path.read_text())]

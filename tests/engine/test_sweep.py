@@ -19,10 +19,12 @@ import pandas as pd
 import pytest
 import yaml
 
-from continual import records, run, sweep, sweep_cells, sweep_plan
+from continual import records, run, sweep
 from continual.errors import DIVERGED
-from continual.sweep_cells import Cell, Outcome
-from continual.sweep_loop import Sweep, _at_edge
+from continual.sweeps import cells as sweep_cells
+from continual.sweeps import plan as sweep_plan
+from continual.sweeps.cells import Cell, Outcome
+from continual.sweeps.loop import Sweep, _at_edge
 
 ROOT = Path(__file__).resolve().parents[2]
 Tree = dict[str, Any]

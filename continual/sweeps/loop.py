@@ -30,8 +30,8 @@ import yaml
 from continual import manifest
 from continual.errors import DIVERGED, ConfigError
 from continual.files import whole_folder, write_json
-from continual.sweep_cells import Cell, Engine, Outcome, outcome_of, run_cells, visible_devices
-from continual.sweep_plan import BASE_NAME, SWEEP_NAME, Plan, Settings
+from continual.sweeps.cells import Cell, Engine, Outcome, outcome_of, run_cells, visible_devices
+from continual.sweeps.plan import BASE_NAME, SWEEP_NAME, Plan, Settings
 
 STATE_NAME = "sweep.json"
 TUNING_NAME = "tuning.json"

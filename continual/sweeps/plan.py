@@ -31,8 +31,8 @@ from typing import Any
 import yaml
 
 from continual import experiment
-from continual import sweep_checks as checks
 from continual.errors import ConfigError, one_line
+from continual.sweeps import checks
 
 SWEEP_NAME = "sweep.yaml"
 BASE_NAME = "base.yaml"
