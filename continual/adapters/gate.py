@@ -174,8 +174,8 @@ class StageGate:
         if not len(self.background_CF):
             scores[:, 0] = -torch.inf
         if instruction_BE is not None:
-            given = instruction_BE.abs().amax(dim=1, keepdim=True) > 0
-            cosine = F.normalize(instruction_BE.float(), dim=1) @ instructions.T * given / self.prior_temperature
+            # A row of zeros, no instruction, stays one: its cosines are 0.
+            cosine = F.normalize(instruction_BE.float(), dim=1) @ instructions.T / self.prior_temperature
             scores = scores + torch.cat([self._unrelated(instruction_BE), cosine], dim=1)
         return scores
 

@@ -100,12 +100,8 @@ class GrowingBank(Strategy):
         require_at_least(1, text_tokens=text_tokens, clusters=clusters, probe_rows=probe_rows)
         if not 0 < depth <= 1:
             raise ValueError(f"model.strategy.depth must lie in (0, 1], got {depth:g}")
-        self.instruction_encoder, self.text_tokens, self.depth, self.clusters = (
-            instruction_encoder,
-            text_tokens,
-            depth,
-            clusters,
-        )
+        self.instruction_encoder, self.text_tokens = instruction_encoder, text_tokens
+        self.depth, self.clusters = depth, clusters
         self.reuse, self.reuse_margin, self.max_reads = reuse, reuse_margin, max_reads
         self.prune_tolerance, self.probe_rows, self.background_rows = prune_tolerance, probe_rows, background_rows
         self.notes: dict[str, dict[str, Any]] = {}
