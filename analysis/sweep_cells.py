@@ -26,7 +26,7 @@ _TOLERANCE = 1e-6
 class RowScores:
     """What a task's test rows earned, by row index: after the last stage, and after the task's own.
 
-    ``trained`` is NaN in a run without stages (the untrained backbone).
+    ``trained`` is NaN where the task was not scored after its own stage, and in a run without stages.
     """
 
     rows: NDArray[np.int64]
@@ -164,6 +164,8 @@ def _rows(run: Run, matrix: Array) -> tuple[dict[str, RowScores], str]:
         own = codes == index
         rows, final = _at(ids, values, own & (stages == last))
         again, trained = _at(ids, values, own & (stages == min(index + 1, last)))
+        if np.isnan(matrix[min(index + 1, last), index]):  # joint training at the end alone, say
+            again, trained = rows, np.full(len(rows), np.nan)
         if not len(rows) or not np.array_equal(rows, again):
             return {}, f"the answers of {task} are not recorded after its own and the last stage"
         if run.metric(task) == "r2":

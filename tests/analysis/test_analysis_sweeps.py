@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 
 from analysis import RunError, hierarchy, load_sweep, method_table, paired_differences, published
@@ -108,6 +110,23 @@ def test_paired_differences_worked_by_hand(tmp_path: Path) -> None:
     assert (other["low"], other["high"]) == pytest.approx(
         (-every.loc["average_accuracy", "high"], -every.loc["average_accuracy", "low"])
     )
+
+
+def test_a_bound_scored_at_the_end_alone_is_compared_too(tmp_path: Path) -> None:
+    """Joint training may skip all stages but the last: it has final scores, and none to have forgotten from."""
+    directory = by_hand(tmp_path, {("base", "x", 0): A, ("joint", "x", 0): B}, ["one", "two"])
+    whole = paired_differences(load_sweep(directory), "base").set_index(["tasks", "measure"])
+    for table in ("scores", "answers"):
+        path = directory / "cells" / "joint" / "x-seed0" / f"{table}.parquet"
+        kept = pq.read_table(path).filter(pc.field("stage") != 1)
+        pq.write_table(kept, path)
+    sweep = load_sweep(directory)
+    assert not sweep.problems
+    found = paired_differences(sweep, "base").set_index(["tasks", "measure"])
+    assert set(found.index.get_level_values("measure")) == {"average_accuracy"}
+    columns = ["difference", "low", "high", "verdict"]
+    for tasks, measure in found.index:
+        assert tuple(found.loc[(tasks, measure), columns]) == tuple(whole.loc[(tasks, measure), columns])
 
 
 def test_one_cell_gives_the_rows_share_and_equal_methods_are_not_told_apart(tmp_path: Path) -> None:
