@@ -177,7 +177,7 @@ class QueryableLinear(RoutedLinear):
             bank.route(block, u)
         routed = bank.apply_route(block, u)
         if state.observe is not None:
-            state.observe(self, use.name, routed)
+            state.observe(self, use.name, u, routed)
         update = F.linear(routed, use.weight_B) * use.scaling
         if state.weight_B is not None:
             update = update * state.weight_B.view(-1, *([1] * (update.dim() - 1)))
