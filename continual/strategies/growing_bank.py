@@ -54,7 +54,6 @@ if TYPE_CHECKING:
     from continual.module import ContinualModule
     from continual.stage_data import StageData
 
-_SLACK = 1e-3  # nats (a regressor: squared error) of the loss that nobody would miss
 _APART = 0.8  # share of a stage's own rows that the gate has to send home for the stage to count as told apart
 
 
@@ -77,7 +76,8 @@ class GrowingBank(Strategy):
         reuse_margin: How much lower than the backbone's the loss has to be for it, as a share, at least 0.
         max_reads: Slices that a stage may read besides its own, at least 0.
         prune_tolerance: How much the loss may rise for components to go, or for a stage to share a slice, as a share,
-            at least 0, beside 0.001; 0 keeps all components.
+            at least 0; 0 keeps all components.
+        prune_slack: And beside that in nats (of a regressor, as a squared error), at least 0.
         probe_rows: Rows of the stage that reuse and pruning are decided on, at least 1.
         background_rows: Texts that the backbone writes by itself, before the first stage is anchored, for the gate to
             know what is no task's row by; 0 for none. Text only.
@@ -94,19 +94,21 @@ class GrowingBank(Strategy):
         reuse: Literal["copy", "read", "none"] = "copy",
         reuse_margin: float = 0.02,
         max_reads: int = 2,
-        prune_tolerance: float = 0.01,
+        prune_tolerance: float = 0.05,
+        prune_slack: float = 0.01,
         probe_rows: int = 128,
         background_rows: int = 384,
     ) -> None:
         require_at_least(0, reuse_margin=reuse_margin, max_reads=max_reads, prune_tolerance=prune_tolerance)
-        require_at_least(0, background_rows=background_rows)
+        require_at_least(0, background_rows=background_rows, prune_slack=prune_slack)
         require_at_least(1, text_tokens=text_tokens, clusters=clusters, probe_rows=probe_rows)
         if not 0 < depth <= 1:
             raise ValueError(f"model.strategy.depth must lie in (0, 1], got {depth:g}")
         self.instruction_encoder, self.text_tokens = instruction_encoder, text_tokens
         self.depth, self.clusters = depth, clusters
         self.reuse, self.reuse_margin, self.max_reads = reuse, reuse_margin, max_reads
-        self.prune_tolerance, self.probe_rows, self.background_rows = prune_tolerance, probe_rows, background_rows
+        self.prune_tolerance, self.prune_slack = prune_tolerance, prune_slack
+        self.probe_rows, self.background_rows = probe_rows, background_rows
         self.notes: dict[str, dict[str, Any]] = {}
 
     # -- before the first stage ---------------------------------------------------------------------------------------
@@ -188,7 +190,7 @@ class GrowingBank(Strategy):
     def end_stage(self, module: ContinualModule, data: StageData, stage: int) -> None:
         """Share or prune the slice, anchor the stage, and let the gate decide from here on."""
         bank, name = bank_of(module), slice_name(stage)
-        limit = self._loss(module, data, self._own(name)) * (1 + self.prune_tolerance) + _SLACK
+        limit = self._loss(module, data, self._own(name)) * (1 + self.prune_tolerance) + self.prune_slack
         adapters, kept = self._own(name), 1.0
         if self._source and self._loss(module, data, self._source) <= limit:
             adapters, kept = self._source, 0.0
