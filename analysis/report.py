@@ -3,7 +3,7 @@
 It leaves report.html (one file that asks no network for anything), report.md, summary.json and figures/*.png and *.svg.
 The last line on standard output is the path of report.html; ``--format text`` prints report.md instead. An unfinished
 run is reported over its finished stages, a sweep over its finished cells; what cannot be shown is named, with the
-reason. A directory with a sweep.json is a sweep. Exit status: 0, or 2 when DIR holds neither.
+reason. A directory with a sweep.json is a sweep. Exit status: 0, or 2 when DIR holds neither or cannot be written to.
 """
 
 from __future__ import annotations
@@ -53,7 +53,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     for problem in problems:
         print(f"warning: {problem}", file=sys.stderr)
-    page = write_page(content, given.directory / "report")
+    try:
+        page = write_page(content, given.directory / "report")
+    except OSError as error:
+        print(f"error: {given.directory / 'report'}: the report cannot be written ({error.strerror})", file=sys.stderr)
+        return 2
     print(page.with_name("report.md").read_text(encoding="utf-8") if given.format == "text" else page)
     return 0
 
