@@ -61,7 +61,9 @@ def micro_average_accuracy(final: ArrayLike, num_rows: ArrayLike) -> float:
     """
     values, counts = np.asarray(final, dtype=float), np.asarray(num_rows, dtype=float)
     if values.ndim != 1 or values.shape != counts.shape or not (np.isnan(counts) | (counts >= 1)).all():
-        raise ValueError(f"final scores {values.shape} and row counts {counts.shape}: one of each a task, counts from 1")
+        raise ValueError(
+            f"final scores {values.shape} and row counts {counts.shape}: one of each a task, counts from 1"
+        )
     return float((values * counts).sum() / counts.sum()) if values.size else float("nan")
 
 

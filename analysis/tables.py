@@ -39,7 +39,8 @@ def categories(names: list[str], order: list[str]) -> pd.Categorical:
 def headline(run: Run) -> Frame:
     """Return each task's headline score after each stage: columns stage, task, metric, value, count, constant.
 
-    ``count`` is the number of test rows, ``constant`` is what the best constant answer earns on the task, NaN where the manifest does not say.
+    ``count`` is the number of test rows, ``constant`` what the best constant answer earns on the task, NaN where the
+    manifest does not say.
     """
     frame = run.tables["scores"]
     frame = frame[frame["task"].isin(run.stages)]

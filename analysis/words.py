@@ -25,7 +25,9 @@ MEASURES: dict[str, Measure] = {
         "average accuracy", "higher", "Mean final score over the learnt tasks: (1/T) Σ R[T, j]."
     ),
     "micro_average_accuracy": Measure(
-        "average accuracy over rows", "higher", "Micro mean: final scores of the learnt tasks weighted by their test rows."
+        "average accuracy over rows",
+        "higher",
+        "Micro mean: final scores of the learnt tasks weighted by their test rows.",
     ),
     "backward_transfer": Measure(
         "backward transfer",
