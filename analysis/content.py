@@ -76,11 +76,14 @@ def all_numbers(summary: Summary) -> Table:
         meaning = (
             measure.definition if value is not None else f"{measure.definition} Not shown: {summary.reasons[key]}."
         )
-        digits = 3 if key in _FINE else 2
+        digits = 4 if key.endswith("_null") else 3 if key in _FINE else 2
         rows.append([Cell(measure.name), cell(value, digits), Cell(between), Cell(measure.better), Cell(meaning)])
     note = "Intervals (95 %): the test rows redrawn 1,000 times, the same rows at every stage. They hold neither "
     note += "the spread "
     note += "over seeds nor that over stage orders, which one run cannot show."
+    if any(low == high for low, high in summary.intervals.values()):
+        note += " An interval of no width: every row that it redraws is alike. That is no proof: of n rows alike, the "
+        note += "true share may still lie 3/n away (95 %; Hanley & Lippman-Hand 1983)."
     if "intervals" in summary.reasons:
         note = f"No intervals: {summary.reasons['intervals']}."
     return make_table(

@@ -143,7 +143,7 @@ def _manifest(directory: Path) -> dict[str, Any]:
     if not directory.is_dir():
         raise RunError(f"{directory}: {'not a directory' if directory.exists() else 'no such directory'}")
     if not path.is_file():
-        raise RunError(f"{directory}: no run directory (it has no manifest.json{_runs_inside(directory)})")
+        raise RunError(f"{directory}: no run directory (it has no manifest.json)")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -156,14 +156,6 @@ def _manifest(directory: Path) -> dict[str, Any]:
     if wrong := _wrong(manifest):
         raise RunError(f"{path}: not a run's manifest ({wrong})")
     return manifest
-
-
-def _runs_inside(directory: Path) -> str:
-    """Return, for a directory that is no run, which ones in it are: a few of their names in words."""
-    found = sorted(path.parent.name for path in directory.glob("*/manifest.json"))
-    if not found:
-        return ""
-    return f"; the runs in it are {', '.join(found[:3])}{', …' if len(found) > 3 else ''}"
 
 
 def _wrong(manifest: Mapping[str, Any]) -> str:

@@ -34,8 +34,17 @@ def _read(directory: Path) -> tuple[Page, list[str]]:
     if is_sweep(directory):
         sweep = load_sweep(directory)
         return sweep_page(sweep), [f"{directory}: {problem}" for problem in sweep.problems]
+    if directory.is_dir() and not (directory / "manifest.json").exists():
+        raise RunError(f"{directory}: neither a run nor a sweep ({_what_it_lacks(directory)})")
     run = load_run(directory)
     return run_page(run), [str(directory / problem) for problem in run.problems.values()]
+
+
+def _what_it_lacks(directory: Path) -> str:
+    """Return why a directory cannot be reported on, with a few of the runs and sweeps that lie in it."""
+    inside = {path.parent.name for name in ("manifest.json", "sweep.json") for path in directory.glob(f"*/{name}")}
+    named = ", ".join(sorted(inside)[:3]) + (", …" if len(inside) > 3 else "")
+    return "it has no manifest.json and no sweep.json" + (f"; name one of those in it: {named}" if inside else "")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -326,16 +326,16 @@ def test_the_micro_mean_lies_among_the_scores(tasks: list[tuple[float, int]], ti
     assert forgetting.micro_average_accuracy(final, [times] * len(final)) == pytest.approx(np.mean(final), abs=1e-9)
 
 
-def sparse(draw: st.DrawFn, *leading: int, num_atoms: int) -> np.ndarray:
+def sparse(data: st.DataObject, *leading: int, num_atoms: int) -> np.ndarray:
     """Draw usages as top-k routing leaves them: some atoms exactly 0."""
     weights = st.lists(st.integers(0, 9), min_size=num_atoms, max_size=num_atoms).filter(any)
-    found = np.array([draw(weights) for _ in range(int(np.prod(leading)))], dtype=float)
+    found = np.array([data.draw(weights) for _ in range(int(np.prod(leading)))], dtype=float)
     return (found / found.sum(axis=-1, keepdims=True)).reshape(*leading, num_atoms)
 
 
 @given(st.data(), st.integers(1, 6))
 def test_bounds_hold_where_atoms_are_not_used_at_all(data: st.DataObject, num_atoms: int) -> None:
-    p, q = sparse(data.draw, 2, num_atoms=num_atoms)
+    p, q = sparse(data, 2, num_atoms=num_atoms)
     js, tv, kl = (float(f(p, q)) for f in (routing.js_divergence, routing.total_variation, routing.kl_divergence))
     assert 0 <= js <= log(2) and 0 <= tv <= 1 + 1e-12 and 0 <= kl <= log((1 + num_atoms * 1e-6) / 1e-6)
     assert js <= tv * log(2) + 1e-9  # Lin 1991, theorem 3
@@ -347,7 +347,7 @@ def test_bounds_hold_where_atoms_are_not_used_at_all(data: st.DataObject, num_at
 @given(st.data(), st.integers(2, 5), st.integers(1, 4))
 def test_information_has_its_bounds(data: st.DataObject, num_atoms: int, num_tokens: int) -> None:
     """A usage is the mean of its tokens' weights, so that its entropy is at least theirs."""
-    tokens = sparse(data.draw, 3, num_tokens, num_atoms=num_atoms)
+    tokens = sparse(data, 3, num_tokens, num_atoms=num_atoms)
     usage = tokens.mean(axis=1)
     within = routing.token_information_nats(routing.entropy_nats(usage), routing.entropy_nats(tokens).mean(axis=1))
     assert -1e-9 <= within <= log(num_atoms) + 1e-9
@@ -363,7 +363,7 @@ def test_information_has_its_bounds(data: st.DataObject, num_atoms: int, num_tok
 
 @given(st.data(), st.integers(2, 5))
 def test_atom_entropy_and_dead_atoms_have_their_bounds(data: st.DataObject, num_atoms: int) -> None:
-    usage = sparse(data.draw, 3, 1, num_atoms=num_atoms)
+    usage = sparse(data, 3, 1, num_atoms=num_atoms)
     entropy = routing.atom_entropy(usage)[0]
     used = usage[:, 0].sum(axis=0) > 0
     assert (np.isnan(entropy) == ~used).all()
@@ -373,6 +373,6 @@ def test_atom_entropy_and_dead_atoms_have_their_bounds(data: st.DataObject, num_
 
 @given(st.data())
 def test_routes_that_stay_do_not_drift(data: st.DataObject) -> None:
-    usage = np.repeat(sparse(data.draw, 1, 3, 2, num_atoms=4), 4, axis=0)
+    usage = np.repeat(sparse(data, 1, 3, 2, num_atoms=4), 4, axis=0)
     for distance in (routing.js_divergence, routing.kl_divergence, routing.total_variation):
         assert routing.route_drift(routing.drift(usage, distance)) == pytest.approx(0, abs=1e-12)

@@ -95,6 +95,25 @@ def test_means_worked_by_hand(tmp_path: Path) -> None:
     assert np.isnan(table.loc["joint"]["average_accuracy_low"]) and np.isnan(table.loc["joint"]["intransigence"])
 
 
+def test_the_micro_mean_stands_beside_the_macro_mean(tmp_path: Path) -> None:
+    """Finals 0.6 and 0.9 over 10 and 30 rows: (6 + 27) / 40. R2 is no mean over rows and has none."""
+    directory = by_hand(tmp_path, {("m", "x", 0): A, ("r2", "x", 0): A}, ["one", "two"])
+    cell = directory / "cells/m/x-seed0"
+    rows = records.read(cell, "scores").assign(count=lambda frame: frame["task"].map({"one": 10, "two": 30}))
+    (cell / "scores.parquet").unlink()
+    records.append(cell, "scores", rows.to_dict("records"))
+    cell = directory / "cells/r2/x-seed0"
+    (cell / "scores.parquet").unlink()
+    records.append(cell, "scores", rows.assign(metric="r2").to_dict("records"))
+    facts = json.loads((cell / "manifest.json").read_text())
+    facts["tasks"] = dict.fromkeys(facts["tasks"], {"metric": "r2"})
+    (cell / "manifest.json").write_text(json.dumps(facts))
+    found = method_table(load_sweep(directory)).set_index("method")
+    assert found.loc["m", "average_accuracy"] == pytest.approx(0.75)
+    assert found.loc["m", "micro_average_accuracy"] == pytest.approx(0.825)
+    assert np.isnan(found.loc["r2", "micro_average_accuracy"])
+
+
 def test_paired_differences_worked_by_hand(tmp_path: Path) -> None:
     """Two cells in common (a third has no twin): (0.9 - 0.75 + 0.9 - 0.5) / 2, over two orders."""
     cells = {("base", "x", 0): A, ("m", "x", 0): B, ("base", "y", 0): C, ("m", "y", 0): B, ("m", "y", 1): B}
