@@ -93,7 +93,7 @@ def test_norms_before_clipping_equal_autograd_by_hand(kind: str, make_module, ma
 
 
 def test_norms_and_concentration_worked_by_hand() -> None:
-    """Layers of A and B: (3, 4), (6, 8), (5, 12) and (0, 0) have norms 5, 10, 13 and 0; 13 / 7. The bank is no layer."""
+    """Layers of A and B: (3, 4), (6, 8), (5, 12), (0, 0) have norms 5, 10, 13, 0; 13 over 7. The bank is no layer."""
     recorder = GradientRecorder()
     recorder.start(KEYS)
     recorder._layers = ["0", "bank", "1", "2", "3"]
