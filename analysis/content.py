@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis import bounds, forgetting, routing, tables
+from analysis import bounds, forgetting, intervals, routing, tables
 from analysis.general import general_ability
 from analysis.load import Run
 from analysis.plots.style import number
-from analysis.summary import KEYS, Summary, summarise, why_not_averaged
+from analysis.summary import KEYS, ROUTE_MEASURES, Summary, summarise, why_not_averaged
 from analysis.wordings import wording_table
 from analysis.words import BOUND_MEANINGS, MEASURES
 
-_FINE = ("route_drift", "kl_separation", "routing_entropy_nats", "general_ability_change")
+_FINE = (*ROUTE_MEASURES, "general_ability_change")
 Array = NDArray[np.float64]
 Value = str | int | float | None
 
@@ -76,11 +76,14 @@ def all_numbers(summary: Summary) -> Table:
         meaning = (
             measure.definition if value is not None else f"{measure.definition} Not shown: {summary.reasons[key]}."
         )
-        digits = 3 if key in _FINE else 2
+        digits = 4 if key.endswith("_null") else 3 if key in _FINE else 2
         rows.append([Cell(measure.name), cell(value, digits), Cell(between), Cell(measure.better), Cell(meaning)])
     note = "Intervals (95 %): the test rows redrawn 1,000 times, the same rows at every stage. They hold neither "
     note += "the spread "
     note += "over seeds nor that over stage orders, which one run cannot show."
+    if any(low == high for low, high in summary.intervals.values()):
+        note += " An interval of no width: every row that it redraws is alike. That is no proof: of n rows alike, the "
+        note += "true share may still lie 3/n away (95 %; Hanley & Lippman-Hand 1983)."
     if "intervals" in summary.reasons:
         note = f"No intervals: {summary.reasons['intervals']}."
     return make_table(
@@ -168,7 +171,7 @@ def trust_table(run: Run) -> Table:
         facts = run.tasks.get(task) or {}
         num_rows = facts.get("test_rows")
         share = facts.get("metric") in ("accuracy", "score")
-        smallest = 1.96 * math.sqrt(0.5 / num_rows) if num_rows and share else None
+        smallest = intervals.smallest_difference(num_rows) if num_rows and share else None
         trained = facts.get("trained_rows", facts.get("train_rows"))
         counts = [cell(trained), cell(_cut(facts, "train")), cell(num_rows), cell(_cut(facts, "test"))]
         rows.append([Cell(task), Cell(str(facts.get("kind", "–"))), *counts, cell(smallest, 3)])
@@ -241,31 +244,25 @@ def _first(values: object) -> float | None:
 
 def information_table(summary: Summary) -> Table | None:
     """Whether routing uses the input or only the task, after the last stage."""
-    run, usage = summary.run, tables.usage_array(summary.run)
-    if usage is None or not run.learnt:
+    usage = tables.usage_array(summary.run)
+    if usage is None or not summary.run.learnt:
         return None
-    now = usage[-1, : len(run.learnt)]
-    entropies = tables.entropies(run)
-    last = entropies[(entropies["stage"] == run.finished_stage) & entropies["task"].isin(run.learnt)]
-    means = last.groupby("metric")["value"].mean()
-    within = means["usage_entropy_nats"] - means["token_entropy_nats"] if "token_entropy_nats" in means else None
-    most = math.log(now.shape[-1])
-    lines = [
-        (
-            "I(atom; task)",
-            routing.task_information_nats(now),
-            "what the task alone says of the atom, over an even mix of tasks",
-        ),
-        ("I(atom; token | task)", _maybe_float(within), "what the input says of it once the task is known"),
-        ("entropy of a task's usage", float(routing.entropy_nats(now).mean()), f"at most ln M = {most:.2f}"),
-        ("entropy of a token's weights", _maybe_float(means.get("token_entropy_nats")), "mean over tokens and tasks"),
-    ]
-    rows = [[Cell(name), cell(value, 3), Cell(meaning)] for name, value, meaning in lines]
+    most = math.log(usage.shape[-1])
+    lines = {
+        "task_information_nats": ("I(atom; task)", "what the task alone says of the atom, over an even mix of tasks"),
+        "token_information_nats": ("I(atom; token | task)", "what the input says of it once the task is known"),
+        "routing_entropy_nats": ("entropy of a task's usage", f"at most ln M = {most:.2f}"),
+        "token_entropy_nats": ("entropy of a token's weights", "mean over tokens and tasks"),
+    }
+    rows = []
+    for key, (name, meaning) in lines.items():
+        value = summary.values[key]
+        share = None if value is None or not most else value / most
+        rows.append([Cell(name), cell(value, 3), cell(share, 3), Cell(meaning)])
     note = "Learnt tasks after the last stage, means over blocks. Where the second is near 0, routing does not "
     note += "look at the input."
-    return make_table(
-        "information", "Does routing use the input, or only the task?", ["measure", "nats", "meaning"], rows, note
-    )
+    columns = ["measure", "nats", "/ ln M", "meaning"]
+    return make_table("information", "Does routing use the input, or only the task?", columns, rows, note)
 
 
 def words_table(run: Run) -> Table | None:

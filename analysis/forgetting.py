@@ -49,6 +49,24 @@ def average_accuracy(scores: ArrayLike) -> float:
     return _mean(_matrix(scores)[-1])
 
 
+def micro_average_accuracy(final: ArrayLike, num_rows: ArrayLike) -> float:
+    """Mean final score over test rows, sum_j n_j R[T, j] / sum_j n_j: a task counts by its rows. Higher is better.
+
+    It stands beside the macro mean, :func:`average_accuracy`, in which every task counts the same (micro and macro
+    averages: Manning, Raghavan & Schuetze 2008, Introduction to Information Retrieval, section 13.6).
+
+    Args:
+        final: R[T, j], shape (T,): scores that are means over rows, so not R2.
+        num_rows: n_j, shape (T,), each at least 1.
+    """
+    values, counts = np.asarray(final, dtype=float), np.asarray(num_rows, dtype=float)
+    if values.ndim != 1 or values.shape != counts.shape or not (np.isnan(counts) | (counts >= 1)).all():
+        raise ValueError(
+            f"final scores {values.shape} and row counts {counts.shape}: one of each a task, counts from 1"
+        )
+    return float((values * counts).sum() / counts.sum()) if values.size else float("nan")
+
+
 def learning_accuracy(scores: ArrayLike) -> float:
     """(1/T) sum_j R[j, j], the mean score just after training. Higher is better (Riemer et al. 2019)."""
     return _mean(just_trained(scores))

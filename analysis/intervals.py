@@ -6,6 +6,7 @@ stage order's share of the spread, which one run cannot show.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -75,6 +76,17 @@ def interval(drawn: Array, measure: Callable[[ArrayLike], float], level: float =
         return None
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def smallest_difference(num_rows: int) -> float:
+    """Return what two unpaired shares near one half, each of ``num_rows`` rows, must differ by to be told apart.
+
+    The half-width of the 95 % normal interval of a difference of two proportions of 1/2, 1.96 sqrt(2 x 0.25 / n): the
+    widest case (Agresti 2002, Categorical Data Analysis, equation 3.1).
+    """
+    if num_rows < 1:
+        raise ValueError(f"num_rows must be at least 1, not {num_rows}")
+    return 1.96 * math.sqrt(0.5 / num_rows)
 
 
 def rank_correlation(first: ArrayLike, second: ArrayLike) -> float:

@@ -141,7 +141,7 @@ def load(where: str | Path) -> Frames:
 def _manifest(directory: Path) -> dict[str, Any]:
     path = directory / "manifest.json"
     if not directory.is_dir():
-        raise RunError(f"{directory}: no such directory")
+        raise RunError(f"{directory}: {'not a directory' if directory.exists() else 'no such directory'}")
     if not path.is_file():
         raise RunError(f"{directory}: no run directory (it has no manifest.json)")
     try:
@@ -153,9 +153,25 @@ def _manifest(directory: Path) -> dict[str, Any]:
     lacking = [key for key in ("stages", "finished_stage") if key not in manifest]
     if lacking:
         raise RunError(f"{path}: not a run's manifest (it lacks {', '.join(lacking)})")
-    if not isinstance(manifest["stages"], list) or not isinstance(manifest["finished_stage"], int):
-        raise RunError(f"{path}: not a run's manifest (stages is a list of names, finished_stage a number)")
+    if wrong := _wrong(manifest):
+        raise RunError(f"{path}: not a run's manifest ({wrong})")
     return manifest
+
+
+def _wrong(manifest: Mapping[str, Any]) -> str:
+    """Return what in a manifest is not as a run writes it, "" where nothing is: what is read of it relies on that."""
+    stages, finished = manifest["stages"], manifest["finished_stage"]
+    if not isinstance(stages, list) or not all(isinstance(stage, str) for stage in stages):
+        return "stages is a list of names"
+    if len(set(stages)) < len(stages):
+        return "a stage is named twice"
+    if not isinstance(finished, int) or isinstance(finished, bool) or not -1 <= finished <= len(stages):
+        return f"finished_stage is a number from -1 to {len(stages)}, the number of stages, not {finished!r}"
+    for key in ("tasks", "model", "environment", "stage_seconds"):
+        if not isinstance(manifest.get(key) or {}, Mapping):
+            return f"{key} is an object"
+    odd = [name for name, facts in (manifest.get("tasks") or {}).items() if not isinstance(facts, Mapping)]
+    return f"tasks.{odd[0]} is an object" if odd else ""
 
 
 def _ordered(table: Frame, stages: list[str]) -> Frame:

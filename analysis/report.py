@@ -3,7 +3,7 @@
 It leaves report.html (one file that asks no network for anything), report.md, summary.json and figures/*.png and *.svg.
 The last line on standard output is the path of report.html; ``--format text`` prints report.md instead. An unfinished
 run is reported over its finished stages, a sweep over its finished cells; what cannot be shown is named, with the
-reason. A directory with a sweep.json is a sweep. Exit status: 0, or 2 when DIR holds neither.
+reason. A directory with a sweep.json is a sweep. Exit status: 0, or 2 when DIR holds neither or cannot be written to.
 """
 
 from __future__ import annotations
@@ -34,8 +34,17 @@ def _read(directory: Path) -> tuple[Page, list[str]]:
     if is_sweep(directory):
         sweep = load_sweep(directory)
         return sweep_page(sweep), [f"{directory}: {problem}" for problem in sweep.problems]
+    if directory.is_dir() and not (directory / "manifest.json").exists():
+        raise RunError(f"{directory}: neither a run nor a sweep ({_what_it_lacks(directory)})")
     run = load_run(directory)
     return run_page(run), [str(directory / problem) for problem in run.problems.values()]
+
+
+def _what_it_lacks(directory: Path) -> str:
+    """Return why a directory cannot be reported on, with a few of the runs and sweeps that lie in it."""
+    inside = {path.parent.name for name in ("manifest.json", "sweep.json") for path in directory.glob(f"*/{name}")}
+    named = ", ".join(sorted(inside)[:3]) + (", …" if len(inside) > 3 else "")
+    return "it has no manifest.json and no sweep.json" + (f"; name one of those in it: {named}" if inside else "")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,7 +62,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     for problem in problems:
         print(f"warning: {problem}", file=sys.stderr)
-    page = write_page(content, given.directory / "report")
+    try:
+        page = write_page(content, given.directory / "report")
+    except OSError as error:
+        print(f"error: {given.directory / 'report'}: the report cannot be written ({error.strerror})", file=sys.stderr)
+        return 2
     print(page.with_name("report.md").read_text(encoding="utf-8") if given.format == "text" else page)
     return 0
 

@@ -25,9 +25,24 @@ SCORE_MEASURES: dict[str, Callable[[ArrayLike], float]] = {
     "average_incremental_accuracy": forgetting.average_incremental_accuracy,
     "learning_accuracy": forgetting.learning_accuracy,
 }
-ROUTE_MEASURES = ("routing_entropy_nats", "route_drift", "kl_separation", "dead_atoms")
+ROUTE_MEASURES = (
+    "routing_entropy_nats",
+    "token_entropy_nats",
+    "task_information_nats",
+    "token_information_nats",
+    "route_drift",
+    "route_drift_null",
+    "route_drift_kl",
+    "route_drift_tv",
+    "kl_separation",
+    "kl_separation_null",
+    "js_separation",
+    "js_separation_null",
+    "dead_atoms",
+)
 KEYS = (
     "average_accuracy",
+    "micro_average_accuracy",
     "backward_transfer",
     "forward_transfer",
     "forgetting",
@@ -38,7 +53,7 @@ KEYS = (
     "general_ability_change",
     "trainable_parameters",
 )
-_NEED_TWO_STAGES = ("backward_transfer", "forward_transfer", "forgetting", "route_drift", "kl_separation")
+_NEED_TWO_STAGES = ("backward_transfer", "forward_transfer", "forgetting")
 _SCALES = {"accuracy": "share in [0, 1]", "score": "share in [0, 1]"}
 
 
@@ -127,6 +142,9 @@ def _score_measures(summary: Summary, joint: Sequence[float] | None) -> None:
     for key, measure in SCORE_MEASURES.items():
         value = None if blocked else measure(matrix)
         _set(summary, key, value, blocked or _why_undefined(summary, key))
+    micro = None if blocked or _has_r2(run) else _micro(summary)(matrix)
+    reason = _R2_NO_MEAN if not blocked and _has_r2(run) else blocked or _why_undefined(summary, "")
+    _set(summary, "micro_average_accuracy", micro, reason)
     if joint is None or blocked:
         _set(
             summary,
@@ -138,6 +156,19 @@ def _score_measures(summary: Summary, joint: Sequence[float] | None) -> None:
         _set(summary, "intransigence", forgetting.intransigence(matrix, joint), "a score is missing")
     if not blocked:
         _intervals(summary)
+
+
+_R2_NO_MEAN = "R2 is not a mean over test rows"
+
+
+def _has_r2(run: Run) -> bool:
+    return any(run.metric(task) == "r2" for task in run.learnt)
+
+
+def _micro(summary: Summary) -> Callable[[ArrayLike], float]:
+    """Return the micro mean as a function of the learnt tasks' matrix."""
+    counts = tables.row_counts(summary.scores, summary.run.finished_stage)[: len(summary.run.learnt)]
+    return lambda matrix: forgetting.micro_average_accuracy(np.asarray(matrix)[-1], counts)
 
 
 def _why_undefined(summary: Summary, key: str) -> str:
@@ -161,7 +192,7 @@ def _intervals(summary: Summary) -> None:
     except ValueError as error:
         summary.reasons["intervals"] = str(error)
         return
-    for key, measure in SCORE_MEASURES.items():
+    for key, measure in {**SCORE_MEASURES, "micro_average_accuracy": _micro(summary)}.items():
         if summary.values[key] is not None and (found := intervals.interval(drawn, measure)):
             summary.intervals[key] = found
 
@@ -187,23 +218,60 @@ def _general_measure(summary: Summary) -> None:
 
 
 def _route_measures(summary: Summary) -> None:
-    run, usage = summary.run, tables.usage_array(summary.run)
-    learnt, last = len(run.learnt), run.finished_stage
-    few = "no stage is finished" if not learnt else "it needs two finished stages" if learnt < 2 else ""
-    gap = "routes of a task or stage are missing"
-    if usage is None or not learnt:
-        reason = why_no_routes(run) if usage is None else few
-        _set(summary, "routing_entropy_nats", None, reason)
-        _set(summary, "dead_atoms", None, reason)
-    else:
-        now = usage[last, :learnt]
-        whole = not np.isnan(now).any()
-        _set(summary, "routing_entropy_nats", float(routing.entropy_nats(now).mean()), gap)
-        _set(summary, "dead_atoms", int(routing.dead_atoms(now).sum()) if whole else None, gap)
+    _usage_measures(summary)
+    run, learnt, last = summary.run, len(summary.run.learnt), max(summary.run.finished_stage, 0)
     separation, drift = tables.separation(run), tables.drift(run)
-    apart = tables.separation_matrix(separation, last, "kl")[:learnt, :learnt]
-    reason = why_no_routes(run, "separation") if separation.empty else few or gap
-    _set(summary, "kl_separation", routing.off_diagonal_mean(apart), reason)
-    moved = tables.drift_matrix(drift, max(last, 0))
-    reason = few or gap if len(drift) or len(separation) else why_no_routes(run, "drift")
-    _set(summary, "route_drift", routing.route_drift(moved), reason)
+    few, gap = _too_few(learnt, 2), "routes of a task or stage are missing"
+    unseparated = why_no_routes(run, "separation") if separation.empty else few
+    for metric in ("kl", "js"):
+        apart = tables.separation_matrix(separation, last, metric)[:learnt, :learnt]
+        _set(summary, f"{metric}_separation", routing.off_diagonal_mean(apart), unseparated or gap)
+        null = None if unseparated else _split_half(separation, run, metric)
+        _set(summary, f"{metric}_separation_null", null, unseparated or _NO_NULL)
+    unmoved = few if len(drift) or len(separation) else why_no_routes(run, "drift")
+    for key, metric in (("route_drift", "js"), ("route_drift_kl", "kl"), ("route_drift_tv", "tv")):
+        moved = tables.drift_matrix(drift, last, metric)
+        _set(summary, key, routing.route_drift(moved), unmoved or gap)
+    null = routing.route_drift(tables.drift_matrix(drift, last, column="null"))
+    _set(summary, "route_drift_null", null, unmoved or _NO_NULL)
+
+
+_NO_NULL = "the split-half distances were not recorded"
+
+
+def _too_few(learnt: int, needed: int) -> str:
+    """Return why so few finished stages are not enough; "" where they are."""
+    if not learnt:
+        return "no stage is finished"
+    return "" if learnt >= needed else "it needs two finished stages"
+
+
+def _split_half(separation: Frame, run: Run, metric: str) -> float | None:
+    """Return the mean split-half null of the learnt tasks after the last stage; None where one was not recorded."""
+    now = separation[(separation["stage"] == run.finished_stage) & (separation["metric"] == f"{metric}_split_half")]
+    values = now.loc[now["task"].isin(run.learnt), "value"]
+    return float(values.mean()) if len(values) == len(run.learnt) else None
+
+
+def _usage_measures(summary: Summary) -> None:
+    """Set what one stage's usage says: entropies, information, dead atoms."""
+    run, usage, learnt = summary.run, tables.usage_array(summary.run), len(summary.run.learnt)
+    keys = ("routing_entropy_nats", "token_entropy_nats", "task_information_nats", "token_information_nats")
+    if usage is None or not learnt:
+        reason = why_no_routes(run) if usage is None else _too_few(learnt, 1)
+        for key in (*keys, "dead_atoms"):
+            _set(summary, key, None, reason)
+        return
+    now, gap = usage[-1, :learnt], "routes of a task or stage are missing"
+    entropies = tables.entropies(run)
+    entropies = entropies[(entropies["stage"] == run.finished_stage) & entropies["task"].isin(run.learnt)]
+    by_task = entropies[entropies["metric"] == "token_entropy_nats"].set_index("task")["value"]
+    tokens = np.array([float(by_task.get(task, np.nan)) for task in run.learnt])
+    whole = routing.entropy_nats(now).mean(axis=-1)
+    untold = "the entropies of tokens were not recorded" if by_task.empty else gap
+    _set(summary, "routing_entropy_nats", float(whole.mean()), gap)
+    _set(summary, "token_entropy_nats", float(tokens.mean()), untold)
+    _set(summary, "task_information_nats", routing.task_information_nats(now), gap)
+    _set(summary, "token_information_nats", routing.token_information_nats(whole, tokens), untold)
+    dead = None if np.isnan(now).any() else int(routing.dead_atoms(now).sum())
+    _set(summary, "dead_atoms", dead, gap)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analysis import tables
-from analysis.forgetting import just_trained
+from analysis.forgetting import just_trained, micro_average_accuracy
 from analysis.intervals import r2_by_row
 from analysis.load import Run, RunError, load_run
 from analysis.summary import SCORE_MEASURES, why_not_averaged
@@ -50,6 +50,7 @@ class Cell:
         stages: Its stages, which are its tasks, in order.
         matrix: R, shape (T + 1, T), or (1, T) for the untrained backbone; None without numbers. NaN where a run did
             not score a task after a stage; its last row is whole.
+        num_rows: Each task's test rows behind its final score, in the order of ``stages``.
         rows: Its rows' scores by task.
         rows_problem: Why there are none, in one line.
     """
@@ -64,6 +65,7 @@ class Cell:
     manifest: Mapping[str, Any] = field(default_factory=dict)
     stages: list[str] = field(default_factory=list)
     matrix: Array | None = None
+    num_rows: list[float] = field(default_factory=list)
     rows: Mapping[str, RowScores] = field(default_factory=dict)
     rows_problem: str = ""
 
@@ -92,8 +94,12 @@ class Cell:
         if self.matrix is None:
             return {}
         if len(self.matrix) == 1:
-            return {"average_accuracy": float(self.matrix[-1].mean())}
-        return {key: measure(self.matrix) for key, measure in SCORE_MEASURES.items()}
+            found = {"average_accuracy": float(self.matrix[-1].mean())}
+        else:
+            found = {key: measure(self.matrix) for key, measure in SCORE_MEASURES.items()}
+        if self.num_rows:
+            found["micro_average_accuracy"] = micro_average_accuracy(self.matrix[-1], self.num_rows)
+        return found
 
     def by_stage(self) -> list[float]:
         """Return the mean score on the tasks learnt so far, after each stage 1..T; NaN where one was not scored."""
@@ -124,7 +130,8 @@ def read_cell(directory: Path, entry: Mapping[str, Any]) -> Cell:
     except RunError as found:
         return replace(cell, status="unreadable", error=_relative(str(found), directory / place))
     rows, problem = _rows(run, matrix)
-    return replace(cell, manifest=run.manifest, stages=run.stages, matrix=matrix, rows=rows, rows_problem=problem)
+    found = replace(cell, manifest=run.manifest, stages=run.stages, matrix=matrix, num_rows=_num_rows(run))
+    return replace(found, rows=rows, rows_problem=problem)
 
 
 def _relative(message: str, directory: Path) -> str:
@@ -150,6 +157,13 @@ def _matrix(run: Run) -> Array:
     if why := why_not_averaged(run):
         raise RunError(why)
     return matrix
+
+
+def _num_rows(run: Run) -> list[float]:
+    """Return each task's number of test rows; nothing where a score is an R2, which is no mean over rows."""
+    if any(run.metric(task) == "r2" for task in run.stages):
+        return []
+    return tables.row_counts(tables.headline(run), run.finished_stage).tolist()
 
 
 def _rows(run: Run, matrix: Array) -> tuple[dict[str, RowScores], str]:

@@ -43,6 +43,8 @@ def _forest(compared: Comparison) -> Plate:
 
 def why_no_differences(sweep: Sweep) -> str:
     """Return why a sweep shows no paired difference."""
+    if len(sweep.methods) == 1:
+        return "the sweep has one method, and a difference takes two"
     if not sweep.baseline:
         return "the sweep names no baseline to compare with"
     if not sweep.cells_of(sweep.baseline):

@@ -68,7 +68,8 @@ def verdict(compared: Comparison) -> str:
     rivals = [method for method in sweep.measured if method not in BOUNDS]
     reach = f"{sweep_content.spanned(row[key], row[f'{key}_low'], row[f'{key}_high']).text} on {num} {of}"
     if len(rivals) == 1:
-        return f"{leader} reaches a mean final score of {reach}; no other method has a finished cell."
+        alone = "it is the sweep's one method" if len(sweep.methods) == 1 else "no other method has a finished cell"
+        return f"{leader} reaches a mean final score of {reach}; {alone}."
     first = f"{leader} has the highest mean final score of {len(rivals)} methods, {reach}."
     return " ".join(
         part for part in (first, _beside_leader(compared, rivals), _against_baseline(compared, rivals)) if part

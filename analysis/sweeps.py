@@ -32,6 +32,7 @@ HEADLINE_MARGIN = 0.05
 MEASURES = (
     "headline_accuracy",
     "average_accuracy",
+    "micro_average_accuracy",
     "backward_transfer",
     "forgetting",
     "learning_accuracy",

@@ -37,16 +37,17 @@ def categories(names: list[str], order: list[str]) -> pd.Categorical:
 
 
 def headline(run: Run) -> Frame:
-    """Return each task's headline score after each stage: columns stage, task, metric, value, constant.
+    """Return each task's headline score after each stage: columns stage, task, metric, value, count, constant.
 
-    ``constant`` is what the best constant answer earns on the task, NaN where the manifest does not say.
+    ``count`` is the number of test rows, ``constant`` what the best constant answer earns on the task, NaN where the
+    manifest does not say.
     """
     frame = run.tables["scores"]
     frame = frame[frame["task"].isin(run.stages)]
     metrics = frame["task"].astype(str).map({task: run.metric(task) for task in run.stages})
     frame = frame[frame["metric"] == metrics].drop_duplicates(["stage", "task"], keep="last")
     constants = {task: (run.tasks.get(task) or {}).get("constant_score") for task in run.stages}
-    frame = frame[["stage", "task", "metric", "value"]].sort_values(["stage", "task"], ignore_index=True)
+    frame = frame[["stage", "task", "metric", "value", "count"]].sort_values(["stage", "task"], ignore_index=True)
     frame["task"] = frame["task"].cat.set_categories(run.stages)
     frame["constant"] = pd.to_numeric(frame["task"].astype(str).map(constants), errors="coerce")
     return frame
@@ -59,6 +60,15 @@ def score_matrix(scores: Frame, last_stage: int) -> Array:
     known = scores[scores["stage"] <= last_stage]
     matrix[known["stage"], [tasks.index(str(task)) for task in known["task"]]] = known["value"]
     return matrix
+
+
+def row_counts(scores: Frame, stage: int) -> Array:
+    """Return how many test rows each task was scored on after ``stage``, shape (T,), NaN where it was not scored.
+
+    ``scores`` is a frame as :func:`headline` gives it.
+    """
+    now = scores[scores["stage"] == stage].set_index("task")["count"]
+    return np.array([float(now.get(task, np.nan)) for task in task_names(scores)])
 
 
 def usage_array(run: Run) -> Array | None:
@@ -235,13 +245,18 @@ def _computed_drift(usage_rows: Array, tasks: list[str]) -> Frame:
     return pd.DataFrame(rows, columns=["stage", "task", "reference", "metric", "value"]).dropna(subset="value")
 
 
-def drift_matrix(frame: Frame, last_stage: int, metric: str = "js", reference: str = "previous") -> Array:
-    """Return drift as a matrix, shape (last_stage, T): row s - 1 holds stage s; NaN where nothing was recorded."""
+def drift_matrix(
+    frame: Frame, last_stage: int, metric: str = "js", reference: str = "previous", column: str = "value"
+) -> Array:
+    """Return drift as a matrix, shape (last_stage, T): row s - 1 holds stage s; NaN where nothing was recorded.
+
+    ``column`` is "value", or "null" for the split-half nulls.
+    """
     tasks = task_names(frame)
     rows = frame[(frame["metric"] == metric) & (frame["reference"] == reference)]
     rows = rows[rows["stage"].between(1, last_stage)]
     matrix = np.full((last_stage, len(tasks)), np.nan)
-    matrix[rows["stage"] - 1, rows["task"].cat.codes] = rows["value"]
+    matrix[rows["stage"] - 1, rows["task"].cat.codes] = rows[column]
     return matrix
 
 

@@ -24,6 +24,11 @@ MEASURES: dict[str, Measure] = {
     "average_accuracy": Measure(
         "average accuracy", "higher", "Mean final score over the learnt tasks: (1/T) Σ R[T, j]."
     ),
+    "micro_average_accuracy": Measure(
+        "average accuracy over rows",
+        "higher",
+        "Micro mean: final scores of the learnt tasks weighted by their test rows.",
+    ),
     "backward_transfer": Measure(
         "backward transfer",
         "higher",
@@ -49,15 +54,42 @@ MEASURES: dict[str, Measure] = {
         "–",
         "Entropy of a task's atom usage after the last stage; mean over blocks and learnt tasks.",
     ),
+    "token_entropy_nats": Measure(
+        "entropy of a token's weights (nats)",
+        "–",
+        "Mean entropy of a token's own mix of atoms after the last stage, over tokens, blocks and learnt tasks.",
+    ),
+    "task_information_nats": Measure(
+        "I(atom; task) (nats)", "–", "What the task alone says of the atom, over an even mix of the learnt tasks."
+    ),
+    "token_information_nats": Measure(
+        "I(atom; token | task) (nats)",
+        "–",
+        "What the input says of the atom once the task is known: routing entropy minus a token's.",
+    ),
     "route_drift": Measure(
         "route drift (nats)",
         "–",
         "JS of a learnt task's usage against the stage before; mean over blocks, tasks and stages.",
     ),
+    "route_drift_null": Measure(
+        "route drift, split-half null", "–", "The same JS between two halves of a task's rows, routes unmoved."
+    ),
+    "route_drift_kl": Measure("route drift in KL (nats)", "–", "Route drift with KL(now ‖ before) in the place of JS."),
+    "route_drift_tv": Measure(
+        "route drift in total variation", "–", "Route drift as the share of routing weight that changed atoms."
+    ),
     "kl_separation": Measure(
         "KL separation (nats)",
         "–",
         "Mean KL between two learnt tasks' usages after the last stage, over blocks and pairs.",
+    ),
+    "kl_separation_null": Measure(
+        "KL separation, split-half null", "–", "The same KL between two halves of one task's rows; mean over tasks."
+    ),
+    "js_separation": Measure("JS separation (nats)", "–", "KL separation with JS, at most ln 2, in the place of KL."),
+    "js_separation_null": Measure(
+        "JS separation, split-half null", "–", "The same JS between two halves of one task's rows; mean over tasks."
     ),
     "dead_atoms": Measure(
         "dead atoms", "lower", "Atoms with usage below 1/(10 M) for every learnt task in every block."

@@ -152,8 +152,11 @@ def test_recorded_distances_equal_those_computed_from_usage(make_run: MakeRun) -
     recorded = summarise(load_run(run)).values
     (run / "separation.parquet").unlink()
     (run / "drift.parquet").unlink()
-    computed = summarise(load_run(run)).values
-    assert recorded == pytest.approx(computed)
+    computed = summarise(load_run(run))
+    nulls = {"kl_separation_null", "js_separation_null", "route_drift_null"}  # they need the rows' halves
+    assert all("split-half" in computed.reasons[key] for key in nulls)
+    kept = set(recorded) - nulls
+    assert {key: recorded[key] for key in kept} == pytest.approx({key: computed.values[key] for key in kept})
 
 
 def test_frames_of_the_tables(small_run: Path) -> None:

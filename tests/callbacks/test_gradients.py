@@ -92,6 +92,19 @@ def test_norms_before_clipping_equal_autograd_by_hand(kind: str, make_module, ma
     assert 1 <= concentration <= len(own)
 
 
+def test_norms_and_concentration_worked_by_hand() -> None:
+    """Layers of A and B: (3, 4), (6, 8), (5, 12), (0, 0) have norms 5, 10, 13, 0; 13 over 7. The bank is no layer."""
+    recorder = GradientRecorder()
+    recorder.start(KEYS)
+    recorder._layers = ["0", "bank", "1", "2", "3"]
+    recorder._index, recorder._own = torch.tensor([0, 0, 1, 2, 2, 3, 3, 4, 4]), torch.tensor([1, 0, 1, 1, 1]).bool()
+    norms = torch.tensor([3.0, 4.0, 99.0, 6.0, 8.0, 5.0, 12.0, 0.0, 0.0])
+    recorder._pending = [(1, 0, torch.tensor(0.5), norms)]
+    recorder._settle()
+    assert values(recorder, "grad_norm", 1) == {"0": 5.0, "bank": 99.0, "1": 10.0, "2": 13.0, "3": 0.0}
+    assert values(recorder, "grad_concentration", 1)[""] == pytest.approx(1.857143, abs=1e-6)
+
+
 def test_what_layers_share_is_the_bank_wherever_it_hangs(make_module, make_data, make_trainer) -> None:
     # Lily hangs one B into several layers.
     module = make_module(adapter=LilyConfig(r=2, stride_A=1, num_B=2, target_modules=["q_proj"]))
