@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from continual.adapters import QueryableLoraModel
 from continual.evaluate import Outcome
 
-_NUM_BEFORE = 6  # tokens of a sampled token's context that are kept as text
+_NUM_BEFORE = 12  # tokens of a sampled token's context that are kept as text
 
 
 class TokenRecorder(L.Callback):
