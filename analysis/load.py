@@ -15,6 +15,9 @@ import pandas as pd
 from analysis.frames import Frame
 from continual import records
 
+NO_SLICE = "no slice"
+"""The name of what a growing bank's rows give to none of its atoms."""
+
 
 class RunError(ValueError):
     """A directory that holds no readable run; the message is one line that names it."""
@@ -188,7 +191,7 @@ def _slice_names(directory: Path, manifest: Mapping[str, Any], num_atoms: int) -
         slices = json.loads(path.read_text(encoding="utf-8"))["slices"]
     except (OSError, ValueError, KeyError):
         return []
-    names = ["no slice", *(f"{name}:{atom}" for name in slices for atom in range(int(size or 0)))]
+    names = [NO_SLICE, *(f"{name}:{atom}" for name in slices for atom in range(int(size or 0)))]
     return names if len(names) >= num_atoms else []  # tables and folder of different moments of a run still going
 
 

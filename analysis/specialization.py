@@ -13,14 +13,13 @@ from numpy.typing import NDArray
 
 from analysis import routing as measures
 from analysis.frames import Frame
-from analysis.load import Frames
+from analysis.load import NO_SLICE, Frames, Run
 from analysis.summary import why_no_routes
 
 Array = NDArray[np.float64]
 
 NUM_DRAWS = 1000
 _HEADLINES = ("accuracy", "score", "r2")
-_NO_SLICE = "no slice"
 _FEW = 2.0  # tokens that a token's weight is shrunk by towards the usual one: a token seen once proves little
 
 
@@ -45,7 +44,7 @@ def overview(frames: Frames) -> Frame:
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
-def one_run(frames: Frames):
+def one_run(frames: Frames) -> Run:
     """Return the run of ``frames``, or raise ValueError where they are several runs'."""
     if len(frames.runs) != 1:
         names = ", ".join(run.directory.name for run in frames.runs)
@@ -90,7 +89,7 @@ def atoms(routing: Frame) -> Frame:
         },
         index=pd.Index(names, name="atom"),
     )
-    return frame.drop(index=_NO_SLICE, errors="ignore")
+    return frame.drop(index=NO_SLICE, errors="ignore")
 
 
 def entropies(routing: Frame, metric: str = "usage_entropy_nats") -> Frame:
@@ -249,7 +248,7 @@ def removal(ablation: Frame, routing: Frame | None = None, num: int | None = Non
         parts.append(part.assign(changed=[share.get((task, atom), np.nan) for atom in taken["atom"]]))
     if not parts:
         return pd.DataFrame(columns=columns)
-    frame = pd.concat(parts, ignore_index=True)
+    frame: Frame = pd.concat(parts, ignore_index=True)
     frame["cost"] = frame["whole"] - frame["without"]
     frame = frame.sort_values(["cost", "changed"], ascending=False, kind="stable", ignore_index=True)
     frame = frame.drop(columns="atom").rename(columns={"name": "atom"})[columns][:num]

@@ -21,10 +21,11 @@ from analysis.plots import style
 Array = NDArray[np.float64]
 
 _NO_ROUTES = "This run has no routes recorded: its adapter has no atoms, or nothing is scored yet."
-_NO_DRIFT = "Nothing has moved yet: drift needs two scored stages."
+_NO_DRIFT = "No drift is recorded: it needs routes, and two scored stages."
 _NO_TOKENS = "This run has no tokens recorded: token_sample is 0, its rows are numbers, or its adapter has no atoms."
-_NOT_REMOVED = "No atom was taken out of this run yet: python -m continual.ablate RUN"
-_NO_PAIRS = "One task alone shares with nobody."
+_NOT_REMOVED = "No atom was taken out: python -m continual.ablate RUN does it where an adapter has atoms."
+_BESIDE: Any = {"textcoords": "offset points", "va": "center", "fontsize": 8.5}
+_ONE_TASK = "One task alone shares with nobody."
 
 
 @style.look()
@@ -55,7 +56,7 @@ def specialists(routing: Frame) -> Axes:
     """
     atoms = specialization.atoms(routing)
     if atoms["entropy"].isna().all():
-        return _sentence(_NO_ROUTES if atoms.empty else _NO_PAIRS)
+        return _sentence(_NO_ROUTES if atoms.empty else _ONE_TASK)
     ax = style.new_figure(3.6, 7.5).subplots()
     tasks = [str(task) for task in specialization.usage(routing).index]
     colors = _colors(tasks)
@@ -109,7 +110,7 @@ def sharing_graph(routing: Frame, least: float = 1.5) -> Axes:
         routing: The table routing.
         least: Lines of less than this many times the even use, 1 / M, are left out.
     """
-    used = specialization.usage(routing)
+    used = specialization.usage(routing).drop(columns=specialization.NO_SLICE, errors="ignore")
     if used.empty:
         return _sentence(_NO_ROUTES)
     num_tasks, all_atoms = used.shape
@@ -225,8 +226,6 @@ def removal_against_usage(removal: Frame) -> Axes:
 
 # -- what they share --------------------------------------------------------------------------------------------------
 
-_BESIDE: Any = {"textcoords": "offset points", "va": "center", "fontsize": 8.5}
-
 
 def _sentence(text: str) -> Axes:
     """Return Axes that hold a sentence in the place of a figure."""
@@ -278,7 +277,8 @@ def _stage_map(frame: Frame, order: list[str], top: float | None, title: str, mi
     top = max(float(np.nanmax(values)), 1e-3) if top is None else top
     cells = style.heat(ax, values, style.amounts(), (0.0, top), values if values.shape[1] <= 12 else None)
     for row, name in enumerate(frame.index):
-        if (trained := order.index(name) + 1) in frame.columns:
+        trained = order.index(name) + 1
+        if trained in frame.columns and not np.isnan(frame.loc[name, trained]):
             style.outline(ax, row, list(frame.columns).index(trained))
     _label(ax, frame, "after stage", "")
     return _finish(ax, cells, title)

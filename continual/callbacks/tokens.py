@@ -38,7 +38,7 @@ class TokenRecorder(L.Callback):
     def start(self, keys: dict[str, Any], tasks: list[Any], trained_stage: dict[str, int]) -> None:
         """Begin scoring ``tasks``; ``trained_stage`` says after which stage each task was learnt."""
         self.keys, self.tasks, self.rows = keys, tasks, []
-        self._kept: dict[str, list[tuple[np.uint64, list[dict[str, Any]]]]] = {}
+        self._kept: dict[str, list[tuple[int, list[dict[str, Any]]]]] = {}
         stage, last = keys["stage"], max(trained_stage.values(), default=0)
         self._wanted = [data.name for data in tasks if self.num_tokens and stage in (trained_stage[data.name], last)]
 
@@ -70,7 +70,8 @@ class TokenRecorder(L.Callback):
             chosen = chosen[order[chosen] < kept[-1][0]]
         index = (torch.from_numpy(own[chosen]), torch.from_numpy(column[chosen]))
         routes = torch.stack([route[index].float().cpu() for route in outcome.routes], dim=1).numpy()  # (n, N, M)
-        texts = _Texts(pl_module.backbone.tokenizer, ids.cpu().tolist(), first.tolist())
+        backbone: Any = pl_module.backbone
+        texts = _Texts(backbone.tokenizer, ids.cpu().tolist(), first.tolist())
         for token, weights in zip(chosen, routes, strict=True):
             where = {"row": outcome.rows[own[token]], "place": int(place[token])}
             said = texts.of(int(own[token]), int(column[token]))
@@ -78,7 +79,7 @@ class TokenRecorder(L.Callback):
                 {"block": int(block), "atom": int(atom), "value": float(weights[block, atom])}
                 for block, atom in np.argwhere(weights > 0)
             ]
-            kept.append((order[token], [self.keys | {"task": name} | where | said | atom for atom in went]))
+            kept.append((int(order[token]), [self.keys | {"task": name} | where | said | atom for atom in went]))
         kept.sort(key=lambda item: item[0])
         del kept[self.num_tokens :]
 
