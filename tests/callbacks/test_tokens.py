@@ -40,7 +40,7 @@ def test_a_sample_of_all_tokens_is_the_routes_of_plain_passes(make_module, make_
     rows = record(run_test, module, [data], 10_000)
     backbone: Any = module.backbone
     instruction = torch.tensor([backbone.encode_instruction(data.task.instruction)])
-    found = {(r["row"], r["place"], r["block"], r["atom"]): r["value"] for r in rows}
+    found: dict[tuple[int, ...], float] = {(r["row"], r["place"], r["block"], r["atom"]): r["value"] for r in rows}
     expected: dict[tuple[int, ...], float] = {}
     said = {(row["row"], row["place"]): (row["before"], row["token"]) for row in rows}
     for source in data.task.rows("test").to_list():

@@ -53,16 +53,17 @@ def grown(base_tree: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -
     return folder / "run"
 
 
-def scores_of(table: pd.DataFrame, atom: int) -> dict[tuple[str, str], float]:
+def scores_of(table: Any, atom: int) -> dict[tuple[str, str], float]:
     rows = table[(table["atom"] == atom) & (table["row"] == -1) & (table["direction"] != "none")]
     return {(str(task), str(metric)): value for task, metric, value in rows[["task", "metric", "value"]].to_numpy()}
 
 
 def test_with_all_atoms_the_scores_are_the_runs_own(ablated: Path) -> None:
-    table, scores = records.read(ablated, "ablation"), records.read(ablated, "scores")
+    table: Any = records.read(ablated, "ablation")
+    scores: Any = records.read(ablated, "scores")
     own = scores[scores["stage"] == 2].set_index(["task", "metric"])["value"].to_dict()
     assert scores_of(table, -1) == pytest.approx(own)
-    answers = records.read(ablated, "answers")
+    answers: Any = records.read(ablated, "answers")
     answers = answers[answers["stage"] == 2].set_index(["task", "row"])["value"]
     rows = table[(table["atom"] == -1) & (table["row"] >= 0)].set_index(["task", "row"])["value"]
     pd.testing.assert_series_equal(rows.sort_index(), answers.sort_index())
@@ -74,7 +75,8 @@ def test_without_an_atom_the_scores_are_those_of_its_absence(ablated: Path, tmp_
     made = Sequence(parse(text, "tiny"), Path(shutil.copytree(ablated, tmp_path / "run")))
     made.prepare(state)
     made._see_labels(2)
-    table, moved = records.read(ablated, "ablation"), 0
+    table: Any = records.read(ablated, "ablation")
+    moved = 0
     for atom in range(ATOMS):
         recorder = ScoreRecorder()
         recorder.start({"run": "", "seed": 0, "stage": 2}, made.data)
