@@ -65,7 +65,7 @@ def specialists(routing: Frame) -> Axes:
         ax.scatter(own["usage"], own["entropy"], s=44, color=colors[task], edgecolor="white", label=style.short(task))
     dead = atoms[atoms["dead"] & atoms["entropy"].notna()]
     if len(dead):
-        ax.scatter(dead["usage"], dead["entropy"], s=26, marker="x", color=style.MUTED, linewidth=1, label="dead")
+        ax.scatter(dead["usage"], dead["entropy"], marker="x", color=style.MUTED, clip_on=False, label="dead")
     _name_apart(ax, atoms[~atoms["dead"]].sort_values("usage", ascending=False))
     ax.set_title("Low: a specialist of few tasks.  High: shared by all")
     ax.set(xlabel="usage, mean over tasks", ylabel="entropy over tasks / ln T", ylim=(-0.05, 1.08))
@@ -291,7 +291,8 @@ def _task_order(table: Frame) -> list[str]:
 
 def _by_first_user(values: Array) -> list[int]:
     """Return the columns by the row that is largest in them, the largest first within a row."""
-    rows = np.where(values.max(axis=0) > 0, values.argmax(axis=0), len(values))  # what nobody uses comes last
+    least = 1 / (10 * values.shape[1])
+    rows = np.where(values.max(axis=0) > least, values.argmax(axis=0), len(values))  # dead atoms come last
     return sorted(range(values.shape[1]), key=lambda column: (rows[column], -values[:, column].max()))
 
 
