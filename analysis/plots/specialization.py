@@ -68,8 +68,7 @@ def specialists(routing: Frame) -> Axes:
         ax.scatter(dead["usage"], dead["entropy"], marker="x", color=style.MUTED, clip_on=False, label="dead")
     _name_apart(ax, atoms[~atoms["dead"]].sort_values("usage", ascending=False))
     ax.set_title("Low: a specialist of few tasks.  High: shared by all")
-    ax.set(xlabel="usage, mean over tasks", ylabel="entropy over tasks / ln T", ylim=(-0.05, 1.08))
-    ax.set_xlim(left=0)
+    ax.set(xlabel="usage, mean over tasks", ylabel="entropy over tasks / ln T", xlim=(0, None), ylim=(-0.05, 1.08))
     ax.legend(title="most used by", loc="center left", bbox_to_anchor=(1.01, 0.5))
     return ax
 
@@ -291,8 +290,8 @@ def _task_order(table: Frame) -> list[str]:
 
 def _by_first_user(values: Array) -> list[int]:
     """Return the columns by the row that is largest in them, the largest first within a row."""
-    least = 1 / (10 * values.shape[1])
-    rows = np.where(values.max(axis=0) > least, values.argmax(axis=0), len(values))  # dead atoms come last
+    alive = values.max(axis=0) > 1 / (10 * values.shape[1])
+    rows = np.where(alive, values.argmax(axis=0), len(values))  # dead atoms come last
     return sorted(range(values.shape[1]), key=lambda column: (rows[column], -values[:, column].max()))
 
 
