@@ -15,6 +15,9 @@ import pandas as pd
 from analysis.frames import Frame
 from continual import records
 
+NO_SLICE = "no slice"
+"""The name of what a growing bank's rows give to none of its atoms."""
+
 
 class RunError(ValueError):
     """A directory that holds no readable run; the message is one line that names it."""
@@ -25,7 +28,9 @@ class Run:
     """One run: its manifest, its tables cut to the finished stages, and what could not be read.
 
     The frames have the columns of ``records.SCHEMAS``; ``task`` (and ``other``) are ordered categories in the order
-    of training, so that every figure and table drawn from them keeps that order.
+    of training, so that every figure and table drawn from them keeps that order. Where there are atoms there is one
+    column more, ``name``: the atom's number or, of a growing bank, its slice and its number there, as an ordered
+    category; missing where ``atom`` is -1.
     """
 
     directory: Path
@@ -83,6 +88,8 @@ class Frames:
     routing: Frame
     separation: Frame
     drift: Frame
+    tokens: Frame
+    ablation: Frame
     gradients: Frame
     wordings: Frame
     wording_answers: Frame
@@ -114,7 +121,8 @@ def load_run(directory: str | Path, only: Collection[str] = tuple(records.SCHEMA
         except records.RecordError as error:
             problems[name] = str(error).replace(f"{directory}{os.sep}", "")
             table = schema.empty_table().to_pandas()
-        tables[name] = _ordered(table[table["stage"] <= manifest["finished_stage"]], manifest["stages"])
+        table = _ordered(table[table["stage"] <= manifest["finished_stage"]], manifest["stages"])
+        tables[name] = _named(table, directory, manifest) if "atom" in table else table
     return Run(directory, manifest, tables, problems)
 
 
@@ -181,6 +189,26 @@ def _ordered(table: Frame, stages: list[str]) -> Frame:
         beside = sorted(set(table[column].dropna().unique()) - set(stages))
         table[column] = pd.Categorical(table[column], categories=[*stages, *beside], ordered=True)
     return table.reset_index(drop=True)
+
+
+def _named(table: Frame, directory: Path, manifest: Mapping[str, Any]) -> Frame:
+    """Name each row's atom."""
+    num_atoms = int(table["atom"].max()) + 1 if len(table) else 0
+    names = _slice_names(directory, manifest, num_atoms) or [str(atom) for atom in range(num_atoms)]
+    table["name"] = pd.Categorical.from_codes(table["atom"].to_numpy(), categories=names, ordered=True)
+    return table
+
+
+def _slice_names(directory: Path, manifest: Mapping[str, Any], num_atoms: int) -> list[str]:
+    """Return the names of a growing bank's atoms, slice after slice; none where there is no such bank."""
+    path = directory / "adapters" / f"stage-{manifest['finished_stage']:02d}" / "bank.json"
+    size = (manifest.get("model") or {}).get("num_atoms")
+    try:
+        slices = json.loads(path.read_text(encoding="utf-8"))["slices"]
+    except (OSError, ValueError, KeyError):
+        return []
+    names = [NO_SLICE, *(f"{name}:{atom}" for name in slices for atom in range(int(size or 0)))]
+    return names if len(names) >= num_atoms else []  # tables and folder of different moments of a run still going
 
 
 def _concat(frames: list[Frame]) -> Frame:

@@ -7,6 +7,7 @@
     model: {backbone: ..., adapter: ..., optimizer: ...}     arguments of ContinualModule
     data: {batch_size: 8, ...}                               arguments of StageData, for every stage
     trainer: {max_epochs: 1, ...}                            arguments of lightning's Trainer, a fresh one each stage
+    token_sample: 256                                        tokens a task whose routes are kept one by one; 0: none
     general_ability: false                                   score untouched text after every stage too
     wordings: {file: ..., ...}                               arguments of OtherWords; null (the default) for none
     stages: [{name: ..., task: {class_path: ..., init_args: {...}}}, ...]
@@ -81,6 +82,7 @@ class Experiment:
         stages: The stages, in training order.
         scoring: What is scored after each stage: "all" tasks, those "seen" so far, or with "final" the stage's own
             alone. Before training and after the last stage, every task is.
+        token_sample: How many tokens of each task's test prompts are kept with their routes; 0 for none.
         general_ability: Whether the log-likelihood of untouched text is measured after every stage.
         wordings: Other words to score the finished model's tasks in, if any.
         bounds: Names of the bounds to run beside it.
@@ -96,6 +98,7 @@ class Experiment:
     stages: list[Stage]
     resolved: str
     scoring: Scoring = "all"
+    token_sample: int = 256
     general_ability: bool = False
     wordings: OtherWords | None = None
     bounds: list[str] = field(default_factory=list)
@@ -134,6 +137,9 @@ def make_parser(parser: ArgumentParser | None = None) -> ArgumentParser:
     parser.add_class_arguments(ContinualModule, "model")
     parser.add_class_arguments(StageData, "data", skip={"task", "seed"}, instantiate=False)
     parser.add_class_arguments(L.Trainer, "trainer", instantiate=False)
+    parser.add_argument(
+        "--token_sample", type=NonNegativeInt, default=256, help="Tokens a task kept with their routes."
+    )
     parser.add_argument("--general_ability", type=bool, default=False, help="Score untouched text after every stage.")
     parser.add_argument("--wordings", type=OtherWords | None, default=None, help="Other words to score tasks in.")
     parser.add_argument("--stages", type=list[Stage], help="The stages, in training order.")
@@ -206,6 +212,7 @@ def parse(text: str, stem: str, overrides: Sequence[str] = (), where: str = "con
         stages=objects.stages,
         resolved=resolved,
         scoring=objects.scoring,
+        token_sample=objects.token_sample,
         general_ability=objects.general_ability,
         wordings=objects.wordings,
         bounds=list(objects.bounds),

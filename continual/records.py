@@ -6,7 +6,8 @@ that a report can be drawn on a machine without it.
 
 Conventions
     stage      0 = before any training, 1..T = after that stage
-    block, atom, step, epoch   -1 = "over all of them" (the mean over blocks, say)
+    block, atom, step, epoch, row   -1 = "over all of them" (the mean over blocks, say)
+    atom       index in the bank; of a growing bank 0 = no slice in use, then each slice's atoms, in the slices' order
     direction  "higher" or "lower" is better, "none" for a measure that is neither
     count      rows (scores), tokens (routing, general) or parameters (gradients) that the value was computed from
 """
@@ -40,6 +41,16 @@ SCHEMAS: dict[str, pa.Schema] = {
     "answers": pa.schema([*_KEYS, ("row", pa.int64()), ("value", pa.float64()), ("prediction", pa.string())]),
     # metric "usage" (block >= 0, atom >= 0); "usage_entropy_nats", "token_entropy_nats" (atom = -1; block -1 = mean).
     "routing": pa.schema([*_KEYS, ("block", pa.int64()), ("atom", pa.int64()), *_VALUE]),
+    # A few of the test rows' tokens and where they went: one row an atom that gets weight, in a block. ``place`` counts
+    # the prompt's tokens, ``before`` is the text of those just before it: routing is causal, no later token is seen.
+    "tokens": pa.schema(
+        [*_KEYS, ("row", pa.int64()), ("place", pa.int64()), ("token", pa.string()), ("before", pa.string())]
+        + [("block", pa.int64()), ("atom", pa.int64()), ("value", pa.float64())]
+    ),
+    # A finished run scored with one atom taken out of all blocks; atom -1: none is. Row -1: the score; else what the
+    # row's answer earned, under the metric "answer" (regression: the squared error); "changed": the share of answers
+    # that are others than with all atoms.
+    "ablation": pa.schema([*_KEYS, ("atom", pa.int64()), ("row", pa.int64()), *_VALUE]),
     # metrics "js", "kl" of task against other; where other == task: "js_split_half", "kl_split_half", the null.
     "separation": pa.schema([*_KEYS, ("other", pa.string()), ("block", pa.int64()), *_VALUE]),
     # metrics "js", "kl", "tv" against the stage before (reference "previous") or the task's own (reference "trained").
@@ -84,6 +95,12 @@ def append(run_dir: str | Path, table: str, rows: Iterable[Mapping[str, Any]]) -
     if path.exists():
         new = pa.concat_tables([_read(path, schema), new])
     _replace(path, new)
+
+
+def rewrite(run_dir: str | Path, table: str, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Put ``rows`` in the place of the whole table, atomically."""
+    path = path_of(run_dir, table)
+    _replace(path, _table(path, SCHEMAS[table], rows))
 
 
 def replace(run_dir: str | Path, table: str, rows: Iterable[Mapping[str, Any]], same: Sequence[str]) -> None:

@@ -13,7 +13,7 @@ import lightning as L
 import torch
 
 from continual import manifest, records
-from continual.callbacks import GradientRecorder, RouteRecorder, ScoreRecorder, StageProgress
+from continual.callbacks import GradientRecorder, RouteRecorder, ScoreRecorder, StageProgress, TokenRecorder
 from continual.callbacks.progress import ScoreTable, plan
 from continual.errors import ConfigError, RunError
 from continual.experiment import Experiment
@@ -36,6 +36,7 @@ class Sequence:
         self.module = experiment.model
         self.data: list[StageData] = []
         self.scores, self.routes = ScoreRecorder(), RouteRecorder()
+        self.tokens = TokenRecorder(experiment.token_sample)
         self.gradients, self.progress = GradientRecorder(), StageProgress()
         self.general = GeneralRecorder() if experiment.general_ability else None
         self.wordings: list[Slot] = []
@@ -123,6 +124,7 @@ class Sequence:
         scored = self.scored_after(index)
         self.scores.start(self._keys(index), scored)
         self.routes.start(self._keys(index), scored, trained)
+        self.tokens.start(self._keys(index), scored, trained)
         if self.general is not None:
             self.general.start(self._keys(index))
         trainer.test(self.module, datamodule=AllTasks(scored), verbose=False)
@@ -138,6 +140,7 @@ class Sequence:
         keys = self._keys(index)
         self.scores.start(keys, [])
         self.routes.start(keys, [], {})
+        self.tokens.start(keys, [], {})
         self.gradients.start(keys | {"task": self._title(index)})
 
     def _note_sizes(self, index: int) -> None:
@@ -170,6 +173,7 @@ class Sequence:
 
     def _write(self, index: int) -> None:
         tables = {"scores": self.scores.rows, "answers": self.scores.answers, **self.routes.tables}
+        tables["tokens"] = self.tokens.rows
         if self.general is not None:
             tables["general"] = self.general.rows
         if index == len(self.data):
@@ -190,7 +194,7 @@ class Sequence:
     @property
     def _callbacks(self) -> list[L.Callback]:
         general = [] if self.general is None else [self.general]
-        return [self.scores, self.routes, *general, self.progress]
+        return [self.scores, self.routes, self.tokens, *general, self.progress]
 
     def _strategy_folder(self, index: int) -> Path:
         return self.run_dir / "strategy" / f"stage-{index:02d}"

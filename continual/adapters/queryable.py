@@ -12,7 +12,8 @@ ids of each row's instruction, negative where padded; or ``instruction_encoding`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -40,6 +41,7 @@ class QueryableLoraModel(RoutedTuner):
     uses_shared_state = True
     prefix = "queryable_"
     tuner_layer_cls = QueryableLinear
+    _removed: tuple[str, int] | None = None
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Create the bank of ``adapter_name`` and its layers.
@@ -143,6 +145,8 @@ class QueryableLoraModel(RoutedTuner):
             centred = None if encoding is None or not bank.config.uses_prior else bank.centre(encoding)
             states[name] = bank.begin(centred)
             states[name].weight_B, states[name].observe = weight, growing and growing.observe
+            if self._removed is not None and self._removed[0] == name:
+                states[name].removed = self._removed[1]
         if self._has_carriers:
             kwargs["routing_state"] = states
         self._uncarried.give(states)
@@ -159,6 +163,29 @@ class QueryableLoraModel(RoutedTuner):
     def carries_routes(self) -> bool:
         """Whether a pass's routing state travels as a keyword of the decoder layers."""
         return self._has_carriers
+
+    @contextmanager
+    def without_atom(self, atom: int, adapter_name: str = "default") -> Iterator[None]:
+        """Route as if the bank lacked one atom, in every block, inside the ``with``.
+
+        The next best atoms take its place among the top k, and the weights sum to 1 again. What the others would have
+        learnt without it is another question: keys and queries stay as they were trained beside it.
+
+        Raises:
+            ValueError: There is no such adapter or atom, or no other atom.
+        """
+        if adapter_name not in self.queryable_bank:
+            raise ValueError(f"no adapter {adapter_name!r}; there are {', '.join(self.queryable_bank)}")
+        num_atoms = self._bank(adapter_name).config.num_atoms
+        if not 0 <= atom < num_atoms:
+            raise ValueError(f"adapter {adapter_name!r} has atoms 0 to {num_atoms - 1}, not {atom}")
+        if num_atoms == 1:
+            raise ValueError(f"adapter {adapter_name!r} has one atom alone: without it there is nothing to route to")
+        before, self._removed = self._removed, (adapter_name, atom)
+        try:
+            yield
+        finally:
+            self._removed = before
 
     # -- instructions -------------------------------------------------------------------------------------------------
 

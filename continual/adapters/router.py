@@ -42,6 +42,7 @@ class RoutingState:
         blocks: What the layers of each block share.
         weight_B: What each row's update is multiplied by, (B,); None for 1.
         observe: Called with a layer, the adapter's name, u = A h and S_b u, both (..., r); None for nobody.
+        removed: The atom that no token may use; None for none.
     """
 
     operator_KR: Tensor
@@ -49,6 +50,7 @@ class RoutingState:
     blocks: list[BlockState] = field(default_factory=list)
     weight_B: Tensor | None = None
     observe: Callable[[nn.Module, str, Tensor, Tensor], None] | None = None
+    removed: int | None = None
 
     @property
     def states(self) -> list[Tensor | None]:
@@ -165,7 +167,7 @@ class AtomBank(nn.Module):
         """Compute and keep alpha of ``block``, (..., M), from its first layer's low-rank state ``u``, (..., r)."""
         source = u.detach() if self.config.detach_query else u
         block.state = F.rms_norm(source, (self.config.r,), eps=1e-6)
-        block.route = self._weights(self.logits(block, block.state))
+        block.route = self._weights(self.logits(block, block.state), block.shared.removed)
 
     def logits(self, block: BlockState, z: Tensor) -> Tensor:
         """Return the routing logits g, (..., M), of ``block`` at the state z, (..., r)."""
@@ -204,13 +206,19 @@ class AtomBank(nn.Module):
         mixed = (block.route.unsqueeze(-1) * u.unsqueeze(-2)).flatten(-2)
         return mixed @ block.shared.operator_KR
 
-    def _weights(self, logits: Tensor) -> Tensor:
-        if self.config.top_k == self.config.num_atoms or self.config.query_source == "uniform":
+    def _weights(self, logits: Tensor, removed: int | None = None) -> Tensor:
+        if removed is not None:  # as in a bank without it
+            before, _, after = logits.tensor_split([removed, removed + 1], dim=-1)
+            weights = self._weights(torch.cat([before, after], dim=-1))
+            before, after = weights.tensor_split([removed], dim=-1)
+            return torch.cat([before, weights.new_zeros(*weights.shape[:-1], 1), after], dim=-1)
+        num_atoms = logits.shape[-1]
+        if self.config.top_k >= num_atoms or self.config.query_source == "uniform":
             return logits.softmax(dim=-1)  # equal logits have no top k
         routes = top_k_softmax(logits, self.config.top_k)
         if self.config.query_source == "instruction_only":  # no instruction: again equal logits
             tied = logits.amax(dim=-1, keepdim=True) == logits.amin(dim=-1, keepdim=True)
-            routes = torch.where(tied, 1 / self.config.num_atoms, routes)
+            routes = torch.where(tied, 1 / num_atoms, routes)
         return routes
 
 

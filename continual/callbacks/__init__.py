@@ -4,5 +4,6 @@ from continual.callbacks.gradients import GradientRecorder
 from continual.callbacks.progress import StageProgress
 from continual.callbacks.routing import RouteRecorder
 from continual.callbacks.scores import ScoreRecorder
+from continual.callbacks.tokens import TokenRecorder
 
-__all__ = ["GradientRecorder", "RouteRecorder", "ScoreRecorder", "StageProgress"]
+__all__ = ["GradientRecorder", "RouteRecorder", "ScoreRecorder", "StageProgress", "TokenRecorder"]

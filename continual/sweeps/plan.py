@@ -131,11 +131,12 @@ class Plan:
     def tuning_configuration(self, method: str, settings: Settings) -> str:
         """Return the configuration of a tuning cell: test rows are neither trained on nor scored.
 
-        What stands beside a run's own scores (bounds, other words, untouched text) chooses no setting and is left out.
+        What stands beside a run's own scores (bounds, other words, untouched text, tokens) chooses no setting and is
+        left out.
         """
         assert self.tune is not None
         held_out = {"data.validation_rows": self.tune.validation_rows, "data.score_rows": "held_out"}
-        alone = {"bounds": [], "wordings": None, "general_ability": False}
+        alone = {"bounds": [], "wordings": None, "general_ability": False, "token_sample": 0}
         settings = self.methods[method] | settings | held_out | alone
         return self.configuration(f"{method}-tuning", settings, self.tune.stages, self.tune.seed)
 

@@ -286,6 +286,7 @@ def test_the_first_of_equal_settings_wins_and_a_diverged_one_never(planned: Call
     combinations = plan.tune.combinations("lora")
     beside = yaml.safe_load(plan.tuning_configuration("lora", combinations[0]))
     assert (beside["bounds"], beside["wordings"], beside["general_ability"]) == ([], None, False)
+    assert beside["token_sample"] == 0
     group = [Cell(tmp_path, f"tuning/lora/{i}", "", tmp_path) for i in range(4)]
 
     def choice(*scores: float | None, reason: str = f"stage 'a', step 3: {DIVERGED} (nan)") -> Tree:

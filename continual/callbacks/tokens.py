@@ -1,0 +1,114 @@
+"""While tasks are scored: a few of their tokens, with the atoms that each of them went to.
+
+Which tokens are kept is a matter of their row and place alone: those whose hash is lowest. It is a uniform sample
+without replacement that needs no random state, is the same in any batches and after every stage, and is as large as
+asked for, whatever the number of rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from continual.adapters import QueryableLoraModel
+from continual.evaluate import Outcome
+
+_NUM_BEFORE = 12  # tokens of a sampled token's context that are kept as text
+
+
+class TokenRecorder(L.Callback):
+    """Turns the routes of some of the prompts' tokens into rows for the table ``tokens``.
+
+    A task is sampled after the stage that trained it and after the last one, so that the table grows with the number
+    of stages and not with its square: ``num_tokens`` x blocks x atoms that share a token, twice a task. Experts, which
+    each projection has of its own, are no atoms: nothing is kept of them.
+
+    Args:
+        num_tokens: Tokens kept of a task; 0 for none.
+    """
+
+    def __init__(self, num_tokens: int) -> None:
+        self.num_tokens = num_tokens
+        self.rows: list[dict[str, Any]] = []
+
+    def start(self, keys: dict[str, Any], tasks: list[Any], trained_stage: dict[str, int]) -> None:
+        """Begin scoring ``tasks``; ``trained_stage`` says after which stage each task was learnt."""
+        self.keys, self.tasks, self.rows = keys, tasks, []
+        self._kept: dict[str, list[tuple[int, list[dict[str, Any]]]]] = {}
+        stage, last = keys["stage"], max(trained_stage.values(), default=0)
+        self._wanted = [data.name for data in tasks if self.num_tokens and stage in (trained_stage[data.name], last)]
+
+    def on_test_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep those of a batch's tokens that are in the sample so far."""
+        outcome: Outcome = outputs
+        name, ids = self.tasks[dataloader_idx].name, batch["forward"].get("input_ids")
+        if name not in self._wanted or outcome.routes is None or ids is None:  # a regression row has no tokens
+            return
+        if not isinstance(pl_module.tuner, QueryableLoraModel):
+            return
+        assert outcome.prompt_mask is not None
+        mask = outcome.prompt_mask.bool().cpu().numpy()
+        first = mask.argmax(axis=1)  # prompts are padded on the left
+        own, column = np.nonzero(mask)
+        place = column - first[own]
+        order = hashed(np.asarray(outcome.rows)[own], place)
+        kept = self._kept.setdefault(name, [])
+        chosen = np.argsort(order, kind="stable")[: self.num_tokens]
+        if len(kept) == self.num_tokens:
+            chosen = chosen[order[chosen] < kept[-1][0]]
+        index = (torch.from_numpy(own[chosen]), torch.from_numpy(column[chosen]))
+        routes = torch.stack([route[index].float().cpu() for route in outcome.routes], dim=1).numpy()  # (n, N, M)
+        backbone: Any = pl_module.backbone
+        texts = _Texts(backbone.tokenizer, ids.cpu().tolist(), first.tolist())
+        for token, weights in zip(chosen, routes, strict=True):
+            where = {"row": outcome.rows[own[token]], "place": int(place[token])}
+            said = texts.of(int(own[token]), int(column[token]))
+            went = [
+                {"block": int(block), "atom": int(atom), "value": float(weights[block, atom])}
+                for block, atom in np.argwhere(weights > 0)
+            ]
+            kept.append((int(order[token]), [self.keys | {"task": name} | where | said | atom for atom in went]))
+        kept.sort(key=lambda item: item[0])
+        del kept[self.num_tokens :]
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Put the sample into rows, by task, row and place."""
+        kept = [row for items in self._kept.values() for _, rows in items for row in rows]
+        self.rows = sorted(kept, key=lambda row: (row["task"], row["row"], row["place"], row["block"], row["atom"]))
+
+
+class _Texts:
+    """The texts of a batch's tokens."""
+
+    def __init__(self, tokenizer: Any, ids: list[list[int]], first: list[int]) -> None:
+        self.tokenizer, self.ids, self.first = tokenizer, ids, first
+
+    def of(self, row: int, column: int) -> dict[str, str]:
+        """Return a token and the text just before it; part of a letter as its tokenizer writes it."""
+        start = max(self.first[row], column - _NUM_BEFORE)
+        token = self.tokenizer.decode([self.ids[row][column]])
+        if not token or "\N{REPLACEMENT CHARACTER}" in token:
+            token = str(self.tokenizer.convert_ids_to_tokens(self.ids[row][column]))
+        return {"token": token, "before": self.tokenizer.decode(self.ids[row][start:column])}
+
+
+def hashed(row: NDArray[np.int64], place: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """Return numbers as good as random, always the same for a row and place (splitmix64, Steele et al. 2014)."""
+    with np.errstate(over="ignore"):
+        x = row.astype(np.uint64) * np.uint64(1 << 32) + place.astype(np.uint64) + np.uint64(1)
+        x *= np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
