@@ -1,4 +1,4 @@
-"""The paper's language model tables: every file of configs/paper parses, and reads and scores its sets' real columns.
+"""The paper's language model tables: every file of configs/paper reads, scores and trains on its sets' real columns.
 
 The miniature copies are laid out as on the Hub, a folder a configuration and a shard a split, with the columns and the
 value types of the data set cards.
@@ -206,16 +206,8 @@ RUN_CODE = "stages.mbpp.task.init_args.judge.init_args.run_generated_code=true"
 
 
 def test_the_tables_of_the_paper_are_all_there() -> None:
-    assert NAMES == sorted("gpqa arc_challenge boolq race gsm8k mbpp numinamath superglue".split())
+    assert NAMES == ["arc_challenge", "boolq", "gpqa", "gsm8k", "mbpp", "numinamath", "race", "superglue"]
     assert [stage.name for stage in experiment.load(FOLDER / "superglue.yaml").stages] == SUPERGLUE
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_table_parses_and_resolves_to_itself(name: str) -> None:
-    first = experiment.load(FOLDER / f"{name}.yaml")
-    assert first.name.startswith(f"{name}-") and "Qwen/Qwen2.5-0.5B-Instruct" in first.resolved
-    again = experiment.parse(first.resolved, "another-stem")
-    assert (again.resolved, again.name) == (first.resolved, first.name)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -227,11 +219,11 @@ def test_every_column_map_reads_rows_with_the_sets_columns(name: str, copies: Pa
         train = {row["row"]: row for row in stage.task.rows("train").to_list()}
         for key, value in zip(("context", "question", "answer"), expected, strict=True):
             assert value is None or train[7][key] == value, stage.name
-        assert stage.task.instruction.endswith((".", "False", "number.", "\\boxed{}."))
+        assert stage.task.instruction.endswith(".")
         assert 0 <= stage.task.constant_score() <= 1
-        for row in [*train.values(), *stage.task.rows("test").to_list()]:
-            if stage.task.kind == "labels" or "references" not in row or name == "mbpp":
-                assert stage.task.score_answer(row, row["answer"]) == 1.0, (stage.name, row)
+        rows = [*train.values(), *stage.task.rows("test").to_list()]
+        for row in rows[:: 8 if name == "mbpp" else 1]:  # a program takes its time
+            assert stage.task.score_answer(row, row["answer"]) == 1.0, (stage.name, row)
             assert stage.task.score_answer(row, "no such thing") == 0.0
 
 
