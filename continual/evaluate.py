@@ -132,6 +132,9 @@ def _tree_mask(prompt_mask_BP: Tensor, segment_L: Tensor, dtype: torch.dtype) ->
 def _rank_labels(module: ContinualModule, task: Task, batch: dict[str, Any]) -> Outcome:
     candidates: Candidates = batch["candidates"]
     scores = label_log_likelihoods(module.model, batch["forward"], candidates)
+    for place, row in enumerate(batch["rows"]):
+        if "num_choices" in row:  # the task's further labels name choices that this row does not have
+            scores[place, row["num_choices"] : candidates.num_own] = -torch.inf
     own = scores[:, : candidates.num_own].argmax(dim=1).tolist()
     predictions = [candidates.names[index] for index in own]
     targets = [row["answer"] for row in batch["rows"]]

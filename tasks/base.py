@@ -22,7 +22,7 @@ Split = Literal["train", "test"]
 METRICS: dict[Kind, str] = {"labels": "accuracy", "free": "score", "regression": "r2"}
 
 # How many of the commonest training answers a constant guesser may try; more changes no headline, only the time.
-_NUM_CONSTANTS = 20
+NUM_CONSTANTS = 20
 
 
 class TaskError(ValueError):
@@ -50,21 +50,39 @@ def check_counts(seed: int, **num_rows: int | None) -> None:
             raise TaskError(f"{name} must be at least 1, got {value}")
 
 
-def text_rows(rows: Sequence[tuple[str, str, str, int]]) -> Dataset:
+def text_rows(
+    rows: Sequence[tuple[str, str, str, int]],
+    references: Sequence[list[str]] | None = None,
+    units: Sequence[str] | None = None,
+    num_choices: Sequence[int] | None = None,
+) -> Dataset:
     """Make the rows of a text task, in memory.
 
     Args:
         rows: (context, question, answer, row) each.
+        references: What each row's answers are judged against, where that is not its one answer.
+        units: The question that each row is a part of, where several rows make one.
+        num_choices: How many of the task's labels each row may choose from, where not all.
 
     Returns:
-        A table with the columns context, question, answer (strings) and row (int64).
+        A table with the columns context, question, answer (strings), row (int64) and, where given, references (lists
+        of strings), unit (string) and num_choices (int64).
     """
     from datasets import Dataset, Features, Value
 
     names = ("context", "question", "answer")
-    features = Features({**{name: Value("string") for name in names}, "row": Value("int64")})
-    columns = zip(*rows, strict=True) if rows else [()] * 4
-    return Dataset.from_dict(dict(zip([*names, "row"], map(list, columns), strict=True)), features=features)
+    features: dict[str, Any] = {**{name: Value("string") for name in names}, "row": Value("int64")}
+    columns: dict[str, list[Any]] = dict(
+        zip([*names, "row"], map(list, zip(*rows, strict=True) if rows else [()] * 4), strict=True)
+    )
+    for name, values, feature in (
+        ("references", references, [Value("string")]),
+        ("unit", units, Value("string")),
+        ("num_choices", num_choices, Value("int64")),
+    ):
+        if values is not None:
+            columns[name], features[name] = list(values), feature
+    return Dataset.from_dict(columns, features=Features(features))
 
 
 class Task(abc.ABC):
@@ -110,8 +128,10 @@ class Task(abc.ABC):
 
         Returns:
             Kinds "labels" and "free": columns context (str, may be cut when too long), question (str, never cut),
-            answer (str) and row (int, the row's index within its source). Kind "regression": columns x (list of
-            float32), y (float32) and row.
+            answer (str) and row (int, the row's index within its source); where a task has them, also references
+            (list of str: what answers are judged against), unit (str: rows of one are one question) and num_choices
+            (int: the row chooses among so many of the first labels). Kind "regression": columns x (list of float32),
+            y (float32) and row.
         """
         self.prepare()
         assert self._splits is not None
@@ -130,6 +150,15 @@ class Task(abc.ABC):
             The score in [0, 1]; here 1.0 for the row's own answer and 0.0 for any other.
         """
         return float(text.strip() == row["answer"])
+
+    def further_scores(self, rows: Sequence[Mapping[str, Any]], answers: Sequence[str]) -> dict[str, float]:
+        """Return what is reported beside the headline, by its name; higher is better.
+
+        Args:
+            rows: All rows that were scored.
+            answers: The answer to each.
+        """
+        return {}
 
     def constant_score(self) -> float:
         """Return what the best constant answer earns on the test rows, in the headline metric.
@@ -174,5 +203,5 @@ class Task(abc.ABC):
         if self.kind == "labels":
             answers = self.rows("test")["answer"][:]
             return Counter(answers).most_common(1)[0][1] / len(answers)
-        commonest = Counter(self.rows("train")["answer"][:]).most_common(_NUM_CONSTANTS)
+        commonest = Counter(self.rows("train")["answer"][:]).most_common(NUM_CONSTANTS)
         return max(self.mean_score(text) for text in [*(answer for answer, _ in commonest), "?"])

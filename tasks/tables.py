@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import re
 import string
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tasks.base import TaskError, near_names, one_line
 
@@ -19,14 +19,17 @@ SUFFIXES = (".parquet", ".jsonl", ".json", ".csv", ".tsv")
 
 _BATCH_ROWS = 1000
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Field:
-    """What a role (context, question, answer, group, instruction) is taken from.
+    """What a role (context, question, answer and so on) or a list of choices is taken from.
 
     Attributes:
-        role: The role.
-        spec: A column's name, or a format template such as "Premise: {premise}" or "{answers[text][0]}".
+        role: What messages call it, such as "columns.answer".
+        spec: A column's name, or a format template such as "Premise: {premise}" or "{answers[text][0]}". A list is
+            written with what stands behind the colon between its items, ", " by default: "{entities:; }".
         columns: The columns that ``spec`` needs.
     """
 
@@ -46,17 +49,31 @@ class Field:
         try:
             named = [name for _, name, _, _ in string.Formatter().parse(spec) if name is not None]
         except ValueError as error:
-            raise TaskError(f"columns.{role} is not a valid template ({error}): {spec!r}") from None
+            raise TaskError(f"{role} is not a valid template ({error}): {spec!r}") from None
         columns = tuple(dict.fromkeys(re.split(r"[.\[]", name)[0] for name in named))
         if not columns or any(not column or column.isdigit() for column in columns):
-            raise TaskError(f"columns.{role} is a template that must name its columns, as in '{{text}}': {spec!r}")
+            raise TaskError(f"{role} is a template that must name its columns, as in '{{text}}': {spec!r}")
         return cls(role, spec, columns)
 
     def render(self, values: dict[str, Any]) -> str:
         """Return the text for one row's ``values`` of ``columns``; a null counts as the empty text."""
         if self.columns == (self.spec,):
             return _as_text(values[self.spec])
-        return self.spec.format(**{name: "" if value is None else value for name, value in values.items()}).strip()
+        return self.spec.format(**{name: _formattable(value) for name, value in values.items()}).strip()
+
+    def items(self, values: dict[str, Any]) -> list[str]:
+        """Return the texts of a list that is a column ("options") or lies in one ("{choices[text]}").
+
+        What is no list gives one text, as ``render`` writes it; an empty text gives none.
+        """
+        alone = re.fullmatch(r"\{([^{}:!]+)\}", self.spec)
+        if self.columns == (self.spec,) or alone:
+            name = alone[1] if alone else self.spec
+            found = string.Formatter().get_field(name, (), values)[0] if alone else values[name]
+            if isinstance(found, list | tuple):
+                return [_as_text(item) for item in found]
+        text = self.render(values)
+        return [text] if text else []
 
 
 @dataclass(frozen=True)
@@ -76,7 +93,7 @@ class Table:
         for column in field.columns:
             if column not in self.data.column_names:
                 raise TaskError(
-                    f"{self.source} has no column {column!r} (columns.{field.role}); "
+                    f"{self.source} has no column {column!r} ({field.role}); "
                     f"it has: {', '.join(self.names)}{near_names(column, self.names)}"
                 )
 
@@ -91,18 +108,23 @@ class Table:
         Raises:
             TaskError: If a row's value is no plain value, or does not fit the template.
         """
-        if field is None:
-            return [""] * len(rows)
+        return [""] * len(rows) if field is None else self._taken(field, rows, field.render)
+
+    def items(self, field: Field, rows: Sequence[int]) -> list[list[str]]:
+        """Return the texts of the list that ``field`` is in each of ``rows``; raises as ``texts`` does."""
+        return self._taken(field, rows, field.items)
+
+    def _taken(self, field: Field, rows: Sequence[int], take: Callable[[dict[str, Any]], T]) -> list[T]:
         data = self.data.select_columns(list(field.columns))
-        found: list[str] = []
+        found: list[T] = []
         for chunk in chunks(rows, _BATCH_ROWS):
             batch: dict[str, list[Any]] = data[list(chunk)]
             for row, *values in zip(chunk, *(batch[column] for column in field.columns), strict=True):
                 try:
-                    found.append(field.render(dict(zip(field.columns, values, strict=True))))
+                    found.append(take(dict(zip(field.columns, values, strict=True))))
                 except (TypeError, ValueError, LookupError, AttributeError) as error:
                     raise TaskError(
-                        f"{self.source} row {row} does not fit columns.{field.role} {field.spec!r}: {one_line(error)}"
+                        f"{self.source} row {row} does not fit {field.role} {field.spec!r}: {one_line(error)}"
                     ) from None
         return found
 
@@ -196,6 +218,22 @@ def _as_text(value: Any) -> str:
     if isinstance(value, str | int | float):
         return str(value).strip()
     raise TypeError(f"it holds a {type(value).__name__}; a template such as '{{column[key]}}' reaches into it")
+
+
+class _Items(list):
+    """A list that a template writes as its items, with what stands behind the template's colon between them."""
+
+    def __format__(self, between: str) -> str:
+        return (between or ", ").join(_as_text(item) for item in self)
+
+
+def _formattable(value: Any) -> Any:
+    """Return a value as templates take it: null as "", and every list in it, however deep, as its items."""
+    if isinstance(value, dict):
+        return {key: _formattable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return _Items(_formattable(item) for item in value)
+    return "" if value is None else value
 
 
 def _near_files(path: Path) -> str:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tasks.base import Split, Task, TaskError, check_counts, near_names, text_rows
+from tasks.base import NUM_CONSTANTS, Split, Task, TaskError, check_counts, near_names
+from tasks.choices import Choices
+from tasks.judges import ExactMatch, Judge
+from tasks.measures import FOR_LABELS, MEASURES
+from tasks.readings import Reading, checked_labels, names_by_value, only_value, parse_columns, read
 from tasks.tables import SUFFIXES, Field, Table, chunks, read_file, read_folder, read_hub
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-ROLES = ("context", "question", "answer", "group", "instruction")
-DEFAULT_COLUMNS = {"context": "input", "answer": "target", "instruction": "instruction"}
 
 _CHUNK_ROWS = 1000
 # Each draw has a stream of its own, so that asking for more of one thing leaves the others as they are.
@@ -34,26 +35,34 @@ class TextTask(Task):
     rows looked at until ``train_rows`` are found); the test table stays whole.
 
     With ``labels`` or ``label_names`` every answer must be among the labels and the metric is accuracy. Without, the
-    answers are free and the score is 1 for the same text, letter case and surrounding whitespace aside, else 0.
+    answers are free and ``judge`` scores them, by default 1 for the same text, letter case and surrounding whitespace
+    aside, else 0.
 
     Args:
         path: Hub id such as "fancyzhx/ag_news", or local file or folder.
         name: The Hub data set's configuration, such as "sst2"; for a local folder its sub-folder or file prefix.
         train_split: The split of ``path`` to train on.
         test_split: The split of ``path`` to test on; "" splits ``train_split`` instead.
+        test_name: The configuration that ``test_split`` is taken from, where it is another than ``name``.
         train_file: Local parquet, json, jsonl, csv or tsv file to train on, in place of ``path``.
         test_file: Local file to test on; null splits ``train_file``.
         folder: Folder that a relative ``path``, ``train_file`` and ``test_file`` start from; "" for the working
             directory. With a folder, ``path`` is local.
         columns: What each role is taken from: answer, context and question (one of the two at least), group (rows of
-            one group, such as a passage, never stand on both sides), instruction. Each is a column's name or a
-            template, as in "Premise: {premise}". A long input is cut in its context, never in its question. Null
-            takes tables of the form input, target and, if there, instruction.
+            one group, such as a passage, never stand on both sides), instruction, references (what free answers are
+            judged against, in place of the answer: a list of accepted answers, or tests), unit (rows of one unit are
+            one question, for ``measures``). Each is a column's name or a template, as in "Premise: {premise}"; in
+            one, "{tests:;}" writes a list with ; between its items. A long input is cut in its context, never in its
+            question. Null takes tables of the form input, target and, if there, instruction.
         instruction: What to do, said once for all rows. "" takes the instruction column, which must then hold one
             value only, or stays empty without such a column.
         labels: The allowed answers, in a fixed order; null for free answers.
         label_names: The label of each raw value, such as {0: "World", 1: "Sports"}, or a list for 0, 1, ...; without
             ``labels``, its texts are the labels.
+        choices: Where the table holds each row's choices; they are listed under its question, named by ``labels``.
+        judge: What scores free answers; null for the exact match.
+        measures: What is reported beside the headline, by names of ``tasks.measures``.
+        longest_answer: Longest answer to train on, in characters; rows with a longer one are left out of training.
         train_rows: At most so many training rows, drawn by ``seed``; null takes all. Changing it leaves the test rows.
         test_rows: At most so many test rows, drawn by ``seed``; null takes all.
         test_fraction: Share of the rows that the task's own split keeps for testing, in (0, 1).
@@ -69,6 +78,7 @@ class TextTask(Task):
         name: str | None = None,
         train_split: str = "train",
         test_split: str = "test",
+        test_name: str | None = None,
         train_file: str | None = None,
         test_file: str | None = None,
         folder: str = "",
@@ -76,19 +86,24 @@ class TextTask(Task):
         instruction: str = "",
         labels: list[str] | None = None,
         label_names: dict[str | int | bool, str] | list[str] | None = None,
+        choices: Choices | None = None,
+        judge: Judge | None = None,
+        measures: list[str] | None = None,
+        longest_answer: int | None = None,
         train_rows: int | None = None,
         test_rows: int | None = None,
         test_fraction: float = 0.2,
         seed: int = 0,
     ) -> None:
-        check_counts(seed, train_rows=train_rows, test_rows=test_rows)
+        check_counts(seed, train_rows=train_rows, test_rows=test_rows, longest_answer=longest_answer)
         if bool(path) == bool(train_file):
             raise TaskError("a text task takes its rows from path or from train_file: give one of the two")
         if test_file and not train_file:
             raise TaskError(f"test_file {test_file!r} goes with a train_file; with path, name the test_split")
-        if train_file and name:
-            raise TaskError(f"name {name!r} goes with path, not with train_file {train_file!r}")
-        if test_split == train_split or (train_file and test_file == train_file):
+        if train_file and (name or test_name):
+            raise TaskError(f"name {name or test_name!r} goes with path, not with train_file {train_file!r}")
+        same_table = test_split == train_split and test_name in (None, name)
+        if same_table or (train_file and test_file == train_file):
             raise TaskError(
                 'the test rows would be the training rows; to split them, leave out test_file or give test_split ""'
             )
@@ -98,6 +113,7 @@ class TextTask(Task):
         self.name = name
         self.train_split = train_split
         self.test_split = test_split
+        self.test_name = name if test_name is None else test_name
         self.train_file = train_file
         self.test_file = test_file
         self.folder = folder
@@ -106,46 +122,72 @@ class TextTask(Task):
         self.test_rows = test_rows
         self.test_fraction = test_fraction
         self.seed = seed
-        self._fields = _parse_columns(columns)
+        self.choices = choices
+        self.measures = list(measures or [])
+        self.longest_answer = longest_answer
+        self._fields = parse_columns(columns, choices is not None)
         self._own_columns = columns is not None
-        self._label_names = _names_by_value(label_names)
-        self.labels = _checked_labels(labels, self._label_names)
+        self._label_names = names_by_value(label_names)
+        self.labels = checked_labels(labels, self._label_names)
         self.kind = "free" if self.labels is None else "labels"
+        self.judge = judge or ExactMatch()
+        self._check_scoring(judge)
         self._sources: dict[str, str] = {}
         self._num_dropped = 0
+        self._num_left_out: Counter[str] = Counter()
 
     def score_answer(self, row: Mapping[str, Any], text: str) -> float:
-        """Judge an answer by exact match with the row's own, whitespace around it aside.
+        """Judge an answer: a label by exact match with the row's own, whitespace aside, a free one by ``judge``.
 
         Args:
             row: A row as ``rows`` gives it.
-            text: What was answered; letter case counts with labels and does not with free answers.
+            text: What was answered; letter case counts with labels.
 
         Returns:
-            1.0 or 0.0.
+            The score in [0, 1]; 1.0 or 0.0 for a label.
         """
-        given, right = text.strip(), row["answer"]
-        return float(given.casefold() == right.casefold() if self.kind == "free" else given == right)
+        if self.kind == "labels":
+            return super().score_answer(row, text)
+        return self.judge.score(text, row.get("references") or [row["answer"]])
+
+    def further_scores(self, rows: Sequence[Mapping[str, Any]], answers: Sequence[str]) -> dict[str, float]:
+        """Return the ``measures`` asked for."""
+        return {name: MEASURES[name](rows, answers, self.labels or []) for name in self.measures}
+
+    def _check_scoring(self, judge: Judge | None) -> None:
+        """Raise TaskError for a judge, measures or choices that do not go with the kind of answers."""
+        if self.labels is not None and judge is not None:
+            raise TaskError(f"judge {type(judge).__name__} is for free answers, and the task has labels")
+        if self.choices is not None and (self.labels is None or self._label_names):
+            raise TaskError("choices need labels to name them, such as labels: [A, B, C, D], and no label_names")
+        if self.choices is not None:
+            self.choices.check()
+        for name in self.measures:
+            if name not in MEASURES:
+                raise TaskError(f"no measure {name!r}{near_names(name, MEASURES)}; there are {', '.join(MEASURES)}")
+            if (name in FOR_LABELS) != (self.labels is not None):
+                raise TaskError(f"measure {name} is for {'labels' if name in FOR_LABELS else 'free answers'}")
+            if name == "whole_question_accuracy" and "unit" not in self._fields:
+                raise TaskError(f"measure {name} needs columns.unit, which says what rows are one question")
 
     def _build(self) -> dict[Split, Dataset]:
-        train, test = self._tables()
-        tables = [train] if test is None else [train, test]
+        if self.kind == "free":
+            self.judge.check()
+        tables = [table for table in self._tables() if table is not None]
         fields = self._checked_fields(tables)
         if not self.instruction and "instruction" in fields:
-            self.instruction = _only_value(tables, fields["instruction"])
-        answers = [self._answers(table, fields["answer"]) for table in tables]
-        if test is None:
-            test, (train_pool, test_pool) = train, self._own_split(train, fields.get("group"))
+            self.instruction = only_value(tables, fields["instruction"])
+        readings = [read(one, fields, self.labels, self._label_names, self.choices, self.seed) for one in tables]
+        train, test = readings[0], readings[-1]
+        if train is test:
+            train_pool, test_pool = self._own_split(train.table, fields.get("group"))
         else:
-            train_pool, test_pool = range(len(train.data)), range(len(test.data))
-        seen_keys, seen_groups = _identities(test, fields, test_pool)
-        test_chosen = self._drawn(test_pool, self.test_rows, _TEST_STREAM)[: self.test_rows]
-        train_chosen = self._unshared(train, fields, train_pool, set(seen_keys), set(seen_groups) - {""})
-        self._sources = {"train_source": train.source, "test_source": test.source}
-        return {
-            "train": _text_table(train, fields, answers[0], sorted(train_chosen)),
-            "test": _text_table(test, fields, answers[-1], sorted(test_chosen)),
-        }
+            train_pool, test_pool = range(len(train)), range(len(test))
+        seen_keys, seen_groups = test.identities(test_pool)
+        test_chosen = self._test_rows(test, test_pool)
+        train_chosen = self._unshared(train, train_pool, set(seen_keys), set(seen_groups) - {""})
+        self._sources = {"train_source": train.table.source, "test_source": test.table.source}
+        return {"train": train.dataset(sorted(train_chosen)), "test": test.dataset(sorted(test_chosen))}
 
     def _tables(self) -> tuple[Table, Table | None]:
         """Read the training table and, where there is one, the test table."""
@@ -155,11 +197,11 @@ class TextTask(Task):
             return read_file(base / Path(self.train_file).expanduser()), test
         local = base / Path(self.path).expanduser()
         if local.is_dir():
-            test = read_folder(local, self.name, self.test_split) if self.test_split else None
+            test = read_folder(local, self.test_name, self.test_split) if self.test_split else None
             return read_folder(local, self.name, self.train_split), test
         if local.exists() or self.folder or local.suffix in SUFFIXES or not re.fullmatch(_HUB_ID, self.path):
             return read_file(local), None
-        test = read_hub(self.path, self.name, self.test_split) if self.test_split else None
+        test = read_hub(self.path, self.test_name, self.test_split) if self.test_split else None
         return read_hub(self.path, self.name, self.train_split), test
 
     def _checked_fields(self, tables: Sequence[Table]) -> dict[str, Field]:
@@ -168,24 +210,9 @@ class TextTask(Task):
         if not self._own_columns and any("instruction" not in table.names for table in tables):
             del fields["instruction"]  # the only column of the default form that a table may lack
         for table in tables:
-            for field in fields.values():
+            for field in [*fields.values(), *(self.choices.fields if self.choices else [])]:
                 table.check(field)
         return fields
-
-    def _answers(self, table: Table, field: Field) -> list[str]:
-        """Return the answer of every row, as a label where the task has labels."""
-        raw = table.texts(field, range(len(table.data)))
-        for row, value in enumerate(raw):
-            if not value:
-                raise TaskError(f"{table.source} row {row} has no answer (column {field.spec!r} is empty)")
-        if self.labels is None:
-            return raw
-        known = self._label_names or {label: label for label in self.labels}
-        for row, value in enumerate(raw):
-            if value not in known:
-                hint = "label_names has no such value" if self._label_names else f"labels: {', '.join(self.labels)}"
-                raise TaskError(f"{table.source} row {row}: label {value!r} is outside the list ({hint})")
-        return [known[value] for value in raw]
 
     def _own_split(self, table: Table, group: Field | None) -> tuple[list[int], list[int]]:
         """Split one table into training and test rows, whole groups at a time."""
@@ -212,83 +239,63 @@ class TextTask(Task):
             return list(pool)
         return np.random.default_rng([self.seed, stream]).permutation(np.asarray(pool)).tolist()
 
-    def _unshared(
-        self, table: Table, fields: dict[str, Field], pool: Sequence[int], keys: set[bytes], groups: set[str]
-    ) -> list[int]:
-        """Draw the training rows from ``pool``, passing over and counting those that the test table shares."""
+    def _usable(self, reading: Reading, rows: Sequence[int], longest_answer: int | None = None) -> Iterator[bool]:
+        """Say of each of ``rows`` whether its answers can be judged, and its own is short enough to train on."""
+        for row, references in zip(rows, reading.references(rows), strict=True):
+            fits = longest_answer is None or len(reading.answers[row]) <= longest_answer
+            judged = self.kind == "labels" or any(self.judge.can_judge(reference) for reference in references)
+            yield fits and judged
+
+    def _test_rows(self, test: Reading, pool: Sequence[int]) -> list[int]:
+        """Draw the test rows from ``pool``, passing over and counting those that cannot be judged."""
         chosen: list[int] = []
-        self._num_dropped = 0
+        for chunk in chunks(self._drawn(pool, self.test_rows, _TEST_STREAM), _CHUNK_ROWS):
+            for row, usable in zip(chunk, self._usable(test, chunk), strict=True):
+                if len(chosen) == self.test_rows:
+                    return chosen
+                if usable:
+                    chosen.append(row)
+                else:
+                    self._num_left_out["test"] += 1
+        if not chosen:
+            raise TaskError(f"{test.table.source}: the judge {type(self.judge).__name__} cannot judge any row's answer")
+        return chosen
+
+    def _unshared(self, train: Reading, pool: Sequence[int], keys: set[bytes], groups: set[str]) -> list[int]:
+        """Draw the training rows from ``pool``, passing over and counting those shared with the test table or unfit."""
+        chosen: list[int] = []
         for chunk in chunks(self._drawn(pool, self.train_rows, _TRAIN_STREAM), _CHUNK_ROWS):
-            for row, key, group in zip(chunk, *_identities(table, fields, chunk), strict=True):
+            usable = self._usable(train, chunk, self.longest_answer)
+            for row, key, group, fit in zip(chunk, *train.identities(chunk), usable, strict=True):
                 if len(chosen) == self.train_rows:
                     return chosen
                 if key in keys or group in groups:
                     self._num_dropped += 1
+                elif not fit:
+                    self._num_left_out["train"] += 1
                 else:
                     chosen.append(row)
         if not chosen:
-            raise TaskError(f"{table.source}: every training row shares its text or its group with a test row")
+            why = "has an answer that is too long or cannot be judged, or " if self._num_left_out["train"] else ""
+            raise TaskError(
+                f"{train.table.source}: every training row {why}shares its text or its group with a test row"
+            )
         return chosen
 
+    def _best_constant(self) -> float:
+        if self.kind == "labels":
+            return super()._best_constant()
+        constants = Counter(self.judge.constant(answer) for answer in self.rows("train")["answer"][:])
+        if None in constants:
+            return 0.0
+        return max(self.mean_score(text) for text in [*(text for text, _ in constants.most_common(NUM_CONSTANTS)), "?"])
+
     def _facts(self) -> dict[str, Any]:
-        return {**self._sources, "dropped_shared_rows": self._num_dropped, "seed": self.seed}
+        facts = {**self._sources, "dropped_shared_rows": self._num_dropped, "seed": self.seed}
+        if self.kind == "free":
+            left_out = {split: self._num_left_out[split] for split in ("train", "test")}
+            facts |= {"left_out_rows": left_out, **self.judge.facts()}
+        return facts
 
 
 _HUB_ID = r"[\w.-]+(/[\w.-]+)?"
-
-
-def _parse_columns(columns: Mapping[str, str] | None) -> dict[str, Field]:
-    given = DEFAULT_COLUMNS if columns is None else columns
-    for role in given:
-        if role not in ROLES:
-            raise TaskError(f"columns has no role {role!r}{near_names(role, ROLES)}; there are {', '.join(ROLES)}")
-    if "answer" not in given or not {"context", "question"} & set(given):
-        raise TaskError("columns must name the answer and a context or a question")
-    return {role: Field.parse(role, spec) for role, spec in given.items()}
-
-
-def _names_by_value(label_names: Mapping[Any, str] | Sequence[str] | None) -> dict[str, str]:
-    """Return the label of each raw value, the value as text: 0 and "0" are one, and so are true and "True"."""
-    pairs = label_names.items() if isinstance(label_names, Mapping) else enumerate(label_names or [])
-    return {str(value): label for value, label in pairs}
-
-
-def _checked_labels(labels: Sequence[str] | None, names: Mapping[str, str]) -> list[str] | None:
-    if labels is None and not names:
-        return None
-    checked = list(dict.fromkeys(names.values())) if labels is None else list(labels)
-    for label in checked:
-        if not isinstance(label, str) or not label or label != label.strip():
-            raise TaskError(f"labels must be texts without whitespace around them, got {label!r}")
-    if len(set(checked)) < len(checked) or len(checked) < 2:
-        raise TaskError(f"labels must be two or more different texts, got {checked}")
-    for value, label in names.items():
-        if label not in checked:
-            raise TaskError(f"label_names gives {label!r} for {value!r}, which is not among labels{checked}")
-    return checked
-
-
-def _only_value(tables: Sequence[Table], field: Field) -> str:
-    """Return the one instruction of all rows of ``tables``."""
-    first = tables[0].texts(field, [0])[0]
-    for table in tables:
-        for row, text in enumerate(table.texts(field, range(len(table.data)))):
-            if text != first:
-                raise TaskError(
-                    f"{table.source} row {row}: column {field.spec!r} holds a second instruction, {text[:60]!r} beside "
-                    f"{first[:60]!r}; a task has one"
-                )
-    return first
-
-
-def _identities(table: Table, fields: dict[str, Field], rows: Sequence[int]) -> tuple[list[bytes], list[str]]:
-    """Return what must not stand on both sides: a digest of each row's context and question, and its group."""
-    contexts, questions = (table.texts(fields.get(role), rows) for role in ("context", "question"))
-    texts = (f"{' '.join(c.split())}\n{' '.join(q.split())}" for c, q in zip(contexts, questions, strict=True))
-    keys = [hashlib.blake2b(text.encode(), digest_size=16).digest() for text in texts]
-    return keys, table.texts(fields.get("group"), rows)
-
-
-def _text_table(table: Table, fields: dict[str, Field], answers: Sequence[str], rows: Sequence[int]) -> Dataset:
-    contexts, questions = (table.texts(fields.get(role), rows) for role in ("context", "question"))
-    return text_rows([(c, q, answers[row], row) for c, q, row in zip(contexts, questions, rows, strict=True)])

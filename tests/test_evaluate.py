@@ -177,6 +177,24 @@ def label_batch(module: Any, task: Task, seen: list[str] | None = None) -> dict[
     return batch
 
 
+def test_a_row_with_fewer_choices_is_ranked_among_its_own_whatever_is_likelier() -> None:
+    module = adapted("lora")
+    task = MemoryTask([(prompt, "no") for prompt in PROMPTS], "labels", LABELS)
+    batch = label_batch(module, task, seen=["other"])
+    everything = score_batch(module, task, batch)
+    unlikely = [min(LABELS.index(label), len(LABELS) - 1) for label in everything.predictions]
+    for place, row in enumerate(batch["rows"]):
+        row["num_choices"] = max(unlikely[place], 1)  # so many that the likeliest label is just not among them
+    restricted = score_batch(module, task, batch)
+    for place, row in enumerate(batch["rows"]):
+        assert restricted.predictions[place] in LABELS[: row["num_choices"]]
+    moved = [after != before for after, before in zip(restricted.predictions, everything.predictions, strict=True)]
+    assert moved == [place > 0 for place in unlikely] and any(moved)
+    for row in batch["rows"]:
+        row["num_choices"] = len(LABELS)
+    assert score_batch(module, task, batch) == everything
+
+
 def test_label_outcome_takes_the_likeliest_label_from_one_pass() -> None:
     module = adapted("queryable")
     task = MemoryTask(list(zip(PROMPTS, ["no", "yes", "n", "no"], strict=True)), "labels", LABELS, "Say yes or no.")

@@ -25,6 +25,7 @@ class ScoreRecorder(L.Callback):
         self._metrics: list[dict[str, Metric]] = [_metrics_of(data) for data in tasks]
         self._counts = [0] * len(tasks)
         self._stages: dict[str, dict[str, int]] = {}
+        self._given: list[tuple[list[Any], list[str]]] = [([], []) for _ in tasks]
 
     def on_test_batch_end(
         self,
@@ -41,6 +42,8 @@ class ScoreRecorder(L.Callback):
         self._counts[dataloader_idx] += len(outcome.rows)
         values = torch.tensor(outcome.values, dtype=torch.float64)
         self._count_stages(outcome, dataloader_idx)
+        for kept, new in zip(self._given[dataloader_idx], (batch["rows"], outcome.predictions), strict=True):
+            kept.extend(new)
         for name, metric in self._metrics[dataloader_idx].items():
             if task.kind == "regression":
                 predicted = torch.tensor([float(text) for text in outcome.predictions], dtype=torch.float64)
@@ -66,10 +69,13 @@ class ScoreRecorder(L.Callback):
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Compute the scores."""
-        for data, metrics, count in zip(self.tasks, self._metrics, self._counts, strict=True):
+        for data, metrics, count, given in zip(self.tasks, self._metrics, self._counts, self._given, strict=True):
             for name, metric in metrics.items():
                 direction = "higher" if metric.higher_is_better or isinstance(metric, MeanMetric) else "lower"
                 value = {"metric": name, "direction": direction, "value": metric.compute().item(), "count": count}
+                self.rows.append(self.keys | {"task": data.name} | value)
+            for name, score in data.task.further_scores(*given).items():
+                value = {"metric": name, "direction": "higher", "value": score, "count": count}
                 self.rows.append(self.keys | {"task": data.name} | value)
         for name, counted in self._stages.items():
             for metric in ("routed_home", "abstained"):

@@ -17,7 +17,12 @@ KEYS = {"run": "r", "seed": 3, "stage": 2}
 
 
 def stage(name: str, kind: str, metric: str, generates: bool = False) -> Any:
-    return SimpleNamespace(name=name, task=SimpleNamespace(kind=kind, metric=metric), generates=generates)
+    task = SimpleNamespace(kind=kind, metric=metric, further_scores=lambda rows, answers: {})
+    return SimpleNamespace(name=name, task=task, generates=generates)
+
+
+def batch_of(outcome: Outcome) -> dict[str, Any]:
+    return {"rows": [{"row": row, "answer": target} for row, target in zip(outcome.rows, outcome.targets, strict=True)]}
 
 
 def recorded(stages: list[Any], outcomes: list[tuple[int, Outcome]]) -> ScoreRecorder:
@@ -25,7 +30,7 @@ def recorded(stages: list[Any], outcomes: list[tuple[int, Outcome]]) -> ScoreRec
     recorder: Any = ScoreRecorder()
     recorder.start(KEYS, stages)
     for index, (loader, outcome) in enumerate(outcomes):
-        recorder.on_test_batch_end(None, None, outcome, None, index, loader)
+        recorder.on_test_batch_end(None, None, outcome, batch_of(outcome), index, loader)
     recorder.on_test_epoch_end(None, None)
     return recorder
 
@@ -88,10 +93,27 @@ def test_free_scores_are_the_mean_of_what_the_scorer_gave() -> None:
     assert values(recorder) == {("a", "score"): pytest.approx(1.35 / 3, abs=1e-15)}
 
 
+def test_further_scores_see_every_row_of_their_own_task_once() -> None:
+    first, second = stage("a", "labels", "accuracy"), stage("b", "free", "score")
+    first.task.further_scores = lambda rows, answers: {
+        "right": float(sum(row["answer"] == answer for row, answer in zip(rows, answers, strict=True))),
+        "rows": float(len(rows)),
+    }
+    outcomes = [
+        (0, Outcome([0, 1], [1.0, 0.0], ["u", "v"], ["u", "w"], seen_values=[1.0, 0.0])),
+        (1, Outcome([0], [1.0], ["x"], ["x"])),
+        (0, Outcome([2], [1.0], ["t"], ["t"], seen_values=[1.0])),
+    ]
+    found = values(recorded([first, second], outcomes))
+    assert (found["a", "right"], found["a", "rows"]) == (2.0, 3.0)
+    assert {metric for task, metric in found if task == "b"} == {"score"}
+
+
 def test_a_second_start_forgets_the_first() -> None:
     recorder: Any = recorded([stage("a", "free", "score")], [(0, Outcome([0], [1.0], ["u"], ["u"]))])
     recorder.start(KEYS | {"stage": 3}, [stage("a", "free", "score")])
-    recorder.on_test_batch_end(None, None, Outcome([0], [0.0], ["x"], ["u"]), None, 0)
+    outcome = Outcome([0], [0.0], ["x"], ["u"])
+    recorder.on_test_batch_end(None, None, outcome, batch_of(outcome), 0)
     recorder.on_test_epoch_end(None, None)
     assert [(row["stage"], row["value"]) for row in recorder.rows] == [(3, 0.0)]
     assert len(recorder.answers) == 1

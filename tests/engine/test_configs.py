@@ -10,7 +10,8 @@ import yaml
 from continual import cli, experiment, manifest, records
 from continual.sweeps import plan as sweep_plan
 
-CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
+FOLDER = Path(__file__).resolve().parents[2] / "configs"
+CONFIGS = [path for folder in (FOLDER, FOLDER / "paper") for path in sorted(folder.glob("*.yaml"))]
 SWEEPS = [path for path in CONFIGS if "methods" in yaml.safe_load(path.read_text())]
 SEQUENCES = [path for path in CONFIGS if "stages" in yaml.safe_load(path.read_text())]
 SINGLE_STAGES = [path for path in CONFIGS if path not in SEQUENCES + SWEEPS]
@@ -20,7 +21,7 @@ def test_there_are_configurations_of_every_sort() -> None:
     assert SEQUENCES and SINGLE_STAGES and SWEEPS
 
 
-@pytest.mark.parametrize("path", SEQUENCES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", SEQUENCES, ids=lambda path: str(path.relative_to(FOLDER).with_suffix("")))
 def test_a_sequence_parses_builds_and_resolves_to_itself(path: Path) -> None:
     first = experiment.load(path)
     assert first.name.startswith(f"{path.stem}-")
@@ -29,7 +30,7 @@ def test_a_sequence_parses_builds_and_resolves_to_itself(path: Path) -> None:
     assert (again.resolved, again.name) == (first.resolved, first.name)
 
 
-@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: str(path.relative_to(FOLDER).with_suffix("")))
 def test_a_sweep_parses_and_the_files_it_leaves_say_the_same(path: Path, tmp_path: Path) -> None:
     first = sweep_plan.load(path)
     for name, text in first.files().items():
@@ -37,7 +38,7 @@ def test_a_sweep_parses_and_the_files_it_leaves_say_the_same(path: Path, tmp_pat
     assert sweep_plan.load(tmp_path / sweep_plan.SWEEP_NAME) == first
 
 
-@pytest.mark.parametrize("path", SINGLE_STAGES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", SINGLE_STAGES, ids=lambda path: str(path.relative_to(FOLDER).with_suffix("")))
 def test_a_single_stage_parses_and_builds(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built = []
     monkeypatch.setattr(
@@ -51,7 +52,7 @@ def test_a_single_stage_parses_and_builds(path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_long_sequence_and_its_small_version_have_the_same_stages() -> None:
-    long, small = (experiment.load(CONFIGS[0].parent / f"{name}.yaml").stages for name in ("long", "long_smoke"))
+    long, small = (experiment.load(FOLDER / f"{name}.yaml").stages for name in ("long", "long_smoke"))
     assert len({stage.task.instruction for stage in long}) == len(long) == 20
     assert [(s.name, s.task.instruction) for s in long] == [(s.name, s.task.instruction) for s in small]
 
@@ -73,7 +74,7 @@ TINY = [
 def test_a_sequence_runs_to_its_end(
     name: str, overrides: list[str], engine: Callable[..., Any], tmp_path: Path
 ) -> None:
-    path = CONFIGS[0].parent / f"{name}.yaml"
+    path = FOLDER / f"{name}.yaml"
     assert engine(path, *overrides, "--out", tmp_path / "run").code == 0
     state, _ = manifest.read(tmp_path / "run")
     assert state.complete
