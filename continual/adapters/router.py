@@ -39,6 +39,7 @@ class RoutingState:
     Attributes:
         operator_KR: The bank as one matrix, (M * r, r): row m * r + j holds column j of atom m.
         log_prior_BM: lambda * log pi(c) of each row, (B, M); None where the prior is off.
+        projected_BP: P e(c) of each row, (B, P), where queries are made of it; None otherwise.
         states: z_b of each block met so far, (..., r).
         routes: alpha_b of each block met so far, (..., M).
         weight_B: What each row's update is multiplied by, (B,); None for 1.
@@ -49,6 +50,7 @@ class RoutingState:
     log_prior_BM: Tensor | None
     states: list[Tensor | None] = field(default_factory=list)
     routes: list[Tensor | None] = field(default_factory=list)
+    projected_BP: Tensor | None = None
     weight_B: Tensor | None = None
     observe: Callable[[nn.Module, str, Tensor], None] | None = None
 
@@ -72,15 +74,15 @@ class AtomBank(nn.Module):
         self.config = config
         num_atoms, rank, num_blocks = config.num_atoms, config.r, config.num_blocks
         self.atoms = nn.Parameter(initial_atoms(num_atoms, rank, config.init_atoms, config.init_atoms_scale))
-        if config.uses_state:
+        if config.uses_keys:
             key_dim = config.key_dim or 2 * rank
-            width = 2 * rank if config.uses_summary else rank
+            width = config.prior_dim if not config.uses_state else 2 * rank if config.uses_summary else rank
             self.keys = nn.Parameter(torch.randn(num_atoms, key_dim))
-            maps = torch.randn(num_blocks, key_dim, width) / math.sqrt(rank)
-            if config.query_source == "state":
-                self.query_maps = nn.Parameter(maps)
-            else:
+            maps = torch.randn(num_blocks, key_dim, width) / math.sqrt(rank if config.uses_state else width)
+            if config.query_source == "frozen_random":
                 self.register_buffer("query_maps", maps)
+            else:
+                self.query_maps = nn.Parameter(maps)
             if config.uses_summary:
                 self.summary_queries = nn.Parameter(torch.zeros(num_blocks - 1, rank))
         if config.uses_prior:
@@ -97,16 +99,21 @@ class AtomBank(nn.Module):
         """
         # Row m * r + j of the matrix is column j of atom m, so that (alpha outer u) @ matrix = sum_m alpha_m C_m u.
         operator = self.atoms.transpose(1, 2).reshape(-1, self.config.r)
-        log_prior = None
+        log_prior = projected = None
         if self.config.uses_prior and encoding_BE is not None:
-            log_prior = self.config.prior_weight * self.log_prior(encoding_BE)
+            projected = self.project(encoding_BE)
+            log_prior = self.config.prior_weight * self.log_prior(projected)
         empty: list[Tensor | None] = [None] * self.config.num_blocks
-        return RoutingState(operator, log_prior, list(empty), list(empty))
+        asks = projected if self.config.query_source == "instruction_query" else None
+        return RoutingState(operator, log_prior, list(empty), list(empty), asks)
 
-    def log_prior(self, encoding_BE: Tensor) -> Tensor:
-        """Return log pi(c), (B, M), of each row's instruction encoding, (B, E)."""
-        projected = encoding_BE.to(self.prior_map.dtype) @ self.prior_map.T
-        return F.log_softmax(projected @ self.prior_keys.T / self.config.prior_temperature, dim=-1)
+    def project(self, encoding_BE: Tensor) -> Tensor:
+        """Return P e(c), (B, P), of each row's instruction encoding, (B, E)."""
+        return encoding_BE.to(self.prior_map.dtype) @ self.prior_map.T
+
+    def log_prior(self, projected_BP: Tensor) -> Tensor:
+        """Return log pi(c), (B, M), of each row's projected instruction, (B, P)."""
+        return F.log_softmax(projected_BP @ self.prior_keys.T / self.config.prior_temperature, dim=-1)
 
     def centre(self, encoding_BE: Tensor) -> Tensor:
         """Subtract the fixed reference mean and scale to unit length; a row of zeros (no instruction) stays zero."""
@@ -138,6 +145,9 @@ class AtomBank(nn.Module):
             logits = F.linear(query, self.keys) / math.sqrt(self.keys.shape[-1])
         if state.log_prior_BM is not None:
             prior = state.log_prior_BM
+            if state.projected_BP is not None:
+                query = F.linear(state.projected_BP, self.query_maps[block])
+                prior = prior + F.linear(query, self.keys) / math.sqrt(self.keys.shape[-1])
             if prior.shape[0] != logits.shape[0]:
                 raise ValueError(
                     f"instructions for {prior.shape[0]} rows were given with a batch of {logits.shape[0]} rows"
@@ -168,7 +178,7 @@ class AtomBank(nn.Module):
         if self.config.top_k == self.config.num_atoms or self.config.query_source == "uniform":
             return logits.softmax(dim=-1)  # equal logits have no top k
         routes = top_k_softmax(logits, self.config.top_k)
-        if self.config.query_source == "instruction_only":  # no instruction: again equal logits
+        if self.config.query_source.startswith("instruction"):  # no instruction: again equal logits
             tied = logits.amax(dim=-1, keepdim=True) == logits.amin(dim=-1, keepdim=True)
             routes = torch.where(tied, 1 / self.config.num_atoms, routes)
         return routes
