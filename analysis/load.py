@@ -87,6 +87,7 @@ class Frames:
     wordings: Frame
     wording_answers: Frame
     general: Frame
+    theory: Frame
     runs: tuple[Run, ...]
 
 

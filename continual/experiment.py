@@ -8,6 +8,8 @@
     data: {batch_size: 8, ...}                               arguments of StageData, for every stage
     trainer: {max_epochs: 1, ...}                            arguments of lightning's Trainer, a fresh one each stage
     general_ability: false                                   score untouched text after every stage too
+    best_checkpoint: false                                   score a stage's best epoch in training beside its last
+    theory: false                                            measure how near the theory's bounds come to be reached
     wordings: {file: ..., ...}                               arguments of OtherWords; null (the default) for none
     stages: [{name: ..., task: {class_path: ..., init_args: {...}}}, ...]
 
@@ -82,6 +84,8 @@ class Experiment:
         scoring: What is scored after each stage: "all" tasks, those "seen" so far, or with "final" the stage's own
             alone. Before training and after the last stage, every task is.
         general_ability: Whether the log-likelihood of untouched text is measured after every stage.
+        best_checkpoint: Whether a stage's task is scored under the epoch of best training accuracy too.
+        theory: Whether the ratios of the theory's bounds are measured in training.
         wordings: Other words to score the finished model's tasks in, if any.
         bounds: Names of the bounds to run beside it.
         resolved: The whole configuration with every default filled in, as YAML; running it gives the same run.
@@ -97,6 +101,8 @@ class Experiment:
     resolved: str
     scoring: Scoring = "all"
     general_ability: bool = False
+    best_checkpoint: bool = False
+    theory: bool = False
     wordings: OtherWords | None = None
     bounds: list[str] = field(default_factory=list)
 
@@ -135,6 +141,8 @@ def make_parser(parser: ArgumentParser | None = None) -> ArgumentParser:
     parser.add_class_arguments(StageData, "data", skip={"task", "seed"}, instantiate=False)
     parser.add_class_arguments(L.Trainer, "trainer", instantiate=False)
     parser.add_argument("--general_ability", type=bool, default=False, help="Score untouched text after every stage.")
+    parser.add_argument("--best_checkpoint", type=bool, default=False, help="Score the best epoch in training too.")
+    parser.add_argument("--theory", type=bool, default=False, help="Measure the theory's bounds in training.")
     parser.add_argument("--wordings", type=OtherWords | None, default=None, help="Other words to score tasks in.")
     parser.add_argument("--stages", type=list[Stage], help="The stages, in training order.")
     parser.set_defaults({f"trainer.{name}": value for name, value in TRAINER_DEFAULTS.items()})
@@ -207,6 +215,8 @@ def parse(text: str, stem: str, overrides: Sequence[str] = (), where: str = "con
         resolved=resolved,
         scoring=objects.scoring,
         general_ability=objects.general_ability,
+        best_checkpoint=objects.best_checkpoint,
+        theory=objects.theory,
         wordings=objects.wordings,
         bounds=list(objects.bounds),
     )

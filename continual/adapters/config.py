@@ -53,9 +53,9 @@ class QueryableLoraConfig(RoutedLoraConfig):
     query_source: QuerySource = field(
         default="state",
         metadata={
-            "help": "What asks the bank: the state through trained maps ('state'), the state through frozen random maps "
-            "('frozen_random'), a query made of the instruction, q_b = W_b P e(c), beside the prior ('instruction_query'), "
-            "the prior alone ('instruction_only'), or nothing, all atoms alike ('uniform')."
+            "help": "What asks the bank: the state through trained maps ('state') or through frozen random ones "
+            "('frozen_random'), a query made of the instruction, q_b = W_b P e(c), beside the prior "
+            "('instruction_query'), the prior alone ('instruction_only'), or nothing, all atoms alike ('uniform')."
         },
     )
     detach_query: bool = field(default=False, metadata={"help": "No gradient from the routes into A_l."})
