@@ -187,6 +187,15 @@ def sizes(sweep: Sweep) -> Frame:
     return found if len(found.drop_duplicates(list(SIZES))) > 3 else found.iloc[:0]
 
 
+def own_settings(sweep: Sweep) -> dict[str, dict[str, Any]]:
+    """Return each method's settings without what tuning chose for it."""
+    tuned = {method: (sweep.tuning.get(method) or {}).get("settings") or {} for method in sweep.methods}
+    return {
+        method: {key: value for key, value in settings.items() if key not in tuned[method]}
+        for method, settings in sweep.methods.items()
+    }
+
+
 def whole_adapter(methods: Mapping[str, Mapping[str, Any]]) -> str | None:
     """Return the method that others of a sweep are ablations of: their settings are its own and one part taken away."""
     best, most = None, 0

@@ -44,10 +44,11 @@ def earned(sweep: Sweep) -> Frame:
         Columns method, without, cells, difference, low, high, verdict ("above": the part earns), rough; empty where no
         method is an ablation of another.
     """
-    whole = studies.whole_adapter(sweep.methods)
+    methods = studies.own_settings(sweep)
+    whole = studies.whole_adapter(methods)
     frame = paired_differences(sweep, whole or "")
     frame = frame[(frame["measure"] == "average_accuracy") & (frame["tasks"] == ALL)]
-    changed = {method: studies.ablated(sweep.methods, whole, method) if whole else {} for method in sweep.methods}
+    changed = {method: studies.ablated(methods, whole, method) if whole else {} for method in methods}
     frame = frame[np.array([bool(changed[method]) for method in frame["method"]], dtype=bool)].copy()
     frame["without"] = [_in_words(changed[method]) for method in frame["method"]]
     frame["difference"], frame["low"], frame["high"] = -frame["difference"], -frame["high"], -frame["low"]
@@ -64,7 +65,8 @@ def _ablations(sweep: Sweep, found: Studies) -> None:
     frame = earned(sweep)
     if not len(frame):
         return
-    whole = studies.whole_adapter(sweep.methods)
+    methods = studies.own_settings(sweep)
+    whole = str(studies.whole_adapter(methods))
     told = "; ".join(f"{row.without} {number(row.difference)} ({row.verdict})" for row in frame.itertuples())
     found.plates.append(
         Plate(
@@ -81,7 +83,7 @@ def _ablations(sweep: Sweep, found: Studies) -> None:
     rows = []
     words = {ABOVE: "earns", BELOW: "costs", EVEN: EVEN}
     for row in frame.sort_values("difference", ascending=False).to_dict("records"):
-        changed = studies.ablated(sweep.methods, str(whole), row["method"])
+        changed = studies.ablated(methods, whole, row["method"])
         parts = ", ".join(studies.ABLATIONS[name] for name in changed)
         line = [Cell(row["method"]), Cell(parts), Cell(row["without"]), cell(row["cells"])]
         rows.append([*line, spanned(row["difference"], row["low"], row["high"]), Cell(words[row["verdict"]])])
