@@ -33,29 +33,34 @@ ABLATIONS: Mapping[str, str] = {
 """Fields of the adapter that take one part of it away, and the part."""
 
 
-def load_cells(sweep: Sweep, names: Sequence[str]) -> dict[str, Frame]:
+def load_cells(sweep: Sweep, names: Sequence[str]) -> tuple[dict[str, Frame], list[str]]:
     """Read tables of every cell that has numbers, each one frame with the columns ``method`` and ``order`` before it.
-
-    A cell whose table cannot be read has no rows in it.
 
     Args:
         sweep: The sweep.
         names: Keys of ``records.SCHEMAS``.
+
+    Returns:
+        The frames by name, and a line for each table that cannot be read; the cell then has no rows in it.
     """
     parts: dict[str, list[Frame]] = {name: [] for name in names}
+    problems: list[str] = []
     for cell in sweep.cells:
         if cell.matrix is None:
             continue
         try:
             run = load_run(sweep.directory / cell.directory, names)
-        except RunError:
+        except RunError as error:
+            problems.append(str(error))
             continue
+        problems += [f"{cell.directory}: {problem}" for problem in run.problems.values()]
         for name in names:
             rows = run.tables[name].assign(task=run.tables[name]["task"].astype(str))
             rows.insert(0, "method", cell.method)
             rows.insert(1, "order", cell.order)
             parts[name].append(rows.assign(seed=cell.seed))
-    return {name: pd.concat(frames, ignore_index=True) if frames else pd.DataFrame() for name, frames in parts.items()}
+    joined = {name: pd.concat(each, ignore_index=True) if each else pd.DataFrame() for name, each in parts.items()}
+    return joined, problems
 
 
 def loss_variance(gradients: Frame) -> Frame:

@@ -25,8 +25,8 @@ _FLIPPED = {ABOVE: BELOW, BELOW: ABOVE, EVEN: EVEN}
 
 def study_parts(sweep: Sweep) -> Studies:
     """Return the studies' figures and tables of a sweep, those that its cells have data for."""
-    found = Studies()
-    cells = studies.load_cells(sweep, ("scores", "gradients", "theory"))
+    cells, problems = studies.load_cells(sweep, ("scores", "gradients", "theory"))
+    found = Studies(problems)
     _ablations(sweep, found)
     _reuse(sweep, found)
     add_stability(sweep, cells, found)

@@ -19,8 +19,12 @@ SECTIONS = {
 
 @dataclass
 class Studies:
-    """What is added to a sweep's page: figures, and tables by the figure or section that they stand under."""
+    """What is added to a sweep's page: figures, and tables by the figure or section that they stand under.
 
+    ``problems`` are lines on what could not be read for them.
+    """
+
+    problems: list[str] = field(default_factory=list)
     plates: list[Plate] = field(default_factory=list)
     tables: dict[str, list[Table]] = field(default_factory=dict)
 

@@ -42,7 +42,7 @@ def sweep_page(sweep: Sweep) -> Page:
         tables=tables,
         facts=_facts(sweep),
         key_numbers=_key_numbers(compared),
-        notices=_notices(compared),
+        notices=[*_notices(compared), *parts.problems],
         summary=to_json(compared),
     )
 
