@@ -235,9 +235,9 @@ def learning_curves(sweep: Sweep) -> Frame:
             if task and size == str(trained) and not np.isnan(value):
                 place = {"method": cell.method, "order": cell.order, "seed": cell.seed}
                 rows.append(place | {"task": task, "rows": trained, "value": value})
-    found = pd.DataFrame(rows, columns=["method", "order", "seed", "task", "rows", "value"])
-    several = found.groupby("task")["rows"].transform("nunique") > 1 if len(found) else []
-    return found[several].reset_index(drop=True) if len(found) else found
+    found: Frame = pd.DataFrame(rows, columns=["method", "order", "seed", "task", "rows", "value"])
+    sizes_of = found.groupby("task")["rows"].nunique()
+    return found[found["task"].isin(sizes_of.index[sizes_of > 1])].reset_index(drop=True)
 
 
 def largest_ratios(theory: Frame) -> Frame:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.ticker import NullFormatter
 
 from analysis.frames import Frame
 from analysis.pareto import SIZES, on_front
@@ -31,9 +32,9 @@ def stability(deviations: Frame, variances: Frame, baseline: str | None) -> list
     """
     methods = list(dict.fromkeys([*([baseline] if baseline else []), *deviations["method"], *variances["method"]]))
     methods = [method for method in methods if method in set(deviations["method"]) | set(variances["method"])]
-    panels = [("spread over seeds (standard deviation)", deviations, "deviation")] * bool(
-        deviations["deviation"].notna().any()
-    ) + [("variance of the loss, last fifth of the steps", variances, "variance")] * bool(len(variances))
+    panels = [("variance of the loss, last fifth of the steps", variances, "variance")]
+    if (deviations["deviation"] > 0).any():
+        panels.insert(0, ("spread over seeds (standard deviation)", deviations, "deviation"))
     figure = style.new_figure(1.2 + 0.36 * len(methods))
     axes = list(np.atleast_1d(figure.subplots(1, len(panels), sharey=True)))
     generator = np.random.default_rng(0)
@@ -53,6 +54,9 @@ def stability(deviations: Frame, variances: Frame, baseline: str | None) -> list
             ax.plot(mean, place, "D", color=style.WARM, markersize=6, zorder=3)
             ax.annotate(f"{mean:.2g}", (mean, place), (0, 7), textcoords="offset points", ha="center", fontsize=8)
         ax.set_xscale("log")
+        low, high = ax.get_xlim()
+        if high > 10 * low:  # a decade has ticks enough
+            ax.xaxis.set_minor_formatter(NullFormatter())
         ax.set_xlabel(label)
         ax.grid(axis="x")
     axes[0].set_yticks(range(len(methods)), [style.short(method, 26) for method in methods])
@@ -125,10 +129,16 @@ def pareto(sizes: Frame) -> list[Axes]:
         best = sizes[front].sort_values(column)
         ax.plot(best[column], best["score"], color=style.ACCENT, linewidth=1.4, drawstyle="steps-post", zorder=2)
         ax.plot(best[column], best["score"], "o", color=style.ACCENT, markersize=7, zorder=3)
-        for row in best.itertuples():
-            text = f"{row.r} · {row.num_atoms} · {row.top_k}"
+        for place, row in enumerate(best.itertuples()):
+            text, below = f"{row.r} · {row.num_atoms} · {row.top_k}", place % 2 == 0  # by turns, or neighbours collide
             ax.annotate(
-                text, (getattr(row, column), row.score), (4, -11), textcoords="offset points", fontsize=8, zorder=4
+                text,
+                (getattr(row, column), row.score),
+                (4, -11) if below else (-4, 5),
+                textcoords="offset points",
+                ha="left" if below else "right",
+                fontsize=8,
+                zorder=4,
             )
         ax.set_xlabel(label)
         ax.margins(x=0.12, y=0.12)
@@ -209,6 +219,7 @@ def bounds(ratios: Frame) -> list[Axes]:
         ax.axhline(1, color=style.WARM, linewidth=1.4, linestyle=(0, (4, 3)), zorder=1)
         ax.plot(own["step"], own["value"], color=style.ACCENT, linewidth=1.5, marker=".", markersize=4)
         ax.set_title(RATIO_NAMES[metric])
+        ax.locator_params(axis="x", integer=True)
         ax.set_ylim(0, max(1.12, 1.05 * float(own["value"].max())))
         ax.annotate(
             f"largest {own['value'].max():.3f}",

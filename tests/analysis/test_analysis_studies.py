@@ -136,7 +136,12 @@ def study(directory: Path) -> Path:
             level = 0.8 - 0.1 * number
             earned_rows = (np.arange(40)[None, None] < np.round(40 * np.full((4, 3, 1), level))).astype(float)
             parts = {"parameters": 10, "flops_per_token": 20, "flops_per_row": 0}
-            model = {"r": 2 + number, "num_atoms": 8, "top_k": 2, "trainable_parameters": 1000 * (number + 1)}
+            model: dict[str, Any] = {
+                "r": 2 + number,
+                "num_atoms": 8,
+                "top_k": 2,
+                "trainable_parameters": 1000 * (number + 1),
+            }
             model["accounting"] = {"A": parts, "total": parts, "lora": parts}
             tasks = {
                 name: {"metric": "accuracy", "constant_score": 0.1, "trained_rows": rows}
@@ -203,7 +208,7 @@ def test_what_a_part_earns_is_the_whole_minus_the_rest(directory: Path) -> None:
 def test_what_tuning_chose_is_no_part_of_the_adapter(directory: Path) -> None:
     rate = "model.optimizer.init_args.lr"
     sweep = load_sweep(directory)
-    tuned = {method: settings | {rate: 0.1 * place} for place, (method, settings) in enumerate(sweep.methods.items())}
+    tuned = {method: {**settings, rate: 0.1 * place} for place, (method, settings) in enumerate(sweep.methods.items())}
     chosen = {method: {"settings": {rate: settings[rate]}} for method, settings in tuned.items()}
     told = {"directory": sweep.directory, "methods": tuned, "tuning": chosen}
     assert studies.own_settings(type(sweep)(**(vars(sweep) | told))) == METHODS

@@ -16,7 +16,7 @@ EVEN_RATE = ("model.warmup_steps=0", "model.final_lr_fraction=1.0", "best_checkp
 PER_TASK = "model.strategy={class_path: continual.strategies.PerTask}"
 
 
-def value(scores: pd.DataFrame, task: str, stage: int, metric: str) -> float:
+def value(scores: Any, task: str, stage: int, metric: str) -> float:
     rows = scores[(scores["task"] == task) & (scores["stage"] == stage) & (scores["metric"] == metric)]
     (found,) = rows["value"]
     return float(found)
@@ -39,10 +39,11 @@ def test_the_best_epoch_is_scored_as_a_run_that_ends_there(
     assert value(three, "animals", 1, "training_accuracy") == 0.9
     assert value(three, "animals", 1, "training_accuracy_best_training") == 0.9
     # What the run leaves besides is the same as without.
-    kept = three[three["metric"].isin(plain["metric"].unique())].reset_index(drop=True)
+    metrics: Any = plain["metric"]
+    kept: Any = three[three["metric"].isin(metrics.unique())].reset_index(drop=True)
     pd.testing.assert_frame_equal(kept.drop(columns="run"), plain.drop(columns="run"))
-    answers = [records.read(tmp_path / name, "answers").drop(columns="run") for name in ("three", "plain")]
-    pd.testing.assert_frame_equal(*answers)
+    first, second = (records.read(tmp_path / name, "answers").drop(columns="run") for name in ("three", "plain"))
+    pd.testing.assert_frame_equal(first, second)
 
 
 def test_training_accuracy_counts_whole_answers(tree, write, engine: Callable[..., Any], tmp_path: Path) -> None:

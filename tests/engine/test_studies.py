@@ -36,7 +36,7 @@ def plan(monkeypatch: pytest.MonkeyPatch) -> Any:
     return lambda name: sweep_plan.load(FOLDER / f"{name}.yaml")
 
 
-def adapters(plan: sweep_plan.Plan) -> dict[str, PeftConfig]:
+def adapters(plan: sweep_plan.Plan) -> dict[str, Any]:
     found = {}
     for method, settings in plan.methods.items():
         tree = yaml.safe_load(plan.configuration(method, settings, plan.stages, 0))["model"]["adapter"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -29,18 +30,19 @@ def test_the_bank_is_the_sources_and_the_rest_is_new(sequence, tmp_path: Path) -
         elif not name.endswith(("instruction_reference", "summary_queries")):  # of one earlier block, nothing to learn
             assert not tensor.equal(later[name]), name
     assert not untrained[next(n for n in shared if n.endswith("atoms"))].equal(source[next(iter(sorted(shared)))])
-    steps = records.read(tmp_path / "run", "gradients").groupby("stage")["step"].max()
+    table: Any = records.read(tmp_path / "run", "gradients")
+    steps = table.groupby("stage")["step"].max()
     assert steps.to_dict() == {2: 2 * 4, 3: 2 * 2}  # 2 epochs of 16 rows, both sources', and of 8
-    tasks = records.read(tmp_path / "run", "scores").query("stage == 3")["task"]
+    scores: Any = records.read(tmp_path / "run", "scores")
+    tasks = scores.query("stage == 3")["task"]
     assert set(tasks) == {"task0", "task1", "task2"}
 
 
 def test_sources_answer_by_the_adapter_that_they_share(sequence, tmp_path: Path) -> None:
     run = sequence("ReuseBank", "queryable", 3, source_stages=2)
     run.run()
-    scores = (
-        records.read(tmp_path / "run", "scores").query("metric == 'accuracy'").set_index(["stage", "task"])["value"]
-    )
+    table: Any = records.read(tmp_path / "run", "scores")
+    scores = table.query("metric == 'accuracy'").set_index(["stage", "task"])["value"]
     assert scores[3, "task0"] == scores[2, "task0"]
     assert scores[3, "task1"] == scores[2, "task1"]
     assert scores[2, "task2"] == scores[0, "task2"]  # still to come: the bare backbone
