@@ -82,12 +82,11 @@ def measure(module: Any, batch: dict[str, Any]) -> dict[tuple[str, int], tuple[f
 def _ratios(layer: QueryableLinear, h: Tensor) -> dict[tuple[str, int], Tensor]:
     """Return the ratios, (n), of every adapter that the pass under way uses in a layer."""
     found: dict[tuple[str, int], Tensor] = {}
-    for name, state in (layer.routing_state or {}).items():
+    for name, part in (layer.routing_state or {}).items():
         if name not in layer.blocks:
             continue
-        bank, block = layer._banks[name], layer.blocks[name]
+        bank, block, z, alpha = layer._banks[name], layer.blocks[name], part.state, part.route
         weight_A, weight_B = layer.queryable_A[name], layer.queryable_B[name]
-        alpha, z = state.routes[block], state.states[block]
         assert alpha is not None and z is not None  # the layer's own pass has routed
         atoms = bank.atoms.float()
         radius = matrix_norm(atoms, ord=2).max()
@@ -96,13 +95,12 @@ def _ratios(layer: QueryableLinear, h: Tensor) -> dict[tuple[str, int], Tensor]:
             routes = alpha.float().flatten(0, -2)
             operators = torch.einsum("nm,mij->nij", routes[:: 1 + len(routes) // _MOST_OPERATORS], atoms)
             found["operator", block] = matrix_norm(operators, ord=2) / radius
-            if block and bank.config.uses_summary:
-                earlier = torch.stack([vector_norm(s, dim=-1) for s in state.states[:block] if s is not None])
-                summary = vector_norm(bank.depth_summary(state, block, z), dim=-1)
-                found["summary", block] = _ratio(summary, earlier.amax(dim=0))
+            if part.earlier is not None:
+                summary = vector_norm(bank.depth_summary(part, z), dim=-1)
+                found["summary", block] = _ratio(summary, vector_norm(part.earlier, dim=-1).amax(dim=-1))
         x = h.to(weight_A.dtype)
         u = torch.nn.functional.linear(x, weight_A)
-        update = torch.nn.functional.linear(bank.apply_route(state, block, u), weight_B) * layer.scaling[name]
+        update = torch.nn.functional.linear(bank.apply_route(part, u), weight_B) * layer.scaling[name]
         norms = matrix_norm(weight_A.float(), ord=2) * matrix_norm(weight_B.float(), ord=2)
         found["update", block] = _ratio(
             vector_norm(update, dim=-1), layer.scaling[name] * radius * norms * vector_norm(x, dim=-1)
