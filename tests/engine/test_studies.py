@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 import yaml
@@ -14,6 +16,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from analysis.studies import ABLATIONS, ablated, whole_adapter
+from continual import manifest, records
 from continual.adapters import QueryableLoraConfig
 from continual.backbones import MLPRegressor
 from continual.sweeps import plan as sweep_plan
@@ -87,3 +90,52 @@ def test_ablations_take_every_part_away_once(plan, name: str, whole: str) -> Non
                 assert value != getattr(default, field)
     all_atoms = next(method for method, fields in changed.items() if "top_k" in fields)
     assert built[all_atoms].top_k == built[all_atoms].num_atoms
+
+
+def tables(folder: Path, stages: list[dict[str, Any]]) -> None:
+    """Write a miniature of each text table that the stages read, with the tables' own columns and labels."""
+    for stage in stages:
+        arguments = stage["task"]["init_args"]
+        for split in ("train", "test") if "labels" in arguments else ():
+            labels = arguments["labels"]
+            rows = [
+                {"instruction": f"Sort by {stage['name']}.", "input": f"{split} text {index}", "target": target}
+                for index, target in enumerate(labels * 3)
+            ]
+            pd.DataFrame(rows).to_parquet(folder / arguments[f"{split}_file"])
+
+
+@pytest.mark.parametrize(
+    ("name", "method"), [("llm", "instruction_query"), ("gradients", "queryable"), ("reuse", "reuse")]
+)
+def test_a_study_made_for_a_gpu_runs_on_a_tiny_backbone(
+    plan, engine: Callable[..., Any], write: Callable[..., str], tmp_path: Path, name: str, method: str
+) -> None:
+    study = plan(name)
+    order = next(iter(study.orders.values()))
+    tree = yaml.safe_load(study.configuration(method, study.methods[method], order.stages, 0))
+    tree["model"]["backbone"] = {
+        "class_path": "continual.backbones.TinyCausalLM",
+        "init_args": {"hidden_size": 16, "num_layers": 2},
+    }
+    tree["model"]["adapter"]["init_args"] |= {"num_blocks": 2}
+    tree["trainer"] = {"max_epochs": 1, "accelerator": "cpu"}
+    tree["data"] = {"batch_size": 4, "max_tokens": 1024}
+    for stage in tree["stages"]:
+        arguments = stage["task"]["init_args"]
+        arguments["train_rows"] = 6
+        stage["max_epochs"] = 1
+        if "labels" in arguments:
+            arguments["folder"] = str(tmp_path)
+        else:
+            arguments["test_rows"] = 6
+    tables(tmp_path, tree["stages"])
+    assert engine(write(tree), "--out", tmp_path / "run").code == 0
+    state, _ = manifest.read(tmp_path / "run")
+    assert state.complete and state.milliseconds_a_row and state.model["accounting"]["total"]["parameters"] > 0
+    scores: Any = records.read(tmp_path / "run", "scores")
+    theory: Any = records.read(tmp_path / "run", "theory")
+    chosen = {metric for metric in scores["metric"] if metric.endswith("_best_training")}
+    assert bool(chosen) is (name == "llm")
+    assert bool(len(theory)) is (name == "gradients")
+    assert (theory["value"] <= 1 + 1e-5).all()
