@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from continual import records
+from continual import experiment, manifest, records
 from continual.errors import ConfigError
+from continual.sequence import Sequence
 
 
 def adapter(folder: Path, stage: int) -> dict:
@@ -68,3 +69,24 @@ def test_the_control_takes_any_adapter(sequence) -> None:
 def test_what_cannot_be_is_refused(sequence, adapter_name: str, arguments: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         sequence("ReuseBank", adapter_name, 2, **arguments)
+
+
+def test_a_run_that_was_stopped_goes_on_with_the_sources_bank(sequence, tmp_path: Path) -> None:
+    sequence("ReuseBank", "queryable", 3, source_stages=2).run()
+    stopped = sequence("ReuseBank", "queryable", 3, source_stages=2, run="stopped")
+    fit = stopped._fit
+
+    def until_the_last(index: int) -> Any:
+        if index == 3:
+            raise KeyboardInterrupt
+        return fit(index)
+
+    stopped._fit = until_the_last
+    with pytest.raises(KeyboardInterrupt):
+        stopped.run()
+    state, text = manifest.read(tmp_path / "stopped")
+    again = Sequence(experiment.parse(text, "stopped"), tmp_path / "stopped")
+    again.prepare(state)
+    again.run()
+    whole, resumed = adapter(tmp_path / "run", 3), adapter(tmp_path / "stopped", 3)
+    assert all(tensor.equal(resumed[name]) for name, tensor in whole.items())
