@@ -127,7 +127,8 @@ def bounds_plate(ratios: Frame, section: str) -> Plate:
         "The theory's bounds along training",
         "The largest observed / bound over a batch's tokens and all blocks (and runs), by step; the dashed line is the "
         "bound. Convex hull: sum of the routing weights' magnitudes. Operator: Theorem D.8. Update: Corollary D.8.1. "
-        "Summary: a convex mix of earlier states.",
+        "Summary: a convex mix of earlier states. A ratio of 1 is reached where one atom, or the only earlier state, "
+        "has all the weight.",
         f"Line charts of observed / bound by step. Largest: {told}.",
         lambda: figure_of(plots.bounds(ratios)),
     )
