@@ -33,7 +33,7 @@ ROW_KEYWORDS = ("text_ids", "row_features", "gate_instruction")
 """Keywords that the gate reads: token ids of each row's own text, (B, L), negative where padded; or its features as
 they are, (B, F); and the encoding of its instruction, (B, E)."""
 
-Observer = Callable[[nn.Module, str, Tensor], None]
+Observer = Callable[[nn.Module, str, Tensor, Tensor], None]
 
 
 class GrowingBank:
@@ -48,7 +48,8 @@ class GrowingBank:
         in_use: Adapters that every row uses, in training say; None where the gate decides.
         chosen_B: Index of the stage that the gate chose for each row of the last pass; ``gate.ABSTAIN`` for none.
         reads: What the gate reads of a row, as a bank's folder says (``bank_folder``); empty in a run.
-        factors: Of each slice, the layers whose B is kept as a product of two, (d_out, k) and (k, r).
+        factors: Of each slice, the matrices PLACE|A and PLACE|B that are kept as a product of two, (rows, k) and
+            (k, columns).
     """
 
     def __init__(self, tuner: QueryableLoraModel, gate: StageGate, depth: int) -> None:
@@ -170,7 +171,7 @@ class GrowingBank:
 
     @contextmanager
     def observing(self, observe: Observer) -> Iterator[None]:
-        """Show every layer's S u, before B, to ``observe`` inside the ``with``."""
+        """Show every layer's u = A h and S u, what stands before B, to ``observe`` inside the ``with``."""
         self.observe = observe
         try:
             yield
@@ -197,32 +198,39 @@ class GrowingBank:
             layer.queryable_A[target].copy_(layer.queryable_A[source])
             layer.queryable_B[target].copy_(layer.queryable_B[source])
 
-    @torch.no_grad()
-    def factor(self, name: str, factors: dict[str, tuple[Tensor, Tensor]]) -> None:
-        """Put B = left right, (d_out, k) and (k, r), in the place of some layers' B of a slice.
-
-        The factors are what is kept, where they are fewer numbers than B. Their product is always taken on the CPU:
-        read back, the slice is the same to the last bit.
-        """
-        layers, kept = self.layers(name), self.factors.setdefault(name, {})
-        for place, (left, right) in factors.items():
-            left, right = left.float().cpu(), right.float().cpu()
-            layers[place].queryable_B[name].copy_(left @ right)
-            kept.pop(place, None)
-            if left.numel() + right.numel() < layers[place].queryable_B[name].numel():
-                kept[place] = (left, right)
-
-    def tensors(self, name: str) -> dict[str, Tensor]:
-        """Return what has to be kept of a slice: atoms, router, its A where it is trained, and B or its factors."""
-        kept = {f"bank|{key}": value.detach() for key, value in self.tuner.queryable_bank[name].state_dict().items()}
-        factors = self.factors.get(name, {})
+    def matrices(self, name: str) -> dict[str, Tensor]:
+        """Return the slice's PLACE|B of each layer, (d_out, r), and PLACE|A, (r, d_in), where it is trained."""
+        found: dict[str, Tensor] = {}
         for place, layer in self.layers(name).items():
             if name not in layer.frozen_A:
-                kept[f"{place}|A"] = layer.queryable_A[name].detach()
-            if place in factors:
-                kept[f"{place}|left"], kept[f"{place}|right"] = factors[place]
+                found[f"{place}|A"] = layer.queryable_A[name]
+            found[f"{place}|B"] = layer.queryable_B[name]
+        return found
+
+    @torch.no_grad()
+    def factor(self, name: str, factors: dict[str, tuple[Tensor, Tensor]]) -> None:
+        """Put left right, (rows, k) and (k, columns), in the place of some of a slice's matrices.
+
+        The factors are what is kept, where they are fewer numbers than the matrix. Their product is always taken on
+        the CPU: read back, the slice is the same to the last bit.
+        """
+        matrices, kept = self.matrices(name), self.factors.setdefault(name, {})
+        for key, (left, right) in factors.items():
+            left, right = left.float().cpu(), right.float().cpu()
+            matrices[key].copy_(left @ right)
+            kept.pop(key, None)
+            if left.numel() + right.numel() < matrices[key].numel():
+                kept[key] = (left, right)
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """Return what has to be kept of a slice: atoms, router, B and, where it is trained, A, or their factors."""
+        kept = {f"bank|{key}": value.detach() for key, value in self.tuner.queryable_bank[name].state_dict().items()}
+        factors = self.factors.get(name, {})
+        for key, matrix in self.matrices(name).items():
+            if key in factors:
+                kept[f"{key}|left"], kept[f"{key}|right"] = factors[key]
             else:
-                kept[f"{place}|B"] = layer.queryable_B[name].detach()
+                kept[key] = matrix.detach()
         return kept
 
     @torch.no_grad()
@@ -231,13 +239,11 @@ class GrowingBank:
         bank = self.tuner.queryable_bank[name]
         bank.load_state_dict({key[5:]: value for key, value in tensors.items() if key.startswith("bank|")})
         factors = {}
-        for place, layer in self.layers(name).items():
-            if f"{place}|A" in tensors:
-                layer.queryable_A[name].copy_(tensors[f"{place}|A"])
-            if f"{place}|left" in tensors:
-                factors[place] = (tensors[f"{place}|left"], tensors[f"{place}|right"])
+        for key, matrix in self.matrices(name).items():
+            if key in tensors:
+                matrix.copy_(tensors[key])
             else:
-                layer.queryable_B[name].copy_(tensors[f"{place}|B"])
+                factors[key] = (tensors[f"{key}|left"], tensors[f"{key}|right"])
         self.factor(name, factors)
 
     def num_numbers(self, name: str) -> int:

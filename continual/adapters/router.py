@@ -41,14 +41,14 @@ class RoutingState:
         log_prior_BM: lambda * log pi(c) of each row, (B, M); None where the prior is off.
         blocks: What the layers of each block share.
         weight_B: What each row's update is multiplied by, (B,); None for 1.
-        observe: Called with a layer, the adapter's name and S_b u, (..., r), before B; None for nobody.
+        observe: Called with a layer, the adapter's name, u = A h and S_b u, both (..., r); None for nobody.
     """
 
     operator_KR: Tensor
     log_prior_BM: Tensor | None
     blocks: list[BlockState] = field(default_factory=list)
     weight_B: Tensor | None = None
-    observe: Callable[[nn.Module, str, Tensor], None] | None = None
+    observe: Callable[[nn.Module, str, Tensor, Tensor], None] | None = None
 
     @property
     def states(self) -> list[Tensor | None]:

@@ -1,9 +1,10 @@
-"""What the growing bank is made of on disk and on the tuner: slices, bank folders, B's components, rows' clusters."""
+"""What the growing bank is made of on disk and on the tuner: slices, folders, matrices' components, rows' clusters."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -75,24 +76,74 @@ def read_bank(module: ContinualModule, folder: Path) -> dict[str, Any]:
     return state["notes"]
 
 
-def components(weight_B: Tensor, moments_rr: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+@dataclass
+class Moments:
+    """Sums over a stage's tokens of what one layer's low-rank states are like: u = A h, v = S u.
+
+    Attributes:
+        state_rr: Sum of u u^T.
+        routed_rr: Sum of v v^T.
+        mixed_rr: Sum of v u^T.
+    """
+
+    state_rr: Tensor
+    routed_rr: Tensor
+    mixed_rr: Tensor
+
+    @classmethod
+    def of(cls, state: Tensor, routed: Tensor) -> Moments:
+        """Return those of a pass's u and v, (..., r)."""
+        u, v = state.detach().float().flatten(0, -2), routed.detach().float().flatten(0, -2)
+        return cls(u.T @ u, v.T @ v, v.T @ u)
+
+    def __add__(self, other: Moments) -> Moments:
+        return Moments(self.state_rr + other.state_rr, self.routed_rr + other.routed_rr, self.mixed_rr + other.mixed_rr)
+
+
+Components = tuple[Tensor, Tensor, Tensor]
+"""left, (rows, k), how much each component moves the layer's output, (k,), most first, and right, (k, columns)."""
+
+
+def components_of_B(weight_B: Tensor, moments: Moments) -> Components:
     """Return B's components, those that move the output most first.
 
-    With C = E[v v^T] over a stage's tokens, v = S u, and B C^(1/2) = U Sigma W^T: left = U Sigma and right = W^T
-    C^(-1/2), so that B = left right and E|| B v ||^2 = sum of Sigma^2.
+    With C = E[v v^T] over a stage's tokens and B C^(1/2) = U Sigma W^T: left = U Sigma and right = W^T C^(-1/2), so
+    that B = left right and E|| B v ||^2 = sum of Sigma^2.
 
     Args:
         weight_B: B, (d_out, r).
-        moments_rr: C, up to a factor, (r, r).
-
-    Returns:
-        left, (d_out, k), Sigma^2, (k,), and right, (k, r), with k = min(d_out, r).
+        moments: Of the layer.
     """
+    root, inverse = _roots(moments.routed_rr)
+    U, sigma, W = torch.linalg.svd(weight_B.detach().double().cpu() @ root, full_matrices=False)
+    return U * sigma, sigma.square(), W @ inverse
+
+
+def components_of_A(weight_A: Tensor, weight_B: Tensor, moments: Moments) -> Components:
+    """Return A's components, those that move the output most first.
+
+    With C = E[u u^T] and v = S u taken as linear in u, B E[v u^T] C^(-1) C^(1/2) = U Sigma W^T: left = C^(1/2) W and
+    right = W^T C^(-1/2) A, so that A = left right, and the output moves by Sigma^2 a component.
+
+    Args:
+        weight_A: A, (r, d_in).
+        weight_B: B, (d_out, r).
+        moments: Of the layer.
+    """
+    root, inverse = _roots(moments.state_rr)
+    output = weight_B.detach().double().cpu() @ moments.mixed_rr.double().cpu() @ inverse
+    # All r directions, those that B does not read too: left right has to be A while none is dropped.
+    _, sigma, W = torch.linalg.svd(output, full_matrices=output.shape[0] < output.shape[1])
+    energy = torch.zeros(len(W), dtype=sigma.dtype)
+    energy[: len(sigma)] = sigma.square()
+    return root @ W.T, energy, W @ inverse @ weight_A.detach().double().cpu()
+
+
+def _roots(moments_rr: Tensor) -> tuple[Tensor, Tensor]:
+    """Return C^(1/2) and C^(-1/2), (r, r)."""
     values, vectors = torch.linalg.eigh(moments_rr.double().cpu())
     root = values.clamp_min(values.max() * 1e-10 + 1e-30).sqrt()  # a direction never used has no weight
-    weight = weight_B.detach().double().cpu()
-    U, sigma, W = torch.linalg.svd(weight @ vectors @ root.diag() @ vectors.T, full_matrices=False)
-    return U * sigma, sigma.square(), W @ vectors @ (1 / root).diag() @ vectors.T
+    return vectors @ root.diag() @ vectors.T, vectors @ (1 / root).diag() @ vectors.T
 
 
 def write_freely(model: Any, ids_B1: Tensor, num_tokens: int) -> Tensor:

@@ -7,9 +7,9 @@ this strategy decides, stage by stage:
               ``reuse_margin``: the new slice starts as its copy, or learns what it leaves, reading it frozen
     trains    the new slice alone
     shares    the slice it started from, if training has not made the new one better: memory then does not grow
-    prunes    each B to the subspace that its stage uses: B = U Sigma V^T under the second moments of S u (the metric
-              of the outputs that it makes), the least components over all layers first, while the loss on some of
-              the stage's rows stays within ``prune_tolerance``
+    prunes    each B, and each A that is trained, to the subspace that its stage uses: the components under the second
+              moments of u = A h and S u (the metric of the outputs that they make), those that move the outputs
+              least a number first, while the loss on some of the stage's rows stays within ``prune_tolerance``
     anchors   centroids of its rows' features (one a label, or a cluster), and its instruction's encoding: the gate's
 
 No row is kept and no task is named when scoring: the gate reads the row's own text and its instruction.
@@ -35,10 +35,13 @@ from continual.files import whole_folder
 from continual.instructions import InstructionEncoder
 from continual.strategies.bank_parts import (
     FIRST,
+    Components,
+    Moments,
     add_slice,
     bank_of,
     cluster,
-    components,
+    components_of_A,
+    components_of_B,
     read_bank,
     slice_name,
     write_bank,
@@ -201,17 +204,23 @@ class GrowingBank(Strategy):
         print(f"  {data.name}: {_told(adapters, self._source, kept, home, elsewhere)}", flush=True)
 
     def _prune(self, module: ContinualModule, data: StageData, name: str, limit: float) -> float:
-        """Drop components of the slice's B, least first, while the loss stays within ``limit``; return what is left."""
+        """Drop components of the slice, the least a number first, while the loss stays within ``limit``.
+
+        Returns:
+            The share of the numbers of its matrices that are left.
+        """
         bank = bank_of(module)
         parts = self._components(module, data, name)
         sizes = [len(energy) for _, energy, _ in parts.values()]
-        order = torch.cat([energy for _, energy, _ in parts.values()]).argsort()
+        prices = [left.shape[0] + right.shape[1] for left, _, right in parts.values()]
+        worth = [energy / price for (_, energy, _), price in zip(parts.values(), prices, strict=True)]
+        order = torch.cat(worth).argsort()
 
         def drop(count: int) -> None:
             keep = torch.ones(len(order), dtype=torch.bool)
             keep[order[:count]] = False
             chosen = zip(parts.items(), keep.split(sizes), strict=True)
-            bank.factor(name, {place: (left[:, mask], right[mask]) for (place, (left, _, right)), mask in chosen})
+            bank.factor(name, {key: (left[:, mask], right[mask]) for (key, (left, _, right)), mask in chosen})
 
         low, high = 0, len(order)  # the loss holds with `low` components gone, but not with `high`
         while high - low > max(1, len(order) // 64):
@@ -219,24 +228,29 @@ class GrowingBank(Strategy):
             drop(middle)
             low, high = (middle, high) if self._loss(module, data, self._own(name)) <= limit else (low, middle)
         drop(low)
-        return 1 - low / len(order)
+        matrices, factors = bank.matrices(name), bank.factors[name]
+        kept = {key: sum(part.numel() for part in factors.get(key, [matrix])) for key, matrix in matrices.items()}
+        return sum(kept.values()) / sum(matrix.numel() for matrix in matrices.values())
 
-    def _components(
-        self, module: ContinualModule, data: StageData, name: str
-    ) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-        """Return B's components in each layer, by how much they move its output on the stage's tokens."""
+    def _components(self, module: ContinualModule, data: StageData, name: str) -> dict[str, Components]:
+        """Return the components of the slice's matrices, by how much they move their layer on the stage's tokens."""
         bank = bank_of(module)
-        moments: dict[nn.Module, Tensor] = {}
+        moments: dict[nn.Module, Moments] = {}
 
-        def observe(layer: nn.Module, adapter: str, routed: Tensor) -> None:
+        def observe(layer: nn.Module, adapter: str, state: Tensor, routed: Tensor) -> None:
             if adapter == name:
-                tokens = routed.detach().float().flatten(0, -2)
-                moments[layer] = moments.get(layer, 0) + tokens.T @ tokens
+                found = Moments.of(state, routed)
+                moments[layer] = moments[layer] + found if layer in moments else found
 
         with bank.observing(observe):
             self._loss(module, data, self._own(name))
-        layers = bank.layers(name).items()
-        return {place: components(layer.queryable_B[name], moments[layer]) for place, layer in layers}
+        parts: dict[str, Components] = {}
+        for place, layer in bank.layers(name).items():
+            weight_A, weight_B, found = layer.queryable_A[name], layer.queryable_B[name], moments[layer]
+            if name not in layer.frozen_A:
+                parts[f"{place}|A"] = components_of_A(weight_A, weight_B, found)
+            parts[f"{place}|B"] = components_of_B(weight_B, found)
+        return parts
 
     @torch.no_grad()
     def _anchor(self, module: ContinualModule, data: StageData, adapters: list[str]) -> tuple[float, dict[str, float]]:

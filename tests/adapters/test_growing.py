@@ -186,7 +186,7 @@ def test_a_slice_comes_back_from_its_tensors_to_the_bit(grown, ids) -> None:
     model, bank = grown([["default"], ["stage02"]], frozen_A_seed=3)
     factors = {}
     for place, layer in list(bank.layers("stage02").items())[:3]:
-        factors[place] = (torch.randn(layer.out_features, 2), torch.randn(2, 4))
+        factors[f"{place}|B"] = (torch.randn(layer.out_features, 2), torch.randn(2, 4))
     bank.factor("stage02", factors)
     tensors = load(save({name: tensor.contiguous() for name, tensor in bank.tensors("stage02").items()}))
     assert not [name for name in tensors if name.endswith("|A")]  # drawn again from the seed
@@ -212,12 +212,13 @@ def test_a_copy_computes_what_its_source_does(grown, ids) -> None:
 
 def test_an_observer_sees_what_stands_before_b(grown, ids) -> None:
     model, bank = grown([["default"], ["stage02"]])
-    seen: list[tuple[nn.Module, str, Tensor]] = []
+    seen: list[tuple[nn.Module, str, Tensor, Tensor]] = []
     with bank.observing(lambda *found: seen.append(found)), bank.using(["stage02"]):
         model(ids)
     layers = bank.layers("stage02")
-    assert len(seen) == len(layers) and {id(layer) for layer, _, _ in seen} == {id(m) for m in layers.values()}
-    assert all(name == "stage02" and routed.shape == (3, 11, 4) for _, name, routed in seen)
+    assert len(seen) == len(layers) and {id(layer) for layer, *_ in seen} == {id(m) for m in layers.values()}
+    assert all(name == "stage02" and routed.shape == (3, 11, 4) for _, name, _, routed in seen)
+    assert all(state.shape == routed.shape and not torch.equal(state, routed) for *_, state, routed in seen)
     model(ids)
     assert len(seen) == len(layers)
 

@@ -25,7 +25,7 @@ from continual.errors import ConfigError
 from continual.module import ContinualModule
 from continual.sequence import Sequence
 from continual.strategies import GrowingBank
-from continual.strategies.bank_parts import add_slice, bank_of
+from continual.strategies.bank_parts import Moments, add_slice, bank_of, components_of_A
 
 BANK: dict[str, Any] = {"instruction_encoder": "backbone", "depth": 0.5, "probe_rows": 8}
 NAMES = ["task0", "task1", "task2"]
@@ -317,17 +317,32 @@ def test_components_say_how_much_they_move_the_output(sequence: Callable[..., Se
     parts = strategy._components(module, run.data[0], "default")
     moved: dict[Any, float] = {}
 
-    def observe(layer: Any, name: str, routed: Tensor) -> None:
+    def observe(layer: Any, name: str, state: Tensor, routed: Tensor) -> None:
         update = routed.double().flatten(0, -2) @ layer.queryable_B[name].double().T
         moved[layer] = moved.get(layer, 0.0) + update.square().sum().item()
 
     with bank.observing(observe):
         strategy._loss(module, run.data[0], ["default"])
     for place, layer in bank.layers("default").items():
-        left, energy, right = parts[place]
-        torch.testing.assert_close(left @ right, layer.queryable_B["default"].double(), rtol=1e-4, atol=1e-6)
-        assert energy.sum().item() == pytest.approx(moved[layer], rel=1e-4)
-        assert (energy.diff() <= 0).all()
+        matrices = {"A": layer.queryable_A["default"], "B": layer.queryable_B["default"]}
+        for part, matrix in matrices.items():
+            left, energy, right = parts[f"{place}|{part}"]
+            torch.testing.assert_close(left @ right, matrix.double(), rtol=1e-4, atol=1e-6)
+            assert (energy.diff() <= 0).all()
+        assert parts[f"{place}|B"][1].sum().item() == pytest.approx(moved[layer], rel=1e-4)
+        # What a linear S explains of the outputs is at most all of them.
+        assert 0 < parts[f"{place}|A"][1].sum().item() <= moved[layer] * (1 + 1e-4)
+
+
+def test_a_component_of_A_moves_the_output_as_much_as_it_says() -> None:
+    torch.manual_seed(0)
+    weight_A, weight_B, operator = torch.randn(4, 7).double(), torch.randn(6, 4).double(), torch.randn(4, 4).double()
+    inputs = torch.randn(500, 7).double() @ torch.diag(torch.tensor([9, 3, 1, 1, 0.5, 0.1, 0.1])).double()
+    state = inputs @ weight_A.T
+    left, energy, right = components_of_A(weight_A, weight_B, Moments.of(state, state @ operator.T))
+    for kept in (1, 2, 3):
+        dropped = inputs @ (weight_A - left[:, :kept] @ right[:kept]).T @ operator.T @ weight_B.T
+        assert dropped.square().sum().item() == pytest.approx(energy[kept:].sum().item(), rel=1e-3)
 
 
 @pytest.mark.parametrize("tolerance", [0.01, 0.2, 1.0])
