@@ -12,10 +12,12 @@ Matrix norms are spectral. Shapes as in ``adapters.router``; n tokens.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import lightning as L
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.linalg import matrix_norm, vector_norm
 
@@ -63,7 +65,7 @@ def measure(module: Any, batch: dict[str, Any]) -> dict[tuple[str, int], tuple[f
 
     def watch(layer: QueryableLinear, args: tuple[Tensor, ...], output: Tensor) -> None:
         with torch.autocast(output.device.type, enabled=False):
-            for key, ratio in _ratios(layer, args[0]).items():
+            for key, ratio in _ratios(layer, args[0]):
                 largest, count = found.get(key, (0.0, 0))
                 found[key] = (max(largest, ratio.max().item()), count + ratio.numel())
 
@@ -79,33 +81,27 @@ def measure(module: Any, batch: dict[str, Any]) -> dict[tuple[str, int], tuple[f
     return found
 
 
-def _ratios(layer: QueryableLinear, h: Tensor) -> dict[tuple[str, int], Tensor]:
-    """Return the ratios, (n), of every adapter that the pass under way uses in a layer."""
-    found: dict[tuple[str, int], Tensor] = {}
-    for name, part in (layer.routing_state or {}).items():
-        if name not in layer.blocks:
-            continue
-        bank, block, z, alpha = layer._banks[name], layer.blocks[name], part.state, part.route
-        weight_A, weight_B = layer.queryable_A[name], layer.queryable_B[name]
+def _ratios(layer: QueryableLinear, h: Tensor) -> Iterator[tuple[tuple[str, int], Tensor]]:
+    """Yield each metric, block and ratios, (n), of every adapter that the pass under way uses in a layer."""
+    for use in layer.routing_state or []:
+        bank, part, block = use.bank, use.block, layer.blocks[use.name]
+        alpha, z = part.route, part.state
         assert alpha is not None and z is not None  # the layer's own pass has routed
         atoms = bank.atoms.float()
         radius = matrix_norm(atoms, ord=2).max()
-        if name in layer.leads:
-            found["weights", block] = alpha.float().abs().sum(dim=-1).flatten()
+        if use.leads:
             routes = alpha.float().flatten(0, -2)
+            yield ("weights", block), routes.abs().sum(dim=-1)
             operators = torch.einsum("nm,mij->nij", routes[:: 1 + len(routes) // _MOST_OPERATORS], atoms)
-            found["operator", block] = matrix_norm(operators, ord=2) / radius
+            yield ("operator", block), matrix_norm(operators, ord=2) / radius
             if part.earlier is not None:
                 summary = vector_norm(bank.depth_summary(part, z), dim=-1)
-                found["summary", block] = _ratio(summary, vector_norm(part.earlier, dim=-1).amax(dim=-1))
-        x = h.to(weight_A.dtype)
-        u = torch.nn.functional.linear(x, weight_A)
-        update = torch.nn.functional.linear(bank.apply_route(part, u), weight_B) * layer.scaling[name]
-        norms = matrix_norm(weight_A.float(), ord=2) * matrix_norm(weight_B.float(), ord=2)
-        found["update", block] = _ratio(
-            vector_norm(update, dim=-1), layer.scaling[name] * radius * norms * vector_norm(x, dim=-1)
-        )
-    return found
+                yield ("summary", block), _ratio(summary, vector_norm(part.earlier, dim=-1).amax(dim=-1))
+        x = h.to(use.weight_A.dtype)
+        update = F.linear(bank.apply_route(part, F.linear(x, use.weight_A)), use.weight_B) * use.scaling
+        norms = matrix_norm(use.weight_A.float(), ord=2) * matrix_norm(use.weight_B.float(), ord=2)
+        bound = use.scaling * radius * norms * vector_norm(x, dim=-1)
+        yield ("update", block), _ratio(vector_norm(update, dim=-1), bound)
 
 
 def _ratio(observed: Tensor, bound: Tensor) -> Tensor:
