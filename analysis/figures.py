@@ -11,6 +11,8 @@ from analysis.page import Draw, Plate, unless
 from analysis.plots.scores import correlation_text, score_name
 from analysis.plots.style import number
 from analysis.routing import EPSILON
+from analysis.studies import largest_ratios
+from analysis.study_training import bounds_plate
 from analysis.summary import Summary, why_no_routes
 
 _FRAMED = "The framed row is the stage that trained the task."
@@ -19,7 +21,8 @@ _KL = f"KL(p′ ‖ q′) with p′ = (p + ε) / (1 + M ε), ε = {EPSILON:g}"
 
 def plates(summary: Summary) -> list[Plate]:
     """Return the report's figures, in order."""
-    return [*_scores(summary), *_routes(summary), *_training(summary.run), *_general(summary.run)]
+    run = summary.run
+    return [*_scores(summary), *_routes(summary), *_training(run), *_theory(run), *_general(run)]
 
 
 def _whose_atoms(run: Run) -> str:
@@ -236,6 +239,12 @@ def _training(run: Run) -> list[Plate]:
             *if_recorded("grad_concentration", lambda: plots.gradient_concentration(rows)),
         ),
     ]
+
+
+def _theory(run: Run) -> list[Plate]:
+    """The theory's bounds are a figure only of runs that were asked to measure them."""
+    ratios = largest_ratios(run.tables["theory"])
+    return [bounds_plate(ratios, "training")] if len(ratios) else []
 
 
 def _general(run: Run) -> list[Plate]:

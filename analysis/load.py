@@ -94,6 +94,7 @@ class Frames:
     wordings: Frame
     wording_answers: Frame
     general: Frame
+    theory: Frame
     runs: tuple[Run, ...]
 
 

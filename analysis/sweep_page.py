@@ -10,6 +10,8 @@ from analysis import sweep_content
 from analysis.content import Table, cell
 from analysis.hierarchy import FEW_CELLS
 from analysis.page import KeyNumber, Page
+from analysis.study_content import study_parts
+from analysis.study_parts import Studies
 from analysis.sweep_content import DEFINITIONS, Comparison, compare
 from analysis.sweep_figures import sweep_plates, why_no_differences
 from analysis.sweeps import ABOVE, BELOW, BOUNDS, EVEN, MEASURES, Sweep
@@ -27,19 +29,29 @@ _SECTIONS = (
 
 def sweep_page(sweep: Sweep) -> Page:
     """Return the page of a sweep, finished or not."""
-    compared = compare(sweep)
+    compared, parts = compare(sweep), study_parts(sweep)
+    tables = _tables(compared)
+    for place, more in parts.tables.items():
+        tables[place] = [*tables.get(place, []), *more]
     return Page(
         kind="Sweep",
         title=sweep.name,
         verdict=verdict(compared),
-        sections=[section for section in _SECTIONS if section[0] != "tuning" or sweep.tuning],
-        plates=sweep_plates(compared),
-        tables=_tables(compared),
+        sections=_sections(sweep, parts),
+        plates=[*sweep_plates(compared), *parts.plates],
+        tables=tables,
         facts=_facts(sweep),
         key_numbers=_key_numbers(compared),
-        notices=_notices(compared),
+        notices=[*_notices(compared), *parts.problems],
         summary=to_json(compared),
     )
+
+
+def _sections(sweep: Sweep, parts: Studies) -> list[tuple[str, str, str]]:
+    """Return the page's sections: the studies' stand before what was tuned and the details."""
+    before = [section for section in _SECTIONS if section[0] not in ("tuning", "details")]
+    after = [section for section in _SECTIONS if section[0] == "details" or (section[0] == "tuning" and sweep.tuning)]
+    return [*before, *parts.sections, *after]
 
 
 def _tables(compared: Comparison) -> dict[str, list[Table]]:

@@ -9,6 +9,8 @@
     trainer: {max_epochs: 1, ...}                            arguments of lightning's Trainer, a fresh one each stage
     token_sample: 256                                        tokens a task whose routes are kept one by one; 0: none
     general_ability: false                                   score untouched text after every stage too
+    best_checkpoint: false                                   score a stage's best epoch in training beside its last
+    theory: false                                            measure how near the theory's bounds come to be reached
     wordings: {file: ..., ...}                               arguments of OtherWords; null (the default) for none
     stages: [{name: ..., task: {class_path: ..., init_args: {...}}}, ...]
 
@@ -84,6 +86,8 @@ class Experiment:
             alone. Before training and after the last stage, every task is.
         token_sample: How many tokens of each task's test prompts are kept with their routes; 0 for none.
         general_ability: Whether the log-likelihood of untouched text is measured after every stage.
+        best_checkpoint: Whether a stage's task is scored under the epoch of best training accuracy too.
+        theory: Whether the ratios of the theory's bounds are measured in training.
         wordings: Other words to score the finished model's tasks in, if any.
         bounds: Names of the bounds to run beside it.
         resolved: The whole configuration with every default filled in, as YAML; running it gives the same run.
@@ -100,6 +104,8 @@ class Experiment:
     scoring: Scoring = "all"
     token_sample: int = 256
     general_ability: bool = False
+    best_checkpoint: bool = False
+    theory: bool = False
     wordings: OtherWords | None = None
     bounds: list[str] = field(default_factory=list)
 
@@ -141,6 +147,8 @@ def make_parser(parser: ArgumentParser | None = None) -> ArgumentParser:
         "--token_sample", type=NonNegativeInt, default=256, help="Tokens a task kept with their routes."
     )
     parser.add_argument("--general_ability", type=bool, default=False, help="Score untouched text after every stage.")
+    parser.add_argument("--best_checkpoint", type=bool, default=False, help="Score the best epoch in training too.")
+    parser.add_argument("--theory", type=bool, default=False, help="Measure the theory's bounds in training.")
     parser.add_argument("--wordings", type=OtherWords | None, default=None, help="Other words to score tasks in.")
     parser.add_argument("--stages", type=list[Stage], help="The stages, in training order.")
     parser.set_defaults({f"trainer.{name}": value for name, value in TRAINER_DEFAULTS.items()})
@@ -214,6 +222,8 @@ def parse(text: str, stem: str, overrides: Sequence[str] = (), where: str = "con
         scoring=objects.scoring,
         token_sample=objects.token_sample,
         general_ability=objects.general_ability,
+        best_checkpoint=objects.best_checkpoint,
+        theory=objects.theory,
         wordings=objects.wordings,
         bounds=list(objects.bounds),
     )

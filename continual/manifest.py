@@ -37,6 +37,7 @@ class Manifest:
         stored_bytes: Bytes on disk that the strategy keeps for later stages, after each finished stage.
         stored_parameters: Numbers that are kept to answer all tasks so far, the backbone's apart, after each stage.
         serving_parameters: How many of them a forward pass reads for one row, at most.
+        milliseconds_a_row: What answering one test row took after each stage, the median over scoring batches.
         bounds: Names of the bounds that are set beside the run.
         format: Version of this layout.
     """
@@ -54,6 +55,7 @@ class Manifest:
     stored_bytes: dict[str, int] = field(default_factory=dict)
     stored_parameters: dict[str, int] = field(default_factory=dict)
     serving_parameters: dict[str, int] = field(default_factory=dict)
+    milliseconds_a_row: dict[str, float] = field(default_factory=dict)
     bounds: list[str] = field(default_factory=list)
     format: int = 1
 

@@ -63,6 +63,8 @@ SCHEMAS: dict[str, pa.Schema] = {
     "wording_answers": pa.schema([*_KEYS, *_WORDING, ("row", pa.int64()), ("value", pa.float64())]),
     # metric "log_likelihood_nats": the mean a token of untouched text, task "general" (count = tokens).
     "general": pa.schema([*_KEYS, *_VALUE]),
+    # metrics "weights", "operator", "update", "summary": the largest observed / bound over a batch (callbacks.theory).
+    "theory": pa.schema([*_KEYS, ("step", pa.int64()), ("epoch", pa.int64()), ("block", pa.int64()), *_VALUE]),
     # metrics "grad_norm" (layer = module name, or "bank"), "grad_concentration" and "train_loss" (layer = "").
     "gradients": pa.schema([*_KEYS, ("step", pa.int64()), ("epoch", pa.int64()), ("layer", pa.string()), *_VALUE]),
 }

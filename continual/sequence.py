@@ -13,7 +13,15 @@ import lightning as L
 import torch
 
 from continual import manifest, records
-from continual.callbacks import GradientRecorder, RouteRecorder, ScoreRecorder, StageProgress, TokenRecorder
+from continual.callbacks import (
+    BestTraining,
+    GradientRecorder,
+    RouteRecorder,
+    ScoreRecorder,
+    StageProgress,
+    TheoryRecorder,
+    TokenRecorder,
+)
 from continual.callbacks.progress import ScoreTable, plan
 from continual.errors import ConfigError, RunError
 from continual.experiment import Experiment
@@ -21,6 +29,8 @@ from continual.general import GeneralRecorder
 from continual.manifest import Manifest
 from continual.other_words import Slot, check_fit, score_slots
 from continual.stage_data import AllTasks, StageData
+
+_ROUTING_FACTS = ("num_atoms", "num_blocks", "top_k", "prior_weight")
 
 
 class Sequence:
@@ -39,6 +49,8 @@ class Sequence:
         self.tokens = TokenRecorder(experiment.token_sample)
         self.gradients, self.progress = GradientRecorder(), StageProgress()
         self.general = GeneralRecorder() if experiment.general_ability else None
+        self.best = BestTraining() if experiment.best_checkpoint else None
+        self.theory = TheoryRecorder() if experiment.theory else None
         self.wordings: list[Slot] = []
 
     def prepare(self, resumed: Manifest | None = None) -> None:
@@ -63,6 +75,8 @@ class Sequence:
                 data.prepare(self.module)
         self.module.strategy.check(self.module, self.data)
         self.module.strategy.prepare(self.module)
+        if self.best is not None:
+            self.best.check(self.module)
         if self.general is not None:
             self.general.prepare(self.module.backbone)
         if experiment.wordings is not None:
@@ -110,6 +124,12 @@ class Sequence:
         self.progress.title = f"stage {index}/{len(self.data)} {stage.name}"
         self.module.strategy.start(self.module, data, index)
         callbacks = [*self._callbacks, self.gradients, self.module.strategy]
+        if self.theory is not None:
+            self.theory.start(self._keys(index) | {"task": stage.name})
+            callbacks.append(self.theory)
+        if self.best is not None:
+            self.best.start(self._keys(index), data)
+            callbacks.append(self.best)
         trainer = self.experiment.make_trainer(stage, self.run_dir, callbacks)
         trainer.fit(self.module, datamodule=data)
         if trainer.global_step == 0:
@@ -129,6 +149,19 @@ class Sequence:
             self.general.start(self._keys(index))
         trainer.test(self.module, datamodule=AllTasks(scored), verbose=False)
 
+    def _score_best(self, index: int) -> list[dict[str, Any]]:
+        """Return rows for the table scores: the stage's task under the epoch of best training accuracy."""
+        best, data = self.best, self.data[index - 1]
+        assert best is not None
+        if best.is_last:
+            return best.rows([row for row in self.scores.rows if row["task"] == data.name])
+        recorder = ScoreRecorder()
+        recorder.start(self._keys(index), [data])
+        trainer = self.experiment.make_trainer(None, self.run_dir, [recorder, self.progress, self.module.strategy])
+        with best.in_place(self.module):
+            trainer.test(self.module, datamodule=AllTasks([data]), verbose=False)
+        return best.rows(recorder.rows)
+
     def scored_after(self, index: int) -> list[StageData]:
         """Return what is scored after stage ``index``; everything before training and after the last stage."""
         if self.experiment.scoring == "all" or index in (0, len(self.data)):
@@ -142,10 +175,14 @@ class Sequence:
         self.routes.start(keys, [], {})
         self.tokens.start(keys, [], {})
         self.gradients.start(keys | {"task": self._title(index)})
+        if self.theory is not None:
+            self.theory.start(keys | {"task": self._title(index)})
 
     def _note_sizes(self, index: int) -> None:
         strategy, note = self.module.strategy, self.manifest
         note.stored_bytes[str(index)] = strategy.stored_bytes()
+        if (latency := self.scores.milliseconds_a_row()) is not None:
+            note.milliseconds_a_row[str(index)] = round(latency, 4)
         if index:
             note.stored_parameters[str(index)] = strategy.stored_parameters(self.module)
             note.serving_parameters[str(index)] = strategy.serving_parameters(self.module)
@@ -180,6 +217,10 @@ class Sequence:
             tables |= self.score_wordings()
         if index:
             tables["gradients"] = self.gradients.rows
+            if self.theory is not None:
+                tables["theory"] = self.theory.rows
+            if self.best is not None and not self.module.strategy.skips(index, len(self.data)):
+                tables["scores"] = [*tables["scores"], *self._score_best(index)]
         for table, rows in tables.items():
             if rows:
                 records.append(self.run_dir, table, rows)
@@ -224,7 +265,8 @@ class Sequence:
                 "strategy": type(strategy).__name__,
                 "keeps_training_rows": strategy.needs_rows,
                 **module.parameter_counts(),
-                **{name: getattr(adapter, name, None) for name in ("num_atoms", "num_blocks", "top_k", "prior_weight")},
+                **{name: getattr(adapter, name, None) for name in ("r", *_ROUTING_FACTS)},
+                "accounting": accounting() if (accounting := getattr(module.tuner, "accounting", None)) else None,
             },
             bounds=experiment.bounds,
             environment=manifest.environment(str(trainer.strategy.root_device)),

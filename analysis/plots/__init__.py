@@ -1,20 +1,35 @@
-"""The report's figures: each one function that takes a tidy frame and returns a matplotlib Figure."""
+"""The report's figures: each one function that takes tidy frames and returns a Figure, or for the studies its axes."""
 
 from analysis.plots.routing import atom_usage, routing_entropy, specialists, usage_drift
 from analysis.plots.scores import drift_against_loss, score_curves, score_matrix
 from analysis.plots.separation import route_drift, separation_by_stage, separation_matrix, sharing
+from analysis.plots.studies import (
+    bounds,
+    concentration_by_epoch,
+    contributions,
+    learning_curves,
+    norms_by_layer,
+    pareto,
+    stability,
+)
 from analysis.plots.sweeps import accuracy_by_stage, differences_forest, mean_by_stage, scores_by_task
 from analysis.plots.training import general_ability, gradient_concentration, gradient_norms, training_loss
 
 __all__ = [
     "accuracy_by_stage",
     "atom_usage",
+    "bounds",
+    "concentration_by_epoch",
+    "contributions",
     "differences_forest",
     "drift_against_loss",
     "general_ability",
     "gradient_concentration",
     "gradient_norms",
+    "learning_curves",
     "mean_by_stage",
+    "norms_by_layer",
+    "pareto",
     "route_drift",
     "routing_entropy",
     "score_curves",
@@ -24,6 +39,7 @@ __all__ = [
     "separation_matrix",
     "sharing",
     "specialists",
+    "stability",
     "training_loss",
     "usage_drift",
 ]

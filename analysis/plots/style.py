@@ -19,6 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
@@ -238,3 +239,15 @@ def outer_labels(axes: Sequence[Axes], columns: int, x_label: str, y_label: str)
     for place, ax in enumerate(axes):
         ax.set_ylabel(y_label if place % columns == 0 else "")
         ax.set_xlabel(x_label if place + columns >= len(axes) else "")
+
+
+def key_line(color: Any, label: str) -> Line2D:
+    """Return a legend's entry for a line of a colour."""
+    return Line2D([], [], color=color, linewidth=2.2, label=short(label, 30))
+
+
+def figure_of(axes: Axes | list[Axes]) -> Figure:
+    """Return the whole figure that axes stand in."""
+    figure = (axes if isinstance(axes, Axes) else axes[0]).figure
+    assert isinstance(figure, Figure)
+    return figure

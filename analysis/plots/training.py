@@ -105,7 +105,7 @@ def gradient_concentration(gradients: Frame) -> Figure:
     return figure
 
 
-def _place(layer: str) -> tuple[str, int]:
+def place_of(layer: str) -> tuple[str, int]:
     """Split a module's name into its kind (its name without numbers) and its depth (the first number in it)."""
     found = re.search(r"\d+", layer)
     kind = ".".join(part for part in layer.split(".") if not part.isdigit())
@@ -120,7 +120,7 @@ def gradient_norms(gradients: Frame) -> Figure:
     """
     rows = gradients[gradients["metric"] == "grad_norm"]
     means = rows.groupby(["stage", "layer"], as_index=False)["value"].mean()
-    places = {layer: _place(layer) for layer in means["layer"].unique()}
+    places = {layer: place_of(layer) for layer in means["layer"].unique()}
     means["kind"] = means["layer"].map(lambda layer: places[layer][0])
     means["depth"] = means["layer"].map(lambda layer: places[layer][1])
     kinds = sorted(set(means["kind"]) - {BANK}) + [BANK] * (BANK in set(means["kind"]))

@@ -30,6 +30,9 @@ def account(bank: AtomBank, layers: Sequence[QueryableLinear], adapter_name: str
             queries.append(bank.summary_queries)
             flops += sum(2 * block * rank for block in range(1, config.num_blocks))  # scores
         table["query_maps"] = _entry(_count(*queries), flops)
+    elif config.uses_keys:  # the instruction asks, once a row
+        table["keys"] = _entry(_count(bank.keys), 0, 2 * bank.keys.numel() * config.num_blocks)
+        table["query_maps"] = _entry(_count(bank.query_maps), 0, 2 * bank.query_maps.numel())
     if config.uses_prior:
         prior_flops = 2 * (bank.prior_map.numel() + bank.prior_keys.numel())
         table["prior"] = _entry(_count(bank.prior_map, bank.prior_keys), 0, prior_flops)

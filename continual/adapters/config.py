@@ -10,7 +10,7 @@ from peft.utils.peft_types import PeftType
 from continual.adapters.base_config import RoutedLoraConfig, extend_peft_types
 
 PEFT_NAME = "QUERYABLE"
-QuerySource = Literal["state", "frozen_random", "instruction_only", "uniform"]
+QuerySource = Literal["state", "frozen_random", "instruction_query", "instruction_only", "uniform"]
 AtomStart = Literal["orthogonal", "noise", "identity"]
 
 
@@ -53,8 +53,9 @@ class QueryableLoraConfig(RoutedLoraConfig):
     query_source: QuerySource = field(
         default="state",
         metadata={
-            "help": "What asks the bank: the state through trained maps, the state through frozen random maps, the "
-            "instruction alone, or nothing (all atoms alike)."
+            "help": "What asks the bank: the state through trained maps ('state') or through frozen random ones "
+            "('frozen_random'), a query made of the instruction, q_b = W_b P e(c), beside the prior "
+            "('instruction_query'), the prior alone ('instruction_only'), or nothing, all atoms alike ('uniform')."
         },
     )
     detach_query: bool = field(default=False, metadata={"help": "No gradient from the routes into A_l."})
@@ -82,8 +83,8 @@ class QueryableLoraConfig(RoutedLoraConfig):
             raise ValueError(f"prior_weight must not be negative, got {self.prior_weight}")
         if self.prior_temperature <= 0:
             raise ValueError(f"prior_temperature must be positive, got {self.prior_temperature}")
-        if self.query_source == "instruction_only" and self.prior_weight == 0:
-            raise ValueError("query_source 'instruction_only' needs prior_weight above 0: nothing else routes")
+        if self.query_source in ("instruction_query", "instruction_only") and self.prior_weight == 0:
+            raise ValueError(f"query_source {self.query_source!r} needs prior_weight above 0: it encodes instructions")
 
     @property
     def uses_prior(self) -> bool:
@@ -94,6 +95,11 @@ class QueryableLoraConfig(RoutedLoraConfig):
     def uses_state(self) -> bool:
         """Whether the token's state takes part in the routing."""
         return self.query_source in ("state", "frozen_random")
+
+    @property
+    def uses_keys(self) -> bool:
+        """Whether a query, of the state or of the instruction, is compared with the atoms' keys."""
+        return self.uses_state or self.query_source == "instruction_query"
 
     @property
     def uses_summary(self) -> bool:

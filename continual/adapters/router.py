@@ -72,6 +72,7 @@ class BlockState:
         before: The blocks before this one.
         query_map: W_b, (Q, r or 2 r); None where the query takes no state.
         summary_query: w_b, (r,); None in the first block and where there is no summary.
+        asked_BM: Where the instruction asks, its query in this block compared with the keys, (B, M); None otherwise.
         earlier: z of the blocks before this one, (..., b, r); see ``gather``.
         state: z_b, (..., r), once the block's first layer has routed.
         route: alpha_b, (..., M), likewise.
@@ -81,6 +82,7 @@ class BlockState:
     before: list[BlockState]
     query_map: Tensor | None
     summary_query: Tensor | None
+    asked_BM: Tensor | None = None
     earlier: Tensor | None = None
     state: Tensor | None = None
     route: Tensor | None = None
@@ -111,15 +113,15 @@ class AtomBank(nn.Module):
         self.config = config
         num_atoms, rank, num_blocks = config.num_atoms, config.r, config.num_blocks
         self.atoms = nn.Parameter(initial_atoms(num_atoms, rank, config.init_atoms, config.init_atoms_scale))
-        if config.uses_state:
+        if config.uses_keys:
             key_dim = config.key_dim or 2 * rank
-            width = 2 * rank if config.uses_summary else rank
+            width = config.prior_dim if not config.uses_state else 2 * rank if config.uses_summary else rank
             self.keys = nn.Parameter(torch.randn(num_atoms, key_dim))
-            maps = torch.randn(num_blocks, key_dim, width) / math.sqrt(rank)
-            if config.query_source == "state":
-                self.query_maps = nn.Parameter(maps)
-            else:
+            maps = torch.randn(num_blocks, key_dim, width) / math.sqrt(rank if config.uses_state else width)
+            if config.query_source == "frozen_random":
                 self.register_buffer("query_maps", maps)
+            else:
+                self.query_maps = nn.Parameter(maps)
             if config.uses_summary:
                 self.summary_queries = nn.Parameter(torch.zeros(num_blocks - 1, rank))
         if config.uses_prior:
@@ -136,21 +138,28 @@ class AtomBank(nn.Module):
         """
         # Row m * r + j of the matrix is column j of atom m, so that (alpha outer u) @ matrix = sum_m alpha_m C_m u.
         operator = self.atoms.transpose(1, 2).reshape(-1, self.config.r)
-        log_prior = None
+        log_prior = projected = None
         if self.config.uses_prior and encoding_BE is not None:
-            log_prior = self.config.prior_weight * self.log_prior(encoding_BE)
+            projected = self.project(encoding_BE)
+            log_prior = self.config.prior_weight * self.log_prior(projected)
         state = RoutingState(operator, log_prior)
         none = [None] * self.config.num_blocks
         maps = self.query_maps.unbind() if self.config.uses_state else none
         queries = [None, *self.summary_queries.unbind()] if self.config.uses_summary else none
-        for index, (query_map, summary_query) in enumerate(zip(maps, queries, strict=True)):
-            state.blocks.append(BlockState(state, state.blocks[:index], query_map, summary_query))
+        asked = none
+        if projected is not None and self.config.query_source == "instruction_query":
+            asked = [self._match(F.linear(projected, query_map)) for query_map in self.query_maps]
+        for index, (query_map, summary_query, asked_BM) in enumerate(zip(maps, queries, asked, strict=True)):
+            state.blocks.append(BlockState(state, state.blocks[:index], query_map, summary_query, asked_BM))
         return state
 
-    def log_prior(self, encoding_BE: Tensor) -> Tensor:
-        """Return log pi(c), (B, M), of each row's instruction encoding, (B, E)."""
-        projected = encoding_BE.to(self.prior_map.dtype) @ self.prior_map.T
-        return F.log_softmax(projected @ self.prior_keys.T / self.config.prior_temperature, dim=-1)
+    def project(self, encoding_BE: Tensor) -> Tensor:
+        """Return P e(c), (B, P), of each row's instruction encoding, (B, E)."""
+        return encoding_BE.to(self.prior_map.dtype) @ self.prior_map.T
+
+    def log_prior(self, projected_BP: Tensor) -> Tensor:
+        """Return log pi(c), (B, M), of each row's projected instruction, (B, P)."""
+        return F.log_softmax(projected_BP @ self.prior_keys.T / self.config.prior_temperature, dim=-1)
 
     def centre(self, encoding_BE: Tensor) -> Tensor:
         """Subtract the fixed reference mean and scale to unit length; a row of zeros (no instruction) stays zero."""
@@ -176,15 +185,20 @@ class AtomBank(nn.Module):
         if block.query_map is not None:
             query_input = torch.cat([z, self.depth_summary(block, z)], dim=-1) if config.uses_summary else z
             query = F.linear(query_input, block.query_map)
-            logits = F.linear(query, self.keys) / math.sqrt(self.keys.shape[-1])
+            logits = self._match(query)
         prior = block.shared.log_prior_BM
         if prior is not None:
+            prior = prior if block.asked_BM is None else prior + block.asked_BM
             if prior.shape[0] != logits.shape[0]:
                 raise ValueError(
                     f"instructions for {prior.shape[0]} rows were given with a batch of {logits.shape[0]} rows"
                 )
             logits = logits + prior.view(prior.shape[0], *([1] * (logits.dim() - 2)), -1)
         return logits
+
+    def _match(self, query: Tensor) -> Tensor:
+        """Return a query, (..., Q), compared with every atom's key, (..., M)."""
+        return F.linear(query, self.keys) / math.sqrt(self.keys.shape[-1])
 
     def depth_summary(self, block: BlockState, z: Tensor) -> Tensor:
         """Return s_b, (..., r): attention of this block's query vector over the states of the blocks before it."""
@@ -216,7 +230,7 @@ class AtomBank(nn.Module):
         if self.config.top_k >= num_atoms or self.config.query_source == "uniform":
             return logits.softmax(dim=-1)  # equal logits have no top k
         routes = top_k_softmax(logits, self.config.top_k)
-        if self.config.query_source == "instruction_only":  # no instruction: again equal logits
+        if self.config.query_source.startswith("instruction"):  # no instruction: again equal logits
             tied = logits.amax(dim=-1, keepdim=True) == logits.amin(dim=-1, keepdim=True)
             routes = torch.where(tied, 1 / num_atoms, routes)
         return routes

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+import time
 from typing import Any
 
 import lightning as L
@@ -26,6 +28,14 @@ class ScoreRecorder(L.Callback):
         self._counts = [0] * len(tasks)
         self._stages: dict[str, dict[str, int]] = {}
         self._given: list[tuple[list[Any], list[str]]] = [([], []) for _ in tasks]
+        self._milliseconds: list[float] = []
+        self._started = time.perf_counter()
+
+    def on_test_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Note the time; the answers of the batch before were read back from the device, so nothing is pending."""
+        self._started = time.perf_counter()
 
     def on_test_batch_end(
         self,
@@ -38,6 +48,7 @@ class ScoreRecorder(L.Callback):
     ) -> None:
         """Take in a batch's outcome."""
         outcome: Outcome = outputs
+        self._milliseconds.append(1e3 * (time.perf_counter() - self._started) / len(outcome.rows))
         task = self.tasks[dataloader_idx].task
         self._counts[dataloader_idx] += len(outcome.rows)
         values = torch.tensor(outcome.values, dtype=torch.float64)
@@ -82,6 +93,10 @@ class ScoreRecorder(L.Callback):
                 value = {"metric": metric, "direction": "none", "value": counted[metric] / counted["rows"]}
                 self.rows.append(self.keys | {"task": name} | value | {"count": counted["rows"]})
         self.answers.sort(key=lambda answer: (answer["task"], answer["row"]))
+
+    def milliseconds_a_row(self) -> float | None:
+        """Return what answering a row took, the median over batches (the first ones warm up); None where none was."""
+        return statistics.median(self._milliseconds) if self._milliseconds else None
 
     def headline(self) -> dict[str, float]:
         """Return each task's headline score, by task name."""

@@ -9,6 +9,7 @@ from continual.strategies.library import PerInstructionLookup, PerTask
 from continual.strategies.lwf import LwF
 from continual.strategies.olora import OLoRA
 from continual.strategies.replay import DERPlusPlus, ExperienceReplay
+from continual.strategies.reuse import ReuseBank
 from continual.strategies.seqr import SEQR
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "OnlineEWC",
     "PerInstructionLookup",
     "PerTask",
+    "ReuseBank",
     "Sequential",
     "Strategy",
 ]

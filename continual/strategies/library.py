@@ -103,7 +103,7 @@ class AdapterLibrary(Strategy):
 
     def serving_parameters(self, module: ContinualModule) -> int:
         """Return the numbers of one adapter."""
-        return sum(tensor.numel() for tensor in self.adapters[-1].values())
+        return sum(tensor.numel() for tensor in self.adapters[-1].values()) if self.adapters else 0
 
     # -- on disk ------------------------------------------------------------------------------------------------------
 

@@ -9,15 +9,30 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 
+from continual.adapters.layer import QueryableLinear
+
 CASES: list[dict[str, Any]] = [
     {},
     {"num_blocks": 4, "r": 3, "key_dim": 5, "top_k": 6},
     {"num_blocks": 1},
     {"prior_weight": 0, "use_depth_summary": False},
     {"query_source": "frozen_random"},
+    {"query_source": "instruction_query", "key_dim": 5, "num_blocks": 3},
     {"query_source": "instruction_only"},
+    {"detach_query": True, "top_k": 6},
     {"query_source": "uniform"},
 ]
+
+
+def flops_of(network: Any, *args: Any, **kwargs: Any) -> int:
+    """Return the FLOPs that PyTorch counts; of itself it passes over matrix-vector products (the depth summary's)."""
+
+    def matrix_vector(matrix: Any, vector: Any, *rest: Any, **more: Any) -> int:
+        return 2 * matrix[0] * matrix[1]
+
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping={torch.ops.aten.mv: matrix_vector}) as counter:
+        network(*args, **kwargs)
+    return counter.get_total_flops()
 
 
 @pytest.mark.parametrize("fields", CASES, ids=str)
@@ -52,13 +67,7 @@ def test_flops_are_those_that_pytorch_counts(
     with torch.no_grad():
         for name, network in (("backbone", backbone(kind)), ("adapted", model)):
             kwargs = {"instruction_ids": instructions} if name == "adapted" else {}
-            with FlopCounterMode(display=False) as counter:
-                network(ids, **kwargs)
-            counted[name] = counter.get_total_flops()
-    # PyTorch counts no matrix-vector products: the depth summary's scores, w_b . z_j for each j < b, are added here.
-    config = model.peft_config["default"]
-    if config.uses_summary:
-        counted["adapted"] += 2 * config.r * sum(range(1, config.num_blocks)) * ids.numel()
+            counted[name] = flops_of(network, ids, **kwargs)
     expected = table["flops_per_token"] * ids.numel() + table["flops_per_row"] * len(ids)
     assert counted["adapted"] - counted["backbone"] == expected
 
@@ -76,3 +85,47 @@ def test_plain_lora_beside_it(backbone, adapt, ids, kind: str) -> None:
         with FlopCounterMode(display=False) as counter:
             lora(ids)
     assert counter.get_total_flops() - base.get_total_flops() == table["flops_per_token"] * ids.numel()
+
+
+@pytest.mark.parametrize("fields", CASES, ids=str)
+def test_flops_of_each_component_are_those_that_pytorch_counts(
+    backbone, adapt, ids, instructions, fields: dict[str, Any]
+) -> None:
+    """Each part is run by itself on the tensors of its real shapes; nothing of the accounting's formulas enters."""
+    model = adapt(backbone(), **fields)
+    table = model.base_model.accounting()
+    bank, config = model.base_model.queryable_bank["default"], model.peft_config["default"]
+    layers = [module for module in model.modules() if isinstance(module, QueryableLinear)]
+    encoding = model.base_model.encode_instruction(instructions) if config.uses_prior else None
+    num_tokens, num_rows = ids.numel(), len(ids)
+    tokens = torch.randn(*ids.shape, config.r)
+    state = bank.begin(encoding)
+
+    def down() -> None:
+        for layer in layers:
+            torch.nn.functional.linear(torch.randn(*ids.shape, layer.in_features), layer.queryable_A["default"])
+
+    def up() -> None:
+        for layer in layers:
+            torch.nn.functional.linear(tokens, layer.queryable_B["default"])
+
+    def route() -> None:
+        for block in state.blocks:
+            bank.route(block, tokens)
+
+    def mix() -> None:
+        for layer in layers:
+            bank.apply_route(state.blocks[layer.blocks["default"]], tokens)
+
+    def spent(*names: str) -> int:
+        return sum(
+            table[name]["flops_per_token"] * num_tokens + table[name]["flops_per_row"] * num_rows for name in names
+        )
+
+    assert flops_of(down) == spent("A")
+    assert flops_of(up) == spent("B")
+    asks = ("keys", "query_maps")
+    once_a_row = config.query_source == "instruction_query"  # the instruction's queries are made as a pass begins
+    assert flops_of(lambda: bank.begin(encoding)) == spent("prior", *asks * once_a_row)
+    assert flops_of(route) == spent(*asks) * (not once_a_row)
+    assert flops_of(mix) == spent("bank")

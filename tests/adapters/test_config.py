@@ -21,7 +21,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"prior_weight": -1.0}, "prior_weight must not be negative, got -1.0"),
     ({"prior_temperature": 0.0}, "prior_temperature must be positive, got 0.0"),
     ({"query_source": "instruction_only", "prior_weight": 0}, "query_source 'instruction_only' needs prior_weight"),
-    ({"query_source": "sate"}, "query_source must be one of state, frozen_random, instruction_only, uniform"),
+    (
+        {"query_source": "sate"},
+        "query_source must be one of state, frozen_random, instruction_query, instruction_only, uniform",
+    ),
     ({"init_atoms": "eye"}, "init_atoms must be one of orthogonal, noise, identity, got 'eye'"),
     ({"target_modules": ".*q_proj", "layers_to_transform": [0]}, "layers_to_transform needs target_modules as a list"),
     ({"layers_pattern": "h"}, "layers_pattern says nothing without layers_to_transform"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.linalg import matrix_norm, vector_norm
 
 from continual.adapters import QueryableLoraConfig
+from continual.adapters.config import QuerySource
 from continual.adapters.layer import QueryableLinear
 from continual.adapters.router import AtomBank
 
@@ -23,7 +24,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "num_blocks": st.integers(1, 4),
     "prior_weight": st.sampled_from([0.0, 0.5, 3.0]),
     "prior_temperature": st.sampled_from([0.1, 1.0]),
-    "query_source": st.sampled_from(["state", "frozen_random", "instruction_only", "uniform"]),
+    "query_source": st.sampled_from(get_args(QuerySource)),
     "use_depth_summary": st.booleans(),
     "detach_query": st.booleans(),
     "init_atoms": st.sampled_from(["orthogonal", "noise", "identity"]),
@@ -31,7 +32,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "key_dim": st.sampled_from([None, 1, 5]),
 }
 configs = st.fixed_dictionaries(FIELDS).filter(
-    lambda fields: fields["query_source"] != "instruction_only" or fields["prior_weight"] > 0
+    lambda fields: not fields["query_source"].startswith("instruction") or fields["prior_weight"] > 0
 )
 magnitudes = st.sampled_from([1e-8, 1.0, 1e4])
 
@@ -62,7 +63,7 @@ def test_routes_weights_and_operator_of_any_bank(
         # Convex weights, at most k of them, or all alike where nothing asks: there is no top k among equal logits.
         assert (alpha >= 0).all()
         torch.testing.assert_close(alpha.sum(dim=-1), torch.ones(2, 3, dtype=torch.float64))
-        if config.query_source == "uniform" or (config.query_source == "instruction_only" and not with_instruction):
+        if config.query_source == "uniform" or (config.query_source.startswith("instruction") and not with_instruction):
             torch.testing.assert_close(alpha, torch.full_like(alpha, 1 / config.num_atoms))
         else:
             assert ((alpha > 0).sum(dim=-1) <= config.top_k).all()
@@ -229,6 +230,22 @@ def test_instruction_only_routes_all_tokens_of_a_row_alike(backbone, adapt, ids)
         assert (route[0, 0] - route[1, 0]).abs().max() > 1e-3
     assert torch.equal(routes[0], routes[1])
     assert not [n for n in model.state_dict() if n.endswith((".keys", ".query_maps", ".summary_queries"))]
+
+
+def test_instruction_query_routes_by_the_instruction_alone_and_each_block_by_its_own_map(backbone, adapt, ids) -> None:
+    model = adapt(backbone(), query_source="instruction_query")
+    bank = model.base_model.queryable_bank["default"]
+    instructions = torch.tensor([[5, 6], [30, 31], [70, 71]])
+    routes = routes_of(model, ids, instruction_ids=instructions)
+    for route in routes:
+        assert torch.equal(route, route[:, :1].expand_as(route))  # no token's state enters
+        assert (route[0, 0] - route[1, 0]).abs().max() > 1e-3
+    assert (routes[0] - routes[1]).abs().max() > 1e-3  # W_b is the block's own
+    total = torch.stack([(route * torch.arange(6)).sum() for route in routes]).sum()
+    trained = [bank.query_maps, bank.keys, bank.prior_map, bank.prior_keys]
+    assert all(g.abs().max() > 0 for g in torch.autograd.grad(total, trained))
+    for route in routes_of(model, ids):  # no instruction: equal logits
+        assert torch.equal(route, torch.full_like(route, 1 / 6))
 
 
 def test_uniform_weighs_all_atoms_alike_whatever_top_k(backbone, adapt, ids, instructions) -> None:

@@ -12,6 +12,7 @@ from continual.sweeps import plan as sweep_plan
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs"
 CONFIGS = [path for folder in (FOLDER, FOLDER / "paper") for path in sorted(folder.glob("*.yaml"))]
+STUDIES = sorted((FOLDER / "studies").glob("*.yaml"))
 SWEEPS = [path for path in CONFIGS if "methods" in yaml.safe_load(path.read_text())]
 SEQUENCES = [path for path in CONFIGS if "stages" in yaml.safe_load(path.read_text())]
 SINGLE_STAGES = [path for path in CONFIGS if path not in SEQUENCES + SWEEPS]
@@ -28,6 +29,12 @@ def test_a_sequence_parses_builds_and_resolves_to_itself(path: Path) -> None:
     assert len(first.stages) == len(yaml.safe_load(path.read_text())["stages"])
     again = experiment.parse(first.resolved, "another-stem")
     assert (again.resolved, again.name) == (first.resolved, first.name)
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_a_study_is_a_sweep_that_parses_with_every_method_and_value(path: Path) -> None:
+    plan = sweep_plan.load(path)
+    assert plan.baseline in plan.methods and len(plan.cells()) > 4
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: str(path.relative_to(FOLDER).with_suffix("")))

@@ -1,0 +1,106 @@
+"""During training: the adapter of the epoch with the best training accuracy, the checkpoint that the paper selects.
+
+Test rows have no say in it. An epoch's training accuracy is the share of the stage's training rows whose every answer
+token, end mark included, is the most likely one given those before it; of a regression, the mean squared error counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from torch import Tensor
+
+from continual.batches import IGNORED, token_batches
+from continual.errors import ConfigError
+from continual.strategies import Sequential
+from continual.strategies.base import adapter_tensors, evaluating, forward_context
+from continual.strategies.library import AdapterLibrary
+
+if TYPE_CHECKING:
+    from continual.module import ContinualModule
+    from continual.stage_data import StageData
+
+SUFFIX = "_best_training"
+"""What stands behind the name of a metric that the best checkpoint was scored by."""
+
+
+class BestTraining(L.Callback):
+    """Keeps, through a stage, the adapter of the epoch with the best training accuracy; the first of equal ones."""
+
+    def check(self, module: ContinualModule) -> None:
+        """Raise ConfigError where the strategy changes the adapter between training and scoring."""
+        strategy = module.strategy
+        if not (type(strategy) is Sequential or isinstance(strategy, AdapterLibrary)):
+            raise ConfigError(
+                f"best_checkpoint: {type(strategy).__name__} keeps more of a stage than its adapter: only Sequential "
+                "and strategies with an adapter a task can be scored by another epoch's"
+            )
+
+    def start(self, keys: dict[str, Any], data: StageData) -> None:
+        """Begin a stage; ``keys`` are the columns run, seed and stage."""
+        self.keys, self.data = keys, data
+        self.accuracies: list[float] = []
+        self.tensors: dict[str, Tensor] = {}
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measure the epoch's adapter, and keep it if it is the best so far."""
+        module: ContinualModule = pl_module  # type: ignore[assignment]
+        value = training_accuracy(module, self.data)
+        if value > max(self.accuracies, default=-float("inf")):
+            self.tensors = {name: tensor.cpu().clone() for name, tensor in adapter_tensors(module).items()}
+        self.accuracies.append(value)
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the best epoch is the last one, so that the stage's own scores are its."""
+        return self.accuracies.index(max(self.accuracies)) == len(self.accuracies) - 1
+
+    @contextmanager
+    def in_place(self, module: ContinualModule) -> Iterator[None]:
+        """Answer by the best adapter inside the ``with``."""
+        own = {name: tensor.clone() for name, tensor in adapter_tensors(module).items()}
+        _put(module, self.tensors)
+        try:
+            yield
+        finally:
+            _put(module, own)
+
+    def rows(self, scores: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return rows for the table ``scores``: the best checkpoint's, and the training accuracy that chose it.
+
+        Args:
+            scores: Rows of the stage's own task under the best adapter.
+        """
+        found = [row | {"metric": f"{row['metric']}{SUFFIX}"} for row in scores]
+        regression = self.data.task.kind == "regression"
+        sign, name, direction = (-1, "training_mse", "lower") if regression else (1, "training_accuracy", "higher")
+        for value, suffix in ((self.accuracies[-1], ""), (max(self.accuracies), SUFFIX)):
+            measured = {"metric": name + suffix, "direction": direction, "value": sign * value}
+            found.append(self.keys | {"task": self.data.name} | measured | {"count": len(self.data.train_rows)})
+        return found
+
+
+@torch.no_grad()
+def training_accuracy(module: ContinualModule, data: StageData) -> float:
+    """Return the share of ``data``'s training rows answered right (see the module's docstring), or minus the MSE."""
+    rows, total = data.train_rows, 0.0
+    with evaluating(module), forward_context(module):
+        for batch in token_batches([row.length for row in rows], 0, data.eval_batch_tokens):
+            padded: Any = move_data_to_device(data.collate([rows[index] for index in batch]), module.device)
+            outputs, labels = module.outputs(padded), padded["labels"]
+            if module.backbone.kind == "regressor":
+                total -= (outputs - labels).square().double().sum().item()
+            else:
+                total += ((outputs.argmax(dim=-1) == labels) | (labels == IGNORED)).all(dim=1).sum().item()
+    return total / len(rows)
+
+
+@torch.no_grad()
+def _put(module: ContinualModule, tensors: dict[str, Tensor]) -> None:
+    for name, tensor in adapter_tensors(module).items():
+        tensor.copy_(tensors[name])
