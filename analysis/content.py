@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,10 +24,16 @@ Value = str | int | float | None
 
 @dataclass(frozen=True)
 class Cell:
-    """One table cell: what is written, and what it sorts by (None: by its text)."""
+    """One table cell: what is written, what it sorts by (None: by its text), and its interval, small, under it."""
 
     text: str
     sort: float | None = None
+    beside: str = ""
+
+    @property
+    def line(self) -> str:
+        """All that is written, in one line."""
+        return f"{self.text} ({self.beside})" if self.beside else self.text
 
 
 @dataclass(frozen=True)
@@ -59,9 +63,17 @@ def cell(value: Value, digits: int = 2) -> Cell:
     return Cell(text, value)
 
 
+def spanned(value: float, low: float, high: float) -> Cell:
+    """Return a number with its interval, sorted by the number."""
+    number = cell(value, 3)
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return number
+    return Cell(number.text, number.sort, f"{cell(low, 3).text} to {cell(high, 3).text}")
+
+
 def make_table(key: str, title: str, columns: list[str], rows: list[list[Cell]], note: str = "") -> Table:
     """Return a table; a column that holds a number anywhere stands on the right."""
-    like_number = re.compile(r"[−\d.,]+[kMG]?( \([^)]*\))?")
+    like_number = re.compile(r"[+−]?[\d.,]+[kMG]?( %)?")
     numeric = [any(like_number.fullmatch(row[place].text) for row in rows) for place in range(len(columns))]
     return Table(key, title, columns, rows, note, numeric)
 
@@ -138,7 +150,7 @@ def task_table(summary: Summary) -> Table:
                 Cell(task),
                 Cell(str(facts.get("metric", "–"))),
                 cell(float(matrix[0, index]) if known else None, 3),
-                cell(_maybe_float(facts.get("constant_score")), 3),
+                cell(maybe_float(facts.get("constant_score")), 3),
                 cell(float(matrix[index + 1, index]) if index < learnt else None, 3),
                 cell(float(matrix[-1, index]) if known and index < learnt else None, 3),
                 cell(float(lost[index]) if index < len(lost) else None, 3),
@@ -151,32 +163,8 @@ def task_table(summary: Summary) -> Table:
     return make_table("tasks", "Task by task", columns, rows, note)
 
 
-def _maybe_float(value: object) -> float | None:
+def maybe_float(value: object) -> float | None:
     return float(value) if isinstance(value, int | float) else None
-
-
-def _cut(facts: Mapping[str, Any], split: str) -> int | None:
-    """Return how many rows of a split were cut, where the manifest says so for each split."""
-    cut = facts.get("cut_rows")
-    return cut.get(split) if isinstance(cut, Mapping) else None
-
-
-def trust_table(run: Run) -> Table:
-    """How much each task's rows can show: counts, rows cut, and the smallest difference that 95 % certainty allows."""
-    rows = []
-    for task in run.stages:
-        facts = run.tasks.get(task) or {}
-        num_rows = facts.get("test_rows")
-        share = facts.get("metric") in ("accuracy", "score")
-        smallest = 1.96 * math.sqrt(0.5 / num_rows) if num_rows and share else None
-        trained = facts.get("trained_rows", facts.get("train_rows"))
-        counts = [cell(trained), cell(_cut(facts, "train")), cell(num_rows), cell(_cut(facts, "test"))]
-        rows.append([Cell(task), Cell(str(facts.get("kind", "–"))), *counts, cell(smallest, 3)])
-    columns = ["task", "kind", "training rows", "of them cut", "test rows", "of them cut", "smallest difference"]
-    note = "Cut: inputs whose context was too long and was shortened. Smallest difference: 1.96 √(0.5 / "
-    note += "test rows), what "
-    note += "two unpaired scores near one half must differ by to be told apart at 95 %; it is given for shares only."
-    return make_table("trust", "How much the rows can show", columns, rows, note)
 
 
 def other_metrics(summary: Summary) -> Table | None:
@@ -190,53 +178,12 @@ def other_metrics(summary: Summary) -> Table | None:
             by_stage = values.drop_duplicates("stage", keep="last").set_index("stage")["value"]
             trained = by_stage.get(index + 1) if index < len(run.learnt) else None
             final = by_stage.get(run.finished_stage) if index < len(run.learnt) else None
-            shown = [cell(_maybe_float(value), 3) for value in (by_stage.get(0), trained, final)]
+            shown = [cell(maybe_float(value), 3) for value in (by_stage.get(0), trained, final)]
             rows.append([Cell(task), Cell(str(metric)), *shown, Cell(str(values["direction"].iloc[0]))])
     if not rows:
         return None
     columns = ["task", "metric", "untrained", "just trained", "final", "better"]
     return make_table("beside", "Beside the headline scores", columns, rows)
-
-
-def routing_story(summary: Summary) -> Table | None:
-    """For each task: the atoms it uses most, the task it shares most with, and where its routes moved most since."""
-    run, usage = summary.run, tables.usage_array(summary.run)
-    if usage is None:
-        return None
-    now, names = usage[-1].mean(axis=1), run.stages
-    common = 1 - routing.pairwise(usage[-1], routing.total_variation)
-    frame = tables.drift(run)
-    moved = tables.drift_matrix(frame, run.finished_stage)
-    rows = []
-    for index, task in enumerate(names):
-        if np.isnan(now[index]).any():
-            continue
-        atoms = ", ".join(f"{atom} ({number(now[index, atom])})" for atom in np.argsort(-now[index], kind="stable")[:3])
-        others = [other for other in range(len(names)) if other != index and not np.isnan(common[index, other])]
-        nearest = max(others, key=lambda other: common[index, other], default=None)
-        later = moved[index + 1 :, index]
-        largest = None if not later.size or np.isnan(later).all() else int(np.nanargmax(later))
-        where = "–" if largest is None else f"{index + 2 + largest} {names[index + 1 + largest]}"
-        null = frame[
-            (frame["task"] == task) & (frame["stage"] == index + 2 + (largest or 0)) & (frame["metric"] == "js")
-        ]["null"]
-        shared = (
-            [Cell("–"), cell(None)] if nearest is None else [Cell(names[nearest]), cell(float(common[index, nearest]))]
-        )
-        drifted = cell(None)
-        if largest is not None:
-            drifted = Cell(f"{later[largest]:.4f} ({cell(_first(null), 4).text})", float(later[largest]))
-        rows.append([Cell(task), Cell(atoms), *shared, Cell(where), drifted])
-    columns = ["task", "uses most", "shares most with", "in common", "moved most at", "JS (null)"]
-    note = f"After stage {run.finished_stage}, over blocks. In common: 1 − total variation. Moved most at: the stage "
-    note += "after the task's own with the largest JS (nats). Null: the split-half JS of the same rows, below which a "
-    note += "move is not to be told from chance."
-    return make_table("story", "The routing story, task by task", columns, rows, note)
-
-
-def _first(values: object) -> float | None:
-    numbers = np.asarray(values, dtype=float)
-    return float(numbers[0]) if numbers.size else None
 
 
 def information_table(summary: Summary) -> Table | None:
@@ -256,9 +203,9 @@ def information_table(summary: Summary) -> Table | None:
             routing.task_information_nats(now),
             "what the task alone says of the atom, over an even mix of tasks",
         ),
-        ("I(atom; token | task)", _maybe_float(within), "what the input says of it once the task is known"),
+        ("I(atom; token | task)", maybe_float(within), "what the input says of it once the task is known"),
         ("entropy of a task's usage", float(routing.entropy_nats(now).mean()), f"at most ln M = {most:.2f}"),
-        ("entropy of a token's weights", _maybe_float(means.get("token_entropy_nats")), "mean over tokens and tasks"),
+        ("entropy of a token's weights", maybe_float(means.get("token_entropy_nats")), "mean over tokens and tasks"),
     ]
     rows = [[Cell(name), cell(value, 3), Cell(meaning)] for name, value, meaning in lines]
     note = "Learnt tasks after the last stage, means over blocks. Where the second is near 0, routing does not "
@@ -298,10 +245,10 @@ def general_table(run: Run) -> Table | None:
 def stage_table(run: Run) -> Table:
     """The stages in order, with their instruction and the time they took."""
     seconds = run.manifest.get("stage_seconds") or {}
-    rows = [[Cell("0", 0), Cell("untrained"), Cell("–"), cell(_maybe_float(seconds.get("0")), 1)]]
+    rows = [[Cell("0", 0), Cell("untrained"), Cell("–"), cell(maybe_float(seconds.get("0")), 1)]]
     for index, task in enumerate(run.stages):
         text = str((run.tasks.get(task) or {}).get("instruction") or "–")
-        spent = cell(_maybe_float(seconds.get(str(index + 1))), 1)
+        spent = cell(maybe_float(seconds.get(str(index + 1))), 1)
         rows.append([Cell(str(index + 1), index + 1), Cell(task), Cell(text), spent])
     return make_table("stages", "Stages", ["stage", "task", "instruction", "seconds"], rows)
 

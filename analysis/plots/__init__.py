@@ -3,18 +3,22 @@
 from analysis.plots.routing import atom_usage, routing_entropy, specialists, usage_drift
 from analysis.plots.scores import drift_against_loss, score_curves, score_matrix
 from analysis.plots.separation import route_drift, separation_by_stage, separation_matrix, sharing
-from analysis.plots.sweeps import accuracy_by_stage, differences_forest, mean_by_stage, scores_by_task
+from analysis.plots.story import atoms_by_task, moves
+from analysis.plots.sweeps import accuracy_by_stage, differences_forest, mean_by_stage, methods_compared, scores_by_task
 from analysis.plots.training import general_ability, gradient_concentration, gradient_norms, training_loss
 
 __all__ = [
     "accuracy_by_stage",
     "atom_usage",
+    "atoms_by_task",
     "differences_forest",
     "drift_against_loss",
     "general_ability",
     "gradient_concentration",
     "gradient_norms",
     "mean_by_stage",
+    "methods_compared",
+    "moves",
     "route_drift",
     "routing_entropy",
     "score_curves",

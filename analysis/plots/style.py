@@ -68,6 +68,7 @@ def look() -> Iterator[None]:
         "ytick.labelcolor": INK,
         "axes.spines.top": False,
         "axes.spines.right": False,
+        "axes.facecolor": "none",
         "axes.axisbelow": True,
     }
     fonts = {
@@ -152,7 +153,9 @@ def step_of(num: int, most: int) -> int:
 def label_some(ax: Axes, axis: str, labels: Sequence[str], most: int, rotation: float = 0.0) -> None:
     """Label a heat map's cells along ``axis`` ("x" or "y"), as many as fit."""
     places = np.arange(0, len(labels), step_of(len(labels), most))
+    upright = rotation == 90
     turn: dict[str, Any] = {"rotation": rotation, "ha": "right", "rotation_mode": "anchor"} if rotation else {}
+    turn |= {"va": "center"} if upright else {}
     chosen = [labels[int(place)] for place in places]
     if axis == "x":
         ax.set_xticks(places + 0.5, chosen, **turn)
