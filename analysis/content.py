@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analysis import bounds, forgetting, routing, tables
+from analysis.changes import task_changes
 from analysis.general import general_ability
 from analysis.load import Run
 from analysis.plots.style import number
@@ -72,9 +73,12 @@ def spanned(value: float, low: float, high: float) -> Cell:
 
 
 def make_table(key: str, title: str, columns: list[str], rows: list[list[Cell]], note: str = "") -> Table:
-    """Return a table; a column that holds a number anywhere stands on the right."""
+    """Return a table; a column that holds a number anywhere, or nothing at all, stands on the right."""
     like_number = re.compile(r"[+−]?[\d.,]+[kMG]?( %)?")
-    numeric = [any(like_number.fullmatch(row[place].text) for row in rows) for place in range(len(columns))]
+    columns_of = [[row[place] for row in rows] for place in range(len(columns))]
+    numeric = [any(like_number.fullmatch(one.text) for one in own) for own in columns_of]
+    empty = [bool(own) and all(one.sort == -math.inf for one in own) for own in columns_of]
+    numeric = [number or none for number, none in zip(numeric, empty, strict=True)]
     return Table(key, title, columns, rows, note, numeric)
 
 
@@ -136,14 +140,20 @@ def bound_table(summary: Summary) -> Table | None:
 
 
 def task_table(summary: Summary) -> Table:
-    """Each task's way through the run: untrained, best constant answer, just trained, final, forgotten."""
+    """Each task's way through the run: untrained, best constant answer, just trained, final, what it lost since."""
     run, matrix = summary.run, summary.matrix
     learnt = len(run.learnt)
     lost = forgetting.forgetting_by_task(summary.learnt_matrix) if learnt else np.empty(0)
+    changes = {row["task"]: row for row in task_changes(summary).to_dict("records")} if len(matrix) else {}
     rows = []
     for index, task in enumerate(run.stages):
-        facts = run.tasks.get(task) or {}
+        facts, change = run.tasks.get(task) or {}, changes.get(task)
         known = len(matrix) > 0
+        since, verdict = cell(None), "–"
+        if change and math.isfinite(change["kept"]):
+            low, high = change["kept_low"], change["kept_high"]
+            since = spanned(change["kept"], low, high)
+            verdict = "–" if math.isnan(low) else "lost" if high < 0 else "gained" if low > 0 else "not told apart"
         rows.append(
             [
                 Cell(str(index + 1), index + 1),
@@ -153,13 +163,18 @@ def task_table(summary: Summary) -> Table:
                 cell(maybe_float(facts.get("constant_score")), 3),
                 cell(float(matrix[index + 1, index]) if index < learnt else None, 3),
                 cell(float(matrix[-1, index]) if known and index < learnt else None, 3),
+                since,
+                Cell(verdict),
                 cell(float(lost[index]) if index < len(lost) else None, 3),
             ]
         )
-    columns = ["stage", "task", "metric", "untrained", "best constant", "just trained", "final", "forgetting"]
-    note = "Best constant: what always giving the one best answer earns. Forgetting: the best score after an "
-    note += "earlier stage "
-    note += "(untrained left out) minus the final one; negative where the task improved."
+    columns = ["stage", "task", "metric", "untrained", "best constant", "just trained", "final"]
+    columns += ["final minus just trained", "verdict", "forgetting"]
+    note = "Best constant: what always giving the one best answer earns. Verdict: lost or gained since the task's own "
+    note += "stage, where the 95 % interval (the same redrawn test rows at both stages) leaves out 0. Forgetting: "
+    note += (
+        "the best score after an earlier stage (untrained left out) minus the final one; negative where it improved."
+    )
     return make_table("tasks", "Task by task", columns, rows, note)
 
 

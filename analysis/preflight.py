@@ -121,41 +121,36 @@ def table(checks: Sequence[Check], headline: Sequence[str] | None = None) -> Tab
     rows = []
     for check in checks:
         facts, passes = check.facts, check.passes
-        trained = facts.get("trained_rows", facts.get("train_rows"))
-        over = check.bound - check.constant
         if headline is not None:
             passes = check.task in headline  # one whose constant answer is not known counts there
-        verdict = "not known" if passes is None else "yes" if passes else "no"
         rows.append(
             [
                 Cell(check.task),
                 Cell(str(facts.get("kind", "–"))),
                 Cell(cell(check.bound, 3).text, cell(check.bound, 3).sort, check.source),
                 cell(check.constant, 3),
-                cell(over, 3),
-                Cell(verdict),
-                cell(trained),
-                _share(_cut(facts, "train"), facts.get("train_rows")),
-                cell(facts.get("test_rows")),
-                _share(_cut(facts, "test"), facts.get("test_rows")),
+                cell(check.bound - check.constant, 3),
+                Cell("not known" if passes is None else "yes" if passes else "no"),
+                _rows(facts, "train", facts.get("trained_rows", facts.get("train_rows"))),
+                _rows(facts, "test", facts.get("test_rows")),
                 cell(facts.get("dropped_shared_rows")),
                 cell(check.smallest_difference, 3),
             ]
         )
     asked = f"beats it by {HEADLINE_MARGIN}" if headline is None else "in the headline mean"
-    columns = ["task", "kind", "bound", "best constant", "bound over constant", asked, "training rows"]
-    columns += ["cut", "test rows", "cut", "shared rows dropped", "smallest difference"]
-    return make_table("preflight", "Each task before its results", columns, rows, _NOTE)
+    columns = ["task", "kind", "bound", "best constant", "bound over constant", asked, "training rows", "test rows"]
+    columns += ["shared rows dropped", "smallest difference"]
+    told = [place for place in range(len(columns)) if any(row[place].text != "–" for row in rows)]
+    shown = [[row[place] for place in told] for row in rows]
+    return make_table("preflight", "Each task before its results", [columns[place] for place in told], shown, _NOTE)
 
 
 _NOTE = (
-    "Bound: what training on the task reaches, and who reached it: per_task (an adapter a task) where there is "
-    "one, else "
-    "the best just-trained score known, which the methods compared had a part in. Best constant: what always "
-    "giving the "
-    f"one best answer earns. A task whose bound does not beat it by {HEADLINE_MARGIN} can show no forgetting. Cut: the "
-    "share of rows whose context was shortened. Shared rows dropped: training rows with the text or the passage of a "
-    "test row, taken out before training (–: the task is generated without repeats). Smallest difference: "
+    "Bound: what training on the task reaches, and who reached it: per_task (an adapter a task) where there is one, "
+    "else the best just-trained score known, in which the methods reported on had a part. Best constant: what always "
+    f"giving the one best answer earns. A task whose bound does not beat it by {HEADLINE_MARGIN} can show no "
+    "forgetting. Cut: rows whose context was shortened. Shared rows dropped: training rows with the text or the "
+    "passage of a test row, taken out before training; tasks that are generated have none. Smallest difference: "
     "1.96 √(0.5 / test rows), for shares only."
 )
 
@@ -166,9 +161,8 @@ def _cut(facts: Mapping[str, Any], split: str) -> int | None:
     return cut.get(split) if isinstance(cut, Mapping) else None
 
 
-def _share(num: int | None, of: Any) -> Cell:
-    """Return a share of rows in per cent."""
-    if num is None or not of:
-        return cell(None)
-    share = 100 * num / of
-    return Cell(f"{share:.1f} %" if num else "0 %", share)
+def _rows(facts: Mapping[str, Any], split: str, num: int | None) -> Cell:
+    """Return a number of rows and, under it, the share of its split's rows whose context was cut."""
+    cut, of = _cut(facts, split), facts.get(f"{split}_rows")
+    share = "" if cut is None or not of else f"{100 * cut / of:.1f} % cut" if cut else "none cut"
+    return Cell(cell(num).text, cell(num).sort, share)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from analysis import content, preflight, published, story, words
 from analysis.content import Table
@@ -46,13 +47,15 @@ def run_page(run: Run) -> Page:
 
 
 def _key_numbers(summary: Summary) -> list[KeyNumber]:
-    found = []
+    found: list[KeyNumber] = []
+    metrics = {summary.run.metric(task) for task in summary.run.learnt}
+    unit = "R²" if metrics == {"r2"} else "accuracy"
     for key in words.KEY_NUMBERS:
         reason = summary.reasons.get(key)
         span = summary.intervals.get(key)
         found.append(
             KeyNumber(
-                words.MEASURES[key],
+                replace(words.MEASURES[key], name=words.MEASURES[key].name.replace("accuracy", unit)),
                 content.cell(summary.values[key]).text,
                 (number(span[0]), number(span[1])) if span else None,
                 "not averaged" if reason and why_not_averaged(summary.run) else reason,

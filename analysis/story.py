@@ -92,7 +92,7 @@ def _sentences(chapter: Chapter) -> str:
     if chapter.beyond_chance is False:
         return f"{text}, no more than two halves of its own rows differ ({chapter.null:.4f}): not told from chance."
     if chapter.beyond_chance:
-        text += f", {chapter.moved / chapter.null:.1f} times the split-half null" if chapter.null > 0 else ""
+        text += f", {chapter.moved / chapter.null:.2f} times the split-half null" if chapter.null > 0 else ""
     low, high = chapter.lost_span
     if np.isnan(low):
         return f"{text}."
@@ -110,20 +110,19 @@ def story_table(told: list[Chapter], finished_stage: int) -> Table | None:
     for one in told:
         atoms = ", ".join(f"{atom} ({number(share)})" for atom, share in one.atoms)
         shared = [Cell(one.nearest), cell(one.common)] if one.nearest else [Cell("–"), cell(None)]
-        moved = Cell(f"{one.moved:.4f}", one.moved) if one.stage else cell(None)
-        null = Cell(f"{one.null:.4f}", one.null) if one.beyond_chance is not None else cell(None)
+        null = "" if one.beyond_chance is None else f"null {one.null:.4f}"
+        moved = Cell(f"{one.moved:.4f}", one.moved, null) if one.stage else cell(None)
         beyond = {None: "–", True: "yes", False: "no"}[one.beyond_chance]
         where = Cell(f"{one.stage} {one.at}", one.stage) if one.stage else cell(None)
         rows.append(
-            [Cell(one.task), Cell(atoms), *shared, where, moved, null, Cell(beyond), spanned(one.lost, *one.lost_span)]
+            [Cell(one.task), Cell(atoms), *shared, where, moved, Cell(beyond), spanned(one.lost, *one.lost_span)]
         )
     if not rows:
         return None
-    columns = ["task", "uses most", "shares most with", "in common", "moved most at", "JS", "null", "beyond it"]
+    columns = ["task", "uses most", "shares most with", "in common", "moved most at", "JS", "beyond null"]
     note = f"After stage {finished_stage}, over blocks. In common: 1 − total variation. Moved most at: the stage after "
-    note += (
-        "the task's own with the largest JS (nats). Null: the split-half JS of the same rows, below which a move is "
-    )
-    note += "not to be told from chance. Score lost: at that stage, with its 95 % interval over test rows; negative where the score rose."
+    note += "the task's own with the largest JS (nats). Null: the split-half JS of the same rows; a move below it is "
+    note += "not to be told from chance. Score lost: at that stage, with its 95 % interval over test rows; negative "
+    note += "where the score rose."
     title = "The routing story, task by task"
     return make_table("story", title, [*columns, "score lost there"], rows, note)

@@ -39,12 +39,12 @@ def side_by_side(compared: Comparison) -> Frame:
 def _methods(compared: Comparison) -> Plate:
     sweep, frame = compared.sweep, side_by_side(compared)
     spans = [f"{row.method} {number(row.value)}" for row in frame.itertuples()]
-    tasks = f"the {len(sweep.headline_names)} headline tasks" if sweep.headline_names else "all tasks"
+    tasks = "the headline tasks" if sweep.headline_names else "all tasks"
     hollow = " Hollow: bounds, which do not compete." if frame["bound"].any() else ""
     ones = bool(len(frame)) and bool((compared.methods["cells"] == 1).any())
     rows = " A method of one cell has its test rows redrawn alone." if ones else ""
     right = ""
-    if sweep.baseline:
+    if frame["difference"].notna().any():
         right = (
             f" Right: what it has more than {sweep.baseline}, over the same cells and rows; grey where the interval "
         )
@@ -53,7 +53,8 @@ def _methods(compared: Comparison) -> Plate:
         "methods_side_by_side",
         OPENING,
         "Methods side by side",
-        f"Left: each method's mean final score on {tasks} with its 95 % interval.{right}{hollow}{rows}",
+        f"{'Left: each' if right else 'Each'} method's mean final score on {tasks} with its 95 % "
+        f"interval.{right}{hollow}{rows}",
         f"Dot plot of mean final score by method, with intervals. {'; '.join(spans)}.",
         *unless(
             "" if len(frame) else "no cell is finished", lambda: plots.methods_compared(frame, sweep.baseline or "")

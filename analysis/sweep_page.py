@@ -17,7 +17,7 @@ from analysis.words import Measure
 
 _SECTIONS = (
     ("preflight", "Preflight", "What the rows of each task can show at all, before any result is trusted."),
-    ("methods", "Methods side by side", "What each method reaches, how sure that is, and what it costs."),
+    ("methods", "Scores and costs", "What each method reaches, how sure that is, and what it costs."),
     ("differences", "Paired differences", "Each method against the baseline, over the same cells and test rows."),
     ("tasks", "Task by task", "Where the scores come from, and which tasks can tell methods apart."),
     ("stages", "Stage by stage", "How the mean score holds as tasks are added."),
@@ -102,9 +102,9 @@ def gloss(compared: Comparison) -> str:
     parts = []
     for word, names in groups.items():
         if names and word == EVEN:
-            parts.append(f"{_listed(names)} {'is' if len(names) == 1 else 'are'} not told apart from it")
+            parts.append(f"{_listed(names)} {_are(names)} not told apart from it")
         elif names:
-            parts.append(f"{word} it: {_listed([_with_difference(compared, name) for name in names])}")
+            parts.append(f"{_listed([_with_difference(compared, name) for name in names])} {_are(names)} {word} it")
     told = "Methods are told apart where the 95 % interval of their paired difference leaves out 0."
     return f"Against {sweep.baseline}, the baseline: {'; '.join(parts)}. {told}"
 
@@ -120,7 +120,11 @@ def _groups(compared: Comparison, frame: Any, rivals: list[str]) -> dict[str, li
 def _with_difference(compared: Comparison, method: str) -> str:
     found = compared.difference(compared.differences, method)
     assert found is not None
-    return f"{method} by {cell(abs(found['difference']), 3).text}"
+    return f"{method} (by {cell(abs(found['difference']), 3).text})"
+
+
+def _are(names: list[str]) -> str:
+    return "is" if len(names) == 1 else "are"
 
 
 def _listed(names: list[str]) -> str:
@@ -180,10 +184,13 @@ def _facts(sweep: Sweep) -> list[str]:
     counts = [(len(sweep.methods), "method"), (len({one.order for one in sweep.cells}), "order")]
     counts.append((len({one.seed for one in sweep.cells}), "seed"))
     found = [model for model in models if model] + ([f"base {sweep.base}"] if sweep.base else [])
-    counts.append((len(sweep.tasks), "task"))
     done = sum(one.matrix is not None for one in sweep.cells)
     found += [f"{num} {noun}{'s' * (num != 1)}" for num, noun in counts]
-    return [*found, f"{done} of {len(sweep.cells)} cells", f"{len(sweep.headline_names)} headline tasks"]
+    return [
+        *found,
+        f"{done} of {len(sweep.cells)} cells",
+        f"{len(sweep.headline_names)} of {len(sweep.tasks)} tasks in the headline mean",
+    ]
 
 
 def _notices(compared: Comparison) -> list[str]:

@@ -114,7 +114,11 @@ def _taught(changes: Frame) -> str:
     if not num:
         one = "the one task" if of == 1 else f"any of the {of} tasks"
         return f"No learning can be told from chance on {one}"
-    return "The model learnt its one task" if of == 1 else f"The model learnt {num} of {of} tasks"
+    return "The model learnt its one task" if of == 1 else f"The model learnt {_of(num, of)} tasks"
+
+
+def _of(num: int, of: int) -> str:
+    return ("both" if of == 2 else f"all {of}") if num == of else f"{num} of {of}"
 
 
 def _lost(changes: Frame) -> str:
@@ -129,7 +133,7 @@ def _lost(changes: Frame) -> str:
         if not (changes["taught_low"] > 0).any():
             return ""
         return f"no loss on {which} can be told from chance" + (f" ({gained} gained since)" if gained else "")
-    some = "lost ground on the earlier one" if num == 1 else f"lost ground on {lost} of {which}"
+    some = "lost ground on the earlier one" if num == 1 else f"lost ground on {_of(lost, num)} earlier ones"
     return some + (f" ({gained} gained)" if gained else "")
 
 

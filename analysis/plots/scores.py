@@ -69,7 +69,7 @@ def score_curves(scores: Frame) -> Figure:
     for task, (name, ax) in enumerate(zip(tasks, axes, strict=True)):
         for other in range(len(tasks)):
             if other != task:
-                ax.plot(stages, matrix[:, other], color=style.GRID, linewidth=1, zorder=0)
+                ax.plot(stages, matrix[:, other], color=style.CONTEXT, linewidth=1, zorder=0)
         constant = constants.get(name, np.nan)
         if not np.isnan(constant):
             ax.axhline(constant, color=style.MUTED, linewidth=1, linestyle=(0, (4, 3)), label="best constant answer")

@@ -28,6 +28,8 @@ WIDTH_INCHES = 10.0
 INK, MUTED, FAINT, GRID = "#1d2733", "#5d6b7a", "#b8c1cb", "#e6eaee"
 ACCENT, WARM = "#0f6f8f", "#c8553d"
 MISSING = "#eef0f2"
+CONTEXT = "#d2d9e0"
+"""For lines that are there to compare with: they must show on white, and on black where a page is dark."""
 COLORS: list[Any] = [sns.color_palette("colorblind")[index] for index in (0, 1, 2, 4, 3, 9, 5, 8, 6, 7)]
 
 

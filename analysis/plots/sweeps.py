@@ -85,7 +85,6 @@ def scores_by_task(scores: Frame) -> Figure:
     style.label_some(ax, "x", columns, 40, 40 if crowded else 0)
     if 0 < len(inside) < len(tasks):
         ax.axvline(len(inside), color=style.WARM, linewidth=2)
-    ax.set(xlabel="task", ylabel="method")
     style.colour_bar(figure, cells, [ax], "final score", "min" if (matrix < low).any() else "neither")
     return figure
 
@@ -105,7 +104,7 @@ def accuracy_by_stage(stages: Frame) -> Figure:
     for method, ax in zip(methods, axes, strict=True):
         for other in methods:
             if other != method:
-                ax.plot(means[other].index, means[other].clip(lower=_FLOOR), color=style.GRID, linewidth=1, zorder=0)
+                ax.plot(means[other].index, means[other].clip(lower=_FLOOR), color=style.CONTEXT, linewidth=1, zorder=0)
         _draw_method(ax, stages[stages["method"] == method], means[method].clip(lower=_FLOOR))
         ax.set_title(style.short(method))
         ax.set_xlim(0.75, last + 0.1 + 0.18 * max(last - 1, 1))  # the last value stands right of its point
