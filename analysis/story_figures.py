@@ -106,8 +106,8 @@ def _moves(summary: Summary, drift: Frame, moved: str) -> list[Plate]:
 def _beyond(drift: Frame, names: list[str]) -> str:
     """Return how many moves of learnt tasks are larger than the distance between two halves of their own rows."""
     js = drift[(drift["metric"] == "js") & (drift["reference"] == "previous")].dropna(subset=["value", "null"])
-    own = js["task"].astype(str).map({name: index + 1 for index, name in enumerate(names)})
-    later = js[js["stage"] > own]
+    own = {name: index + 1 for index, name in enumerate(names)}
+    later = js[[stage > own[str(task)] for stage, task in zip(js["stage"], js["task"], strict=True)]]
     if not len(later):
         return ""
     beyond = int((later["value"] > later["null"]).sum())
