@@ -172,9 +172,7 @@ def task_table(summary: Summary) -> Table:
     columns += ["final minus just trained", "verdict", "forgetting"]
     note = "Best constant: what always giving the one best answer earns. Verdict: lost or gained since the task's own "
     note += "stage, where the 95 % interval (the same redrawn test rows at both stages) leaves out 0. Forgetting: "
-    note += (
-        "the best score after an earlier stage (untrained left out) minus the final one; negative if it improved."
-    )
+    note += "the best score after an earlier stage (untrained left out) minus the final one; negative if it improved."
     return make_table("tasks", "Task by task", columns, rows, note)
 
 

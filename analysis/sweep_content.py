@@ -53,6 +53,12 @@ class Comparison:
         """Return a method's numbers."""
         return self.methods[self.methods["method"] == method].iloc[0].to_dict()
 
+    @property
+    def told(self) -> Frame:
+        """The differences without those on all tasks where these are the headline tasks, and so the same numbers."""
+        same = set(self.sweep.headline_names) == set(self.sweep.tasks)
+        return self.differences[self.differences["tasks"] == HEADLINE] if same else self.differences
+
     def difference(self, frame: Frame, method: str, measure: str = "average_accuracy") -> Mapping[str, Any] | None:
         """Return ``frame``'s row of a method, over the tasks that ``key`` is over; None where there is none."""
         tasks = HEADLINE if self.key == "headline_accuracy" else ALL
@@ -160,7 +166,7 @@ def measure_table(compared: Comparison) -> Table:
 def difference_table(compared: Comparison) -> Table | None:
     """The paired differences in numbers, on headline and on all tasks."""
     rows = []
-    for row in compared.differences.to_dict("records"):
+    for row in compared.told.to_dict("records"):
         named = [Cell(row["method"]), Cell(DEFINITIONS[row["measure"]].name), Cell(row["tasks"])]
         rows.append(
             [*named, cell(row["cells"]), spanned(row["difference"], row["low"], row["high"]), Cell(row["verdict"])]

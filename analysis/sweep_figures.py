@@ -63,7 +63,7 @@ def _methods(compared: Comparison) -> Plate:
 
 
 def _forest(compared: Comparison) -> Plate:
-    sweep, frame = compared.sweep, compared.differences
+    sweep, frame = compared.sweep, compared.told
     frame = frame[frame["measure"] == "average_accuracy"]
     why = "" if len(frame) else why_no_differences(sweep)
     rough = f" Intervals over {FEW_CELLS} cells or fewer are rough." if len(frame) and frame["rough"].any() else ""
