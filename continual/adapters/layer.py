@@ -27,7 +27,7 @@ class RoutedLinear(nn.Module, BaseTunerLayer):
     """A frozen linear layer to which each active adapter adds an update that it routes by the token.
 
     Attributes:
-        routing_state: Adapter name -> state of the forward pass under way; set for each pass, None outside.
+        routing_state: Adapter name -> the layer's part of the state of the pass under way; None outside of passes.
     """
 
     def __init__(self, base_layer: nn.Module) -> None:
@@ -121,12 +121,13 @@ class QueryableLinear(RoutedLinear):
     def _update(self, name: str, x: Tensor) -> Tensor:
         if self.routing_state is None:
             raise RuntimeError("an adapted layer was called on its own: call the model that the adapter was put into")
-        state, bank, block = self.routing_state[name], self._banks[name], self.blocks[name]
+        block, bank = self.routing_state[name], self._banks[name]
+        state = block.shared
         weight_A, weight_B = self.queryable_A[name], self.queryable_B[name]
         u = F.linear(self.queryable_dropout[name](self._cast_input_dtype(x, weight_A.dtype)), weight_A)
         if name in self.leads:
-            bank.route(state, block, u)
-        routed = bank.apply_route(state, block, u)
+            bank.route(block, u)
+        routed = bank.apply_route(block, u)
         if state.observe is not None:
             state.observe(self, name, routed)
         update = F.linear(routed, weight_B) * self.scaling[name]

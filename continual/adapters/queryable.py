@@ -120,16 +120,13 @@ class QueryableLoraModel(RoutedTuner):
 
     def _install_hooks(self, model: nn.Module) -> None:
         super()._install_hooks(model)
+        self._under_way: dict[str, RoutingState] = {}
         carriers = carriers_of(model, self._adapted)
         carried = {id(layer) for carrier in carriers for layer in carrier.layers}
         self._uncarried = RouteCarrier([layer for layer in self._adapted if id(layer) not in carried])
         self._has_carriers = bool(carriers)
         self._checkpointable = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
-        self._hooks += [
-            carrier.attention.register_forward_pre_hook(carrier.receive, with_kwargs=True)
-            for carrier in carriers
-            if carrier.attention is not None
-        ]
+        self._hooks += [handle for carrier in carriers for handle in carrier.hook()]
         patch_generate(model)
 
     def _begin_pass(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -149,8 +146,14 @@ class QueryableLoraModel(RoutedTuner):
         if self._has_carriers:
             kwargs["routing_state"] = states
         self._uncarried.give(states)
-        self._record(states)
+        self._under_way = states
         return args, kwargs
+
+    def _end_pass(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        super()._end_pass(model, args, kwargs, output)
+        states, self._under_way = self._under_way, {}
+        if states:
+            self._record(states)
 
     @property
     def carries_routes(self) -> bool:

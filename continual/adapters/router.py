@@ -39,18 +39,55 @@ class RoutingState:
     Attributes:
         operator_KR: The bank as one matrix, (M * r, r): row m * r + j holds column j of atom m.
         log_prior_BM: lambda * log pi(c) of each row, (B, M); None where the prior is off.
-        states: z_b of each block met so far, (..., r).
-        routes: alpha_b of each block met so far, (..., M).
+        blocks: What the layers of each block share.
         weight_B: What each row's update is multiplied by, (B,); None for 1.
         observe: Called with a layer, the adapter's name and S_b u, (..., r), before B; None for nobody.
     """
 
     operator_KR: Tensor
     log_prior_BM: Tensor | None
-    states: list[Tensor | None] = field(default_factory=list)
-    routes: list[Tensor | None] = field(default_factory=list)
+    blocks: list[BlockState] = field(default_factory=list)
     weight_B: Tensor | None = None
     observe: Callable[[nn.Module, str, Tensor], None] | None = None
+
+    @property
+    def states(self) -> list[Tensor | None]:
+        """z_b of each block, (..., r); None of those that are still to come."""
+        return [block.state for block in self.blocks]
+
+    @property
+    def routes(self) -> list[Tensor | None]:
+        """alpha_b of each block, (..., M); None of those that are still to come."""
+        return [block.route for block in self.blocks]
+
+
+@dataclass
+class BlockState:
+    """One block's part of a ``RoutingState``: tensors alone, so that layers of all blocks compile to the same code.
+
+    Attributes:
+        shared: The pass that the block belongs to.
+        before: The blocks before this one.
+        query_map: W_b, (Q, r or 2 r); None where the query takes no state.
+        summary_query: w_b, (r,); None in the first block and where there is no summary.
+        earlier: z of the blocks before this one, (..., b, r); see ``gather``.
+        state: z_b, (..., r), once the block's first layer has routed.
+        route: alpha_b, (..., M), likewise.
+    """
+
+    shared: RoutingState
+    before: list[BlockState]
+    query_map: Tensor | None
+    summary_query: Tensor | None
+    earlier: Tensor | None = None
+    state: Tensor | None = None
+    route: Tensor | None = None
+
+    def gather(self) -> None:
+        """Collect the earlier blocks' states for the depth summary, if all of them are there."""
+        states = [block.state for block in self.before if block.state is not None]
+        if self.summary_query is not None and len(states) == len(self.before):
+            self.earlier = torch.stack(states, dim=-2)
 
 
 class AtomBank(nn.Module):
@@ -100,8 +137,13 @@ class AtomBank(nn.Module):
         log_prior = None
         if self.config.uses_prior and encoding_BE is not None:
             log_prior = self.config.prior_weight * self.log_prior(encoding_BE)
-        empty: list[Tensor | None] = [None] * self.config.num_blocks
-        return RoutingState(operator, log_prior, list(empty), list(empty))
+        state = RoutingState(operator, log_prior)
+        none = [None] * self.config.num_blocks
+        maps = self.query_maps.unbind() if self.config.uses_state else none
+        queries = [None, *self.summary_queries.unbind()] if self.config.uses_summary else none
+        for index, (query_map, summary_query) in enumerate(zip(maps, queries, strict=True)):
+            state.blocks.append(BlockState(state, state.blocks[:index], query_map, summary_query))
+        return state
 
     def log_prior(self, encoding_BE: Tensor) -> Tensor:
         """Return log pi(c), (B, M), of each row's instruction encoding, (B, E)."""
@@ -119,25 +161,22 @@ class AtomBank(nn.Module):
         centred = torch.where(given, encoding_BE.float() - self.instruction_reference.float(), 0.0)
         return F.normalize(centred, dim=-1)
 
-    def route(self, state: RoutingState, block: int, u: Tensor) -> None:
+    def route(self, block: BlockState, u: Tensor) -> None:
         """Compute and keep alpha of ``block``, (..., M), from its first layer's low-rank state ``u``, (..., r)."""
         source = u.detach() if self.config.detach_query else u
-        z = F.rms_norm(source, (self.config.r,), eps=1e-6)
-        state.states[block] = z
-        state.routes[block] = self._weights(self.logits(state, block, z))
+        block.state = F.rms_norm(source, (self.config.r,), eps=1e-6)
+        block.route = self._weights(self.logits(block, block.state))
 
-    def logits(self, state: RoutingState, block: int, z: Tensor) -> Tensor:
+    def logits(self, block: BlockState, z: Tensor) -> Tensor:
         """Return the routing logits g, (..., M), of ``block`` at the state z, (..., r)."""
         config = self.config
         logits = z.new_zeros(*z.shape[:-1], config.num_atoms)
-        if config.uses_state:
-            query_input = z
-            if config.uses_summary:
-                query_input = torch.cat([z, self.depth_summary(state, block, z)], dim=-1)
-            query = F.linear(query_input, self.query_maps[block])
+        if block.query_map is not None:
+            query_input = torch.cat([z, self.depth_summary(block, z)], dim=-1) if config.uses_summary else z
+            query = F.linear(query_input, block.query_map)
             logits = F.linear(query, self.keys) / math.sqrt(self.keys.shape[-1])
-        if state.log_prior_BM is not None:
-            prior = state.log_prior_BM
+        prior = block.shared.log_prior_BM
+        if prior is not None:
             if prior.shape[0] != logits.shape[0]:
                 raise ValueError(
                     f"instructions for {prior.shape[0]} rows were given with a batch of {logits.shape[0]} rows"
@@ -145,24 +184,25 @@ class AtomBank(nn.Module):
             logits = logits + prior.view(prior.shape[0], *([1] * (logits.dim() - 2)), -1)
         return logits
 
-    def depth_summary(self, state: RoutingState, block: int, z: Tensor) -> Tensor:
+    def depth_summary(self, block: BlockState, z: Tensor) -> Tensor:
         """Return s_b, (..., r): attention of this block's query vector over the states of the blocks before it."""
-        if block == 0:
+        if block.summary_query is None:
             return torch.zeros_like(z)
-        earlier = torch.stack([s for s in state.states[:block] if s is not None], dim=-2)
-        weights = (earlier @ self.summary_queries[block - 1]).softmax(dim=-1)
-        return (weights.unsqueeze(-1) * earlier).sum(dim=-2)
+        if block.earlier is None:
+            block.gather()
+        assert block.earlier is not None
+        weights = (block.earlier @ block.summary_query).softmax(dim=-1)
+        return (weights.unsqueeze(-1) * block.earlier).sum(dim=-2)
 
-    def apply_route(self, state: RoutingState, block: int, u: Tensor) -> Tensor:
+    def apply_route(self, block: BlockState, u: Tensor) -> Tensor:
         """Return S_b u, (..., r), as one small matrix product."""
-        alpha = state.routes[block]
-        if alpha is None:
+        if block.route is None:
             raise RuntimeError(
-                f"block {block} has no route yet: its first adapted projection did not run before this one. "
+                "a block has no route yet: its first adapted projection did not run before this one. "
                 "The layers ran in another order than they are registered in"
             )
-        mixed = (alpha.unsqueeze(-1) * u.unsqueeze(-2)).flatten(-2)
-        return mixed @ state.operator_KR
+        mixed = (block.route.unsqueeze(-1) * u.unsqueeze(-2)).flatten(-2)
+        return mixed @ block.shared.operator_KR
 
     def _weights(self, logits: Tensor) -> Tensor:
         if self.config.top_k == self.config.num_atoms or self.config.query_source == "uniform":

@@ -70,7 +70,7 @@ def test_one_state_on_the_layers_would_give_wrong_gradients(backbone, adapt, bat
 
     def keep(self: Any, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         args, kwargs = begin(self, module, args, kwargs)
-        self._give(kwargs["routing_state"])
+        RouteCarrier(self._adapted).give(kwargs["routing_state"])
         return args, kwargs
 
     def drop(kwargs: dict[str, Any]) -> dict[str, Any]:

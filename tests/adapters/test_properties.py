@@ -55,7 +55,7 @@ def test_routes_weights_and_operator_of_any_bank(
     largest = matrix_norm(bank.atoms, ord=2).max()
     for block in range(config.num_blocks):
         u = torch.randn(2, 3, config.r, dtype=torch.float64) * magnitude
-        bank.route(state, block, u)
+        bank.route(state.blocks[block], u)
         alpha, z = state.routes[block], state.states[block]
         assert alpha is not None and z is not None
         assert alpha.shape == (2, 3, config.num_atoms)
@@ -69,10 +69,12 @@ def test_routes_weights_and_operator_of_any_bank(
         # S_b = sum_m alpha_m C_m: in the convex hull of the atoms by those weights; Theorem D.8.
         operator = torch.einsum("btm,mij->btij", alpha, bank.atoms)
         expected = torch.einsum("btij,btj->bti", operator, u)
-        torch.testing.assert_close(bank.apply_route(state, block, u), expected, rtol=1e-9, atol=1e-12 * magnitude)
+        torch.testing.assert_close(
+            bank.apply_route(state.blocks[block], u), expected, rtol=1e-9, atol=1e-12 * magnitude
+        )
         assert (matrix_norm(operator, ord=2) <= largest * (1 + 1e-9)).all()
         # ||s_b|| <= max_j ||z_j||, and s_1 = 0.
-        summary = AtomBank.depth_summary(bank, state, block, z) if config.uses_summary else torch.zeros_like(z)
+        summary = bank.depth_summary(state.blocks[block], z) if config.uses_summary else torch.zeros_like(z)
         earlier = [vector_norm(s, dim=-1) for s in state.states[:block] if s is not None]
         bound = torch.stack(earlier).amax(dim=0) if earlier else torch.zeros(2, 3, dtype=torch.float64)
         assert (vector_norm(summary, dim=-1) <= bound * (1 + 1e-9)).all()
@@ -87,7 +89,7 @@ def test_state_norm_jacobian_is_at_most_one_over_the_root_mean_square(rank: int,
 
     def state_of(value: Tensor) -> Tensor:
         state = bank.begin(None)
-        bank.route(state, 0, value)
+        bank.route(state.blocks[0], value)
         assert state.states[0] is not None
         return state.states[0]
 
