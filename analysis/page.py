@@ -163,6 +163,7 @@ def _inline(svg: str, plate: Plate) -> Markup:
     """Make an SVG file into an element of a page: no prolog, names of its own, and its alternative text."""
     body = svg[svg.index("<svg") :]
     body = re.sub(r"<metadata>.*?</metadata>|<style .*?</style>", "", body, flags=re.DOTALL)
+    body = re.sub(r' id="image[^"]*"', "", body)  # like pictures (two colour bars, say) are given like ids
     body = re.sub(r'\bid="', f'id="{plate.name}-', body)
     body = re.sub(r'(url\(#|href="#)', rf"\g<1>{plate.name}-", body)
     box = re.search(r'viewBox="[^"]*"', body)

@@ -112,7 +112,7 @@ def test_the_page_fits_and_shows_every_figure(browser: Browser, small_report: Pa
     assert browser.log() == []
 
 
-# For each column of each table, pressed once and again: does what is known rise, then fall, and is what is missing last?
+# Each column of each table, pressed once and again: does what is known rise, then fall, and is what is missing last?
 SORTED = """
 const wrong = [];
 const key = (row, column) => {
