@@ -60,7 +60,10 @@ def cell(value: Value, digits: int = 2) -> Cell:
         return Cell(value)
     if isinstance(value, int):
         return Cell(f"{value:,}", float(value))
-    text = number(value) if digits == 2 or abs(value) >= 100 else f"{value:.{digits}f}".replace("-", "−")
+    if digits == 2 or abs(value) >= 100:
+        return Cell(number(value), value)
+    text = f"{value:.{digits}f}"
+    text = text.replace("-", "−") if float(text) else text.lstrip("-")  # nothing lost is not "−0.000"
     return Cell(text, value)
 
 

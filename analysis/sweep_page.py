@@ -40,7 +40,7 @@ def sweep_page(sweep: Sweep) -> Page:
         facts=_facts(sweep),
         key_numbers=_key_numbers(compared),
         notices=_notices(compared),
-        points={"preflight": preflight.points(checks, "It is shown, and kept out of the headline mean.")}
+        points={"preflight": preflight.points(checks, "They are shown, and kept out of the headline mean.")}
         if checks
         else {},
         summary=to_json(compared),
@@ -78,9 +78,15 @@ def verdict(compared: Comparison) -> str:
     rivals = _rivals(compared)
     if len(rivals) == 1:
         return f"{leader} reaches a mean final score of {reach}; no other method has a finished cell."
-    first = f"{leader} has the highest mean final score of {len(rivals)} methods, {reach}"
+    tied = [one for one in rivals if compared.row(one)[compared.key] == compared.row(leader)[compared.key]]
+    have = "has" if len(tied) == 1 else "share"
+    first = f"{_listed(tied)} {have} the highest mean final score of {len(rivals)} methods, {reach}"
     groups = _groups(compared, compared.from_leader, rivals)
-    even, below = groups[EVEN] + groups[ABOVE], groups[BELOW]
+    even, below = [one for one in groups[EVEN] + groups[ABOVE] if one not in tied], groups[BELOW]
+    if len(tied) == len(rivals):
+        return f"{first}."
+    if even and len(tied) > 1:
+        return f"{first}; not told apart from {leader}: {_listed(even)}."
     if even:
         return f"{first}, but it is not told apart from {_listed(even)}."
     if len(below) == len(rivals) - 1:

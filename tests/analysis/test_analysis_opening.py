@@ -124,6 +124,17 @@ def test_one_cells_interval_redraws_its_rows(tmp_path: Path) -> None:
     assert row_interval(own, ["one"], "forgetting") is None
 
 
+def test_methods_that_tie_share_the_lead_and_nothing_is_less_than_none(tmp_path: Path) -> None:
+    files, half = sweep_files(), ones([0.2, 0.2], [0.5, 0.2], [0.5, 0.5])
+    cells = [files.place(method, "x", 0) for method in ("m", "n")]
+    for one in cells:
+        files.write_cell(tmp_path / one["dir"], ["one", "two"], half)
+    page = sweep_page(load_sweep(files.write_sweep(tmp_path, cells, baseline="m")))
+    assert page.verdict.startswith("m and n share the highest mean final score of 2 methods, 0.500 (")
+    assert page.key_numbers[1].value == "0.000" and page.key_numbers[1].interval == ("0.000", "0.000")
+    assert cell(-0.0001, 3).text == "0.000" and cell(-0.001, 3).text == "−0.001"
+
+
 # ---- the preflight
 
 
