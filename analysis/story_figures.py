@@ -39,7 +39,7 @@ def _atoms(summary: Summary, usage: np.ndarray, none: str) -> Plate:
         "Which atoms each task uses",
         "Share of each task's routing weight that an atom gets after the last finished stage, mean over blocks "
         "and over "
-        "the prompts' tokens. A column that is dark in one row alone is a specialist; an even row uses every "
+        "the prompts' tokens. A column that is strong in one row alone is a specialist; an even row uses every "
         "atom alike.",
         f"Heat map of atom usage by task; {len(run.stages)} tasks, {num_atoms} atoms.",
         *unless(none, lambda: plots.atoms_by_task(tables.usage(usage, run.stages))),
