@@ -9,14 +9,15 @@ layer gets is its own block's part of the state, so that layers of all blocks ru
 from __future__ import annotations
 
 import inspect
+import itertools
 import types
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
 
-from continual.adapters.layer import QueryableLinear
-from continual.adapters.router import BlockState, RoutingState
+from continual.adapters.layer import LayerUse, QueryableLinear
+from continual.adapters.router import RoutingState
 
 ROUTING_KEYWORDS = ("instruction_ids", "instruction_encoding", "text_ids", "row_features", "gate_instruction")
 """What routes are decided by, as keywords of the model that an adapter is put into."""
@@ -46,16 +47,16 @@ class RouteCarrier:
 
     def give(self, states: dict[str, RoutingState] | None) -> None:
         """Set each layer's part of the state, or clear it."""
-        self._set([None] * len(self.layers) if states is None else self._parts(states))
+        self._set([None if states is None else layer.in_use(states) for layer in self.layers])
 
     def narrow(self, decoder_layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Put the layers' parts in the place of the whole state among the decoder layer's keywords (a pre-hook)."""
         if (states := kwargs.get("routing_state")) is None:
             return args, kwargs
-        parts = self._parts(states)
-        for layer, part in zip(self.layers, parts, strict=True):
-            for name in layer.leads & part.keys():
-                part[name].gather()
+        parts = [layer.in_use(states) for layer in self.layers]
+        for use in itertools.chain.from_iterable(parts):
+            if use.leads:
+                use.block.gather()
         return args, kwargs | {"routing_state": parts}
 
     def receive(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -64,13 +65,7 @@ class RouteCarrier:
         self._set(kwargs.pop("routing_state", None) or [None] * len(self.layers))
         return args, kwargs
 
-    def _parts(self, states: dict[str, RoutingState]) -> list[dict[str, BlockState]]:
-        return [
-            {name: state.blocks[layer.blocks[name]] for name, state in states.items() if name in layer.blocks}
-            for layer in self.layers
-        ]
-
-    def _set(self, parts: Sequence[dict[str, BlockState] | None]) -> None:
+    def _set(self, parts: Sequence[list[LayerUse] | None]) -> None:
         for layer, part in zip(self.layers, parts, strict=True):
             layer.routing_state = part
 

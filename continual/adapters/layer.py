@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NoReturn, cast
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from continual.adapters.config import QueryableLoraConfig
-from continual.adapters.router import AtomBank
+from continual.adapters.router import AtomBank, BlockState, RoutingState
 
 CANNOT_MERGE = (
     "this adapter routes each token by its own state, so no single weight matrix equals it: it cannot be merged into "
@@ -27,7 +28,7 @@ class RoutedLinear(nn.Module, BaseTunerLayer):
     """A frozen linear layer to which each active adapter adds an update that it routes by the token.
 
     Attributes:
-        routing_state: Adapter name -> the layer's part of the state of the pass under way; None outside of passes.
+        routing_state: What the pass under way has for the layer; set for each pass, None outside.
     """
 
     def __init__(self, base_layer: nn.Module) -> None:
@@ -36,7 +37,7 @@ class RoutedLinear(nn.Module, BaseTunerLayer):
         self.in_features, self.out_features = _features(base_layer)
         self.r: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
-        self.routing_state: dict[str, Any] | None = None
+        self.routing_state: Any = None
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
 
@@ -52,13 +53,16 @@ class RoutedLinear(nn.Module, BaseTunerLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Map x, (..., d_in), to (..., d_out)."""
         result = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters:
-            return result
-        states = self.routing_state
-        for name in self.active_adapters:
-            if name in self.scaling and (states is None or name in states):  # a pass need not use them all
-                result = result + self._update(name, x).to(result.dtype)
+        if not self.disable_adapters:
+            for update in self._updates(x):
+                result = result + update.to(result.dtype)
         return result
+
+    def _updates(self, x: Tensor) -> Iterator[Tensor]:
+        """Yield what each adapter in use adds, (..., d_out)."""
+        for name in self.active_adapters:
+            if name in self.scaling:
+                yield self._update(name, x)
 
     def _update(self, name: str, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -73,6 +77,31 @@ class RoutedLinear(nn.Module, BaseTunerLayer):
 
     def unmerge(self) -> None:
         """Do nothing: nothing is ever merged."""
+
+
+@dataclass
+class LayerUse:
+    """One adapter in one layer during one pass, by its tensors: compiled code then does not depend on its name.
+
+    Attributes:
+        name: The adapter.
+        weight_A: A, (r, d_in).
+        weight_B: B, (d_out, r).
+        scaling: lora_alpha / r.
+        dropout: What the layer's input goes through first.
+        bank: The adapter's atoms and router.
+        block: The state of the layer's block.
+        leads: Whether the layer is its block's first, the one whose state routes.
+    """
+
+    name: str
+    weight_A: Tensor
+    weight_B: Tensor
+    scaling: float
+    dropout: nn.Module
+    bank: AtomBank
+    block: BlockState
+    leads: bool
 
 
 class QueryableLinear(RoutedLinear):
@@ -118,19 +147,38 @@ class QueryableLinear(RoutedLinear):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
 
-    def _update(self, name: str, x: Tensor) -> Tensor:
+    def in_use(self, states: dict[str, RoutingState]) -> list[LayerUse]:
+        """Return what a pass's adapters have here, in the order of ``states``."""
+        return [
+            LayerUse(
+                name=name,
+                weight_A=self.queryable_A[name],
+                weight_B=self.queryable_B[name],
+                scaling=self.scaling[name],
+                dropout=self.queryable_dropout[name],
+                bank=self._banks[name],
+                block=state.blocks[self.blocks[name]],
+                leads=name in self.leads,
+            )
+            for name, state in states.items()
+            if name in self.scaling
+        ]
+
+    def _updates(self, x: Tensor) -> Iterator[Tensor]:
         if self.routing_state is None:
             raise RuntimeError("an adapted layer was called on its own: call the model that the adapter was put into")
-        block, bank = self.routing_state[name], self._banks[name]
-        state = block.shared
-        weight_A, weight_B = self.queryable_A[name], self.queryable_B[name]
-        u = F.linear(self.queryable_dropout[name](self._cast_input_dtype(x, weight_A.dtype)), weight_A)
-        if name in self.leads:
+        for use in self.routing_state:
+            yield self._routed_update(use, x)
+
+    def _routed_update(self, use: LayerUse, x: Tensor) -> Tensor:
+        bank, block, state = use.bank, use.block, use.block.shared
+        u = F.linear(use.dropout(self._cast_input_dtype(x, use.weight_A.dtype)), use.weight_A)
+        if use.leads:
             bank.route(block, u)
         routed = bank.apply_route(block, u)
         if state.observe is not None:
-            state.observe(self, name, routed)
-        update = F.linear(routed, weight_B) * self.scaling[name]
+            state.observe(self, use.name, routed)
+        update = F.linear(routed, use.weight_B) * use.scaling
         if state.weight_B is not None:
             update = update * state.weight_B.view(-1, *([1] * (update.dim() - 1)))
         return update
