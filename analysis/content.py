@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis import bounds, forgetting, intervals, routing, tables
+from analysis import bounds, forgetting, tables
+from analysis.changes import task_changes
 from analysis.general import general_ability
 from analysis.load import Run
 from analysis.plots.style import number
@@ -26,10 +25,16 @@ Value = str | int | float | None
 
 @dataclass(frozen=True)
 class Cell:
-    """One table cell: what is written, and what it sorts by (None: by its text)."""
+    """One table cell: what is written, what it sorts by (None: by its text), and its interval, small, under it."""
 
     text: str
     sort: float | None = None
+    beside: str = ""
+
+    @property
+    def line(self) -> str:
+        """All that is written, in one line."""
+        return f"{self.text} ({self.beside})" if self.beside else self.text
 
 
 @dataclass(frozen=True)
@@ -55,14 +60,28 @@ def cell(value: Value, digits: int = 2) -> Cell:
         return Cell(value)
     if isinstance(value, int):
         return Cell(f"{value:,}", float(value))
-    text = number(value) if digits == 2 or abs(value) >= 100 else f"{value:.{digits}f}".replace("-", "−")
+    if digits == 2 or abs(value) >= 100:
+        return Cell(number(value), value)
+    text = f"{value:.{digits}f}"
+    text = text.replace("-", "−") if float(text) else text.lstrip("-")  # nothing lost is not "−0.000"
     return Cell(text, value)
 
 
+def spanned(value: float, low: float, high: float) -> Cell:
+    """Return a number with its interval, sorted by the number."""
+    number = cell(value, 3)
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return number
+    return Cell(number.text, number.sort, f"{cell(low, 3).text} to {cell(high, 3).text}")
+
+
 def make_table(key: str, title: str, columns: list[str], rows: list[list[Cell]], note: str = "") -> Table:
-    """Return a table; a column that holds a number anywhere stands on the right."""
-    like_number = re.compile(r"[−\d.,]+[kMG]?( \([^)]*\))?")
-    numeric = [any(like_number.fullmatch(row[place].text) for row in rows) for place in range(len(columns))]
+    """Return a table; a column that holds a number anywhere, or nothing at all, stands on the right."""
+    like_number = re.compile(r"[+−]?[\d.,]+[kMG]?( %)?")
+    columns_of = [[row[place] for row in rows] for place in range(len(columns))]
+    numeric = [any(like_number.fullmatch(one.text) for one in own) for own in columns_of]
+    empty = [bool(own) and all(one.sort == -math.inf for one in own) for own in columns_of]
+    numeric = [number or none for number, none in zip(numeric, empty, strict=True)]
     return Table(key, title, columns, rows, note, numeric)
 
 
@@ -127,59 +146,44 @@ def bound_table(summary: Summary) -> Table | None:
 
 
 def task_table(summary: Summary) -> Table:
-    """Each task's way through the run: untrained, best constant answer, just trained, final, forgotten."""
+    """Each task's way through the run: untrained, best constant answer, just trained, final, what it lost since."""
     run, matrix = summary.run, summary.matrix
     learnt = len(run.learnt)
     lost = forgetting.forgetting_by_task(summary.learnt_matrix) if learnt else np.empty(0)
+    changes = {row["task"]: row for row in task_changes(summary).to_dict("records")} if len(matrix) else {}
     rows = []
     for index, task in enumerate(run.stages):
-        facts = run.tasks.get(task) or {}
+        facts, change = run.tasks.get(task) or {}, changes.get(task)
         known = len(matrix) > 0
+        since, verdict = cell(None), "–"
+        if change and math.isfinite(change["kept"]):
+            low, high = change["kept_low"], change["kept_high"]
+            since = spanned(change["kept"], low, high)
+            verdict = "–" if math.isnan(low) else "lost" if high < 0 else "gained" if low > 0 else "not told apart"
         rows.append(
             [
                 Cell(str(index + 1), index + 1),
                 Cell(task),
                 Cell(str(facts.get("metric", "–"))),
                 cell(float(matrix[0, index]) if known else None, 3),
-                cell(_maybe_float(facts.get("constant_score")), 3),
+                cell(maybe_float(facts.get("constant_score")), 3),
                 cell(float(matrix[index + 1, index]) if index < learnt else None, 3),
                 cell(float(matrix[-1, index]) if known and index < learnt else None, 3),
+                since,
+                Cell(verdict),
                 cell(float(lost[index]) if index < len(lost) else None, 3),
             ]
         )
-    columns = ["stage", "task", "metric", "untrained", "best constant", "just trained", "final", "forgetting"]
-    note = "Best constant: what always giving the one best answer earns. Forgetting: the best score after an "
-    note += "earlier stage "
-    note += "(untrained left out) minus the final one; negative where the task improved."
+    columns = ["stage", "task", "metric", "untrained", "best constant", "just trained", "final"]
+    columns += ["final minus just trained", "verdict", "forgetting"]
+    note = "Best constant: what always giving the one best answer earns. Verdict: lost or gained since the task's own "
+    note += "stage, where the 95 % interval (the same redrawn test rows at both stages) leaves out 0. Forgetting: "
+    note += "the best score after an earlier stage (untrained left out) minus the final one; negative if it improved."
     return make_table("tasks", "Task by task", columns, rows, note)
 
 
-def _maybe_float(value: object) -> float | None:
+def maybe_float(value: object) -> float | None:
     return float(value) if isinstance(value, int | float) else None
-
-
-def _cut(facts: Mapping[str, Any], split: str) -> int | None:
-    """Return how many rows of a split were cut, where the manifest says so for each split."""
-    cut = facts.get("cut_rows")
-    return cut.get(split) if isinstance(cut, Mapping) else None
-
-
-def trust_table(run: Run) -> Table:
-    """How much each task's rows can show: counts, rows cut, and the smallest difference that 95 % certainty allows."""
-    rows = []
-    for task in run.stages:
-        facts = run.tasks.get(task) or {}
-        num_rows = facts.get("test_rows")
-        share = facts.get("metric") in ("accuracy", "score")
-        smallest = intervals.smallest_difference(num_rows) if num_rows and share else None
-        trained = facts.get("trained_rows", facts.get("train_rows"))
-        counts = [cell(trained), cell(_cut(facts, "train")), cell(num_rows), cell(_cut(facts, "test"))]
-        rows.append([Cell(task), Cell(str(facts.get("kind", "–"))), *counts, cell(smallest, 3)])
-    columns = ["task", "kind", "training rows", "of them cut", "test rows", "of them cut", "smallest difference"]
-    note = "Cut: inputs whose context was too long and was shortened. Smallest difference: 1.96 √(0.5 / "
-    note += "test rows), what "
-    note += "two unpaired scores near one half must differ by to be told apart at 95 %; it is given for shares only."
-    return make_table("trust", "How much the rows can show", columns, rows, note)
 
 
 def other_metrics(summary: Summary) -> Table | None:
@@ -193,53 +197,12 @@ def other_metrics(summary: Summary) -> Table | None:
             by_stage = values.drop_duplicates("stage", keep="last").set_index("stage")["value"]
             trained = by_stage.get(index + 1) if index < len(run.learnt) else None
             final = by_stage.get(run.finished_stage) if index < len(run.learnt) else None
-            shown = [cell(_maybe_float(value), 3) for value in (by_stage.get(0), trained, final)]
+            shown = [cell(maybe_float(value), 3) for value in (by_stage.get(0), trained, final)]
             rows.append([Cell(task), Cell(str(metric)), *shown, Cell(str(values["direction"].iloc[0]))])
     if not rows:
         return None
     columns = ["task", "metric", "untrained", "just trained", "final", "better"]
     return make_table("beside", "Beside the headline scores", columns, rows)
-
-
-def routing_story(summary: Summary) -> Table | None:
-    """For each task: the atoms it uses most, the task it shares most with, and where its routes moved most since."""
-    run, usage = summary.run, tables.usage_array(summary.run)
-    if usage is None:
-        return None
-    now, names = usage[-1].mean(axis=1), run.stages
-    common = 1 - routing.pairwise(usage[-1], routing.total_variation)
-    frame = tables.drift(run)
-    moved = tables.drift_matrix(frame, run.finished_stage)
-    rows = []
-    for index, task in enumerate(names):
-        if np.isnan(now[index]).any():
-            continue
-        atoms = ", ".join(f"{atom} ({number(now[index, atom])})" for atom in np.argsort(-now[index], kind="stable")[:3])
-        others = [other for other in range(len(names)) if other != index and not np.isnan(common[index, other])]
-        nearest = max(others, key=lambda other: common[index, other], default=None)
-        later = moved[index + 1 :, index]
-        largest = None if not later.size or np.isnan(later).all() else int(np.nanargmax(later))
-        where = "–" if largest is None else f"{index + 2 + largest} {names[index + 1 + largest]}"
-        null = frame[
-            (frame["task"] == task) & (frame["stage"] == index + 2 + (largest or 0)) & (frame["metric"] == "js")
-        ]["null"]
-        shared = (
-            [Cell("–"), cell(None)] if nearest is None else [Cell(names[nearest]), cell(float(common[index, nearest]))]
-        )
-        drifted = cell(None)
-        if largest is not None:
-            drifted = Cell(f"{later[largest]:.4f} ({cell(_first(null), 4).text})", float(later[largest]))
-        rows.append([Cell(task), Cell(atoms), *shared, Cell(where), drifted])
-    columns = ["task", "uses most", "shares most with", "in common", "moved most at", "JS (null)"]
-    note = f"After stage {run.finished_stage}, over blocks. In common: 1 − total variation. Moved most at: the stage "
-    note += "after the task's own with the largest JS (nats). Null: the split-half JS of the same rows, below which a "
-    note += "move is not to be told from chance."
-    return make_table("story", "The routing story, task by task", columns, rows, note)
-
-
-def _first(values: object) -> float | None:
-    numbers = np.asarray(values, dtype=float)
-    return float(numbers[0]) if numbers.size else None
 
 
 def information_table(summary: Summary) -> Table | None:
@@ -295,10 +258,10 @@ def general_table(run: Run) -> Table | None:
 def stage_table(run: Run) -> Table:
     """The stages in order, with their instruction and the time they took."""
     seconds = run.manifest.get("stage_seconds") or {}
-    rows = [[Cell("0", 0), Cell("untrained"), Cell("–"), cell(_maybe_float(seconds.get("0")), 1)]]
+    rows = [[Cell("0", 0), Cell("untrained"), Cell("–"), cell(maybe_float(seconds.get("0")), 1)]]
     for index, task in enumerate(run.stages):
         text = str((run.tasks.get(task) or {}).get("instruction") or "–")
-        spent = cell(_maybe_float(seconds.get(str(index + 1))), 1)
+        spent = cell(maybe_float(seconds.get(str(index + 1))), 1)
         rows.append([Cell(str(index + 1), index + 1), Cell(task), Cell(text), spent])
     return make_table("stages", "Stages", ["stage", "task", "instruction", "seconds"], rows)
 

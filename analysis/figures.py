@@ -5,12 +5,14 @@ from __future__ import annotations
 import numpy as np
 
 from analysis import plots, tables
+from analysis.changes import task_changes
 from analysis.general import general_ability
 from analysis.load import Run
-from analysis.page import Draw, Plate, unless
-from analysis.plots.scores import correlation_text, score_name
+from analysis.page import OPENING, Draw, Plate, unless
+from analysis.plots.scores import score_name
 from analysis.plots.style import number
 from analysis.routing import EPSILON
+from analysis.story_figures import story_plates
 from analysis.studies import largest_ratios
 from analysis.study_training import bounds_plate
 from analysis.summary import Summary, why_no_routes
@@ -22,7 +24,14 @@ _KL = f"KL(p′ ‖ q′) with p′ = (p + ε) / (1 + M ε), ε = {EPSILON:g}"
 def plates(summary: Summary) -> list[Plate]:
     """Return the report's figures, in order."""
     run = summary.run
-    return [*_scores(summary), *_routes(summary), *_training(run), *_theory(run), *_general(run)]
+    return [
+        *_scores(summary),
+        *story_plates(summary),
+        *_routes(summary),
+        *_training(run),
+        *_theory(run),
+        *_general(run),
+    ]
 
 
 def _whose_atoms(run: Run) -> str:
@@ -46,13 +55,14 @@ def _scores(summary: Summary) -> list[Plate]:
     return [
         Plate(
             "score_matrix",
-            "scores",
+            OPENING,
             "The score matrix",
             f"{name[0].upper()}{name[1:]} (higher is better) of every task after every stage; framed: just "
             "trained. Above a "
             f"frame the task was not trained yet; below it, later stages may have cost it something.{clipped}",
             f"Heat map of {name} by stage and task. Last row: {finals}.",
             *unless(why, lambda: plots.score_matrix(scores)),
+            see=_steepest(summary),
         ),
         Plate(
             "score_curves",
@@ -65,6 +75,21 @@ def _scores(summary: Summary) -> list[Plate]:
             *unless(why, lambda: plots.score_curves(scores)),
         ),
     ]
+
+
+def _steepest(summary: Summary) -> str:
+    """Return which column of the score matrix falls most; only a fall whose interval leaves out 0 is called one."""
+    changes = task_changes(summary).iloc[:-1] if summary.run.learnt else task_changes(summary)
+    if not len(changes) or changes["kept_low"].isna().any():
+        return ""
+    fallen = changes[changes["kept_high"] < 0]
+    if not len(fallen):
+        return "No column falls below its frame by more than chance."
+    index = fallen["kept"].idxmin()
+    name = fallen.loc[index, "task"]
+    column = summary.run.learnt.index(str(name))
+    trained, final = summary.matrix[column + 1, column], summary.matrix[-1, column]
+    return f"Steepest fall: {name}, from {number(float(trained))} just trained to {number(float(final))}."
 
 
 def _routes(summary: Summary) -> list[Plate]:
@@ -137,15 +162,12 @@ def _use(run: Run, usage: np.ndarray, none: str) -> list[Plate]:
 def _distances(summary: Summary, usage: np.ndarray, none: str) -> list[Plate]:
     run, names = summary.run, summary.run.stages
     separation, drift = tables.separation(run), tables.drift(run)
-    pairs = tables.drift_and_loss(drift, summary.matrix)
     single = "" if len(names) > 1 else "one task has no other to be told from"
     apart = (why_no_routes(run, "separation") if separation.empty else "") or single
     still = "no stage is finished, so no route can have moved"
     moved = "" if len(drift) else why_no_routes(run, "drift") if separation.empty or "drift" in run.problems else still
-    later = moved or ("" if len(pairs) else "it needs a scored stage after the one that trained a task")
     final = {metric: tables.separation_matrix(separation, run.finished_stage, metric) for metric in ("kl", "js")}
     alt = ", ".join(f"mean {metric.upper()} {number(_mean_apart(matrix))} nats" for metric, matrix in final.items())
-    score = score_name(summary.scores)
     return [
         Plate(
             "separation_matrix",
@@ -155,6 +177,7 @@ def _distances(summary: Summary, usage: np.ndarray, none: str) -> list[Plate]:
             "ln 2 ≈ 0.69. Diagonal: the split-half null, the distance between two halves of the task's own rows.",
             f"Heat maps of KL and JS between tasks' routes after the last stage; {alt}.",
             *unless(apart, lambda: plots.separation_matrix(separation)),
+            see=_apart(final["js"]),
         ),
         Plate(
             "separation_by_stage",
@@ -176,26 +199,15 @@ def _distances(summary: Summary, usage: np.ndarray, none: str) -> list[Plate]:
             "Line charts of route drift by stage, one a task, over the split-half null.",
             *unless(moved, lambda: plots.route_drift(drift)),
         ),
-        Plate(
-            "sharing",
-            "distance",
-            "Who shares with whom",
-            "Routing weight that two tasks put on the same atoms (1 − total variation, mean over blocks), tasks "
-            "ordered "
-            "by average-linkage clustering of their JS distance.",
-            f"Clustered heat map of the usage in common between {len(names)} tasks.",
-            *unless(none or single, lambda: plots.sharing(tables.sharing(usage[-1], names))),
-        ),
-        Plate(
-            "drift_against_loss",
-            "distance",
-            "Does drift predict forgetting?",
-            "One point a learnt task and later stage: how far its routes moved at that stage, and the score it lost "
-            "there. The interval redraws points; points of one task are not independent, so it is rough.",
-            f"Scatter of score lost against route drift. {correlation_text(pairs)}.",
-            *unless(later, lambda: plots.drift_against_loss(pairs, score)),
-        ),
     ]
+
+
+def _apart(js: np.ndarray) -> str:
+    """Return how the distances between tasks compare with those between halves of one task."""
+    null, between = float(np.mean(np.diag(js))), _mean_apart(js)
+    if not (null > 0 and np.isfinite(between)):
+        return ""
+    return f"Two tasks are {between:.3f} nats of JS apart on average, two halves of one task {null:.3f}."
 
 
 def _mean_apart(matrix: np.ndarray) -> float:

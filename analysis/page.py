@@ -22,11 +22,17 @@ from analysis.words import Measure
 _TEMPLATES = Path(__file__).parent
 _DOTS_PER_INCH = 160
 Draw = Callable[[], Drawing]
+OPENING = "opening"
+"""The section of the figure on the first screen."""
 
 
 @dataclass(frozen=True)
 class Plate:
-    """One figure of the report; ``draw`` is None where the run cannot show it, and ``missing`` then says why."""
+    """One figure of the report; ``draw`` is None where the run cannot show it, and ``missing`` then says why.
+
+    ``caption`` says how to read it, ``see`` what there is to see in it, in a sentence that its numbers allow; the
+    figure of the section ``OPENING`` stands on the first screen.
+    """
 
     name: str
     section: str
@@ -35,6 +41,7 @@ class Plate:
     alt: str
     draw: Draw | None
     missing: str = ""
+    see: str = ""
 
 
 def unless(why: str, draw: Draw) -> tuple[Draw | None, str]:
@@ -52,8 +59,16 @@ class Figure:
 
 
 @dataclass(frozen=True)
+class Point:
+    """A thing that a section says in words before its figures: what it is about, and a few sentences."""
+
+    term: str
+    text: str
+
+
+@dataclass(frozen=True)
 class Section:
-    """A part of the report: its figures, each followed by its tables, and the tables of no figure.
+    """A part of the report: its points, its figures, each followed by its tables, and the tables of no figure.
 
     ``missing`` holds, by the reason, the titles of the figures that cannot be shown.
     """
@@ -61,6 +76,7 @@ class Section:
     key: str
     title: str
     lead: str
+    points: list[Point]
     figures: list[tuple[Figure, list[Table]]]
     missing: dict[str, list[str]]
     tables: list[Table]
@@ -83,25 +99,29 @@ class Page:
     Attributes:
         kind: What is reported on, as the line over the title.
         title: The title.
-        verdict: What is shown, in a sentence or two.
+        verdict: What is shown, in a sentence.
+        gloss: What the verdict rests on: the sizes, with their intervals, and what they do not hold.
         sections: Key, title and lead of each section, in order.
         plates: The figures; each names its section.
         tables: Tables by the name of the figure that they follow, or by their section's key.
         facts: The few facts under the title.
         key_numbers: The numbers of the first screen.
         notices: What a reader must know before the numbers.
+        points: What a section says in words, by its key.
         summary: summary.json's content.
     """
 
     kind: str
     title: str
     verdict: str
+    gloss: str
     sections: Sequence[tuple[str, str, str]]
     plates: Sequence[Plate]
     tables: Mapping[str, list[Table]]
     facts: Sequence[str]
     key_numbers: Sequence[KeyNumber]
     notices: Sequence[str]
+    points: Mapping[str, list[Point]] = field(default_factory=dict)
     summary: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -111,9 +131,12 @@ def write_page(page: Page, directory: Path) -> Path:
     text = json.dumps(page.summary, indent=2, ensure_ascii=False, allow_nan=False)
     (directory / "summary.json").write_text(text + "\n", encoding="utf-8")
     figures = [_draw(plate, directory / "figures") for plate in page.plates]
-    context = {name: getattr(page, name) for name in ("kind", "title", "facts", "verdict", "key_numbers", "notices")}
-    sections = [_section(*section, figures, page.tables) for section in page.sections]
-    context["sections"] = [part for part in sections if part.figures or part.missing or part.tables]
+    told = ("kind", "title", "facts", "verdict", "gloss", "key_numbers", "notices")
+    context: dict[str, Any] = {name: getattr(page, name) for name in told}
+    context["opening"] = [figure for figure in figures if figure.plate.section == OPENING and figure.svg]
+    context["unopened"] = [figure.plate for figure in figures if figure.plate.section == OPENING and not figure.svg]
+    sections = [_section(page, *section, figures) for section in page.sections]
+    context["sections"] = [part for part in sections if part.points or part.figures or part.missing or part.tables]
     for name in ("report.md", "report.html"):
         (directory / name).write_text(_environment().get_template(f"{name}.j2").render(context), encoding="utf-8")
     return directory / "report.html"
@@ -131,7 +154,7 @@ def _draw(plate: Plate, directory: Path) -> Figure:
         figure.savefig(image, dpi=_DOTS_PER_INCH, metadata={"Software": None})
         figure.set_layout_engine("none")
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+        figure.savefig(buffer, format="svg", facecolor="none", metadata={"Date": None, "Creator": None})
     vector.write_text(buffer.getvalue(), encoding="utf-8")
     return Figure(plate, _inline(buffer.getvalue(), plate), round(figure.get_figwidth() * 96))
 
@@ -140,6 +163,7 @@ def _inline(svg: str, plate: Plate) -> Markup:
     """Make an SVG file into an element of a page: no prolog, names of its own, and its alternative text."""
     body = svg[svg.index("<svg") :]
     body = re.sub(r"<metadata>.*?</metadata>|<style .*?</style>", "", body, flags=re.DOTALL)
+    body = re.sub(r' id="image[^"]*"', "", body)  # like pictures (two colour bars, say) are given like ids
     body = re.sub(r'\bid="', f'id="{plate.name}-', body)
     body = re.sub(r'(url\(#|href="#)', rf"\g<1>{plate.name}-", body)
     box = re.search(r'viewBox="[^"]*"', body)
@@ -161,7 +185,8 @@ def _environment() -> jinja2.Environment:
     return environment
 
 
-def _section(key: str, title: str, lead: str, figures: Sequence[Figure], beside: Mapping[str, list[Table]]) -> Section:
+def _section(page: Page, key: str, title: str, lead: str, figures: Sequence[Figure]) -> Section:
+    beside = page.tables
     own = [figure for figure in figures if figure.plate.section == key]
     drawn = [(figure, beside.get(figure.plate.name, [])) for figure in own if figure.svg]
     missing: dict[str, list[str]] = {}
@@ -169,7 +194,7 @@ def _section(key: str, title: str, lead: str, figures: Sequence[Figure], beside:
         if not figure.svg:
             missing.setdefault(figure.plate.missing, []).append(figure.plate.title)
     left = [table for figure in own if not figure.svg for table in beside.get(figure.plate.name, [])]
-    return Section(key, title, lead, drawn, missing, [*left, *beside.get(key, [])])
+    return Section(key, title, lead, page.points.get(key, []), drawn, missing, [*left, *beside.get(key, [])])
 
 
 def _plain(text: object) -> str:
@@ -181,7 +206,7 @@ def _plain(text: object) -> str:
 
 def _text_table(table: Table) -> str:
     """Return a table as markdown whose columns also line up in a terminal."""
-    lines = [[_plain(name) for name in table.columns], *([_plain(cell.text) for cell in row] for row in table.rows)]
+    lines = [[_plain(name) for name in table.columns], *([_plain(cell.line) for cell in row] for row in table.rows)]
     widths = [max(3, *(len(line[place]) for line in lines)) for place in range(len(table.columns))]
     rule = [
         ("-" * (width - 1) + ":") if right else "-" * width for width, right in zip(widths, table.numeric, strict=True)

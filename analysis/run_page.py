@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from analysis import content, published, words
+from collections.abc import Sequence
+from dataclasses import replace
+
+from analysis import content, preflight, published, story, words
 from analysis.content import Table
 from analysis.figures import plates
 from analysis.load import Run
@@ -11,9 +14,11 @@ from analysis.plots.style import number
 from analysis.summary import Summary, summarise, why_not_averaged
 
 _SECTIONS = (
+    ("preflight", "Preflight", "What the rows of each task can show at all, before any result is trusted."),
     ("scores", "Scores", "What each stage taught, and what it cost the tasks before it."),
-    ("use", "What routing uses", "Which atoms of the shared bank each task draws on, and how that changes."),
-    ("distance", "How tasks stand apart", "Distances between tasks' routes, their drift, and what drift goes with."),
+    ("story", "The routing story", "Each task's atoms, whom it shares them with, what moved, and what that cost."),
+    ("use", "What routing uses", "The atoms of the shared bank in detail: usage, its change, entropy, specialists."),
+    ("distance", "How tasks stand apart", "Distances between tasks' routes, stage by stage, and their drift."),
     ("training", "Training", "The loss, and where in the network the adapter's gradient lies."),
     ("words", "Other words", "The finished model under instructions and lists that it was not trained on."),
     ("general", "General ability", "What stages cost the model on English that no stage trains on."),
@@ -24,29 +29,34 @@ _SECTIONS = (
 def run_page(run: Run) -> Page:
     """Return the page of a run, finished or not."""
     summary = summarise(run)
+    checks, told = preflight.run_checks(summary), story.chapters(summary)
     return Page(
         kind="Continual-learning run",
         title=run.name,
         verdict=words.verdict(summary),
+        gloss=words.gloss(summary),
         sections=_SECTIONS,
         plates=plates(summary),
-        tables=_tables(summary),
+        tables=_tables(summary, checks, told),
         facts=_facts(run),
         key_numbers=_key_numbers(summary),
         notices=_notices(run),
+        points={"preflight": preflight.points(checks, _over_passing(summary, checks)), "story": story.points(told)},
         summary=summary.to_json(),
     )
 
 
 def _key_numbers(summary: Summary) -> list[KeyNumber]:
-    found = []
-    for key in words.key_numbers(summary):
+    found: list[KeyNumber] = []
+    metrics = {summary.run.metric(task) for task in summary.run.learnt}
+    unit = "R²" if metrics == {"r2"} else "accuracy"
+    for key in words.KEY_NUMBERS:
         reason = summary.reasons.get(key)
         span = summary.intervals.get(key)
         found.append(
             KeyNumber(
-                words.MEASURES[key],
-                content.cell(summary.values[key], 3 if key == "route_drift" else 2).text,
+                replace(words.MEASURES[key], name=words.MEASURES[key].name.replace("accuracy", unit)),
+                content.cell(summary.values[key]).text,
                 (number(span[0]), number(span[1])) if span else None,
                 "not averaged" if reason and why_not_averaged(summary.run) else reason,
             )
@@ -54,13 +64,25 @@ def _key_numbers(summary: Summary) -> list[KeyNumber]:
     return found
 
 
-def _tables(summary: Summary) -> dict[str, list[Table]]:
+def _over_passing(summary: Summary, checks: Sequence[preflight.Check]) -> str:
+    """Return the average over the tasks that pass, in a sentence, where an average is over others too."""
+    if summary.values["average_accuracy"] is None:
+        return ""
+    final = dict(zip(summary.run.learnt, summary.matrix[-1], strict=False))
+    passing = [final[check.task] for check in checks if check.passes and check.task in final]
+    if not passing:
+        return ""
+    return f"Over the others alone the average final score is {number(sum(passing) / len(passing))}."
+
+
+def _tables(summary: Summary, checks: Sequence[preflight.Check], told: list[story.Chapter]) -> dict[str, list[Table]]:
     """Return the report's tables by the name of the figure that they follow, or of their section."""
     run = summary.run
     found: dict[str, list[Table | None]] = {
-        "score_matrix": [content.task_table(summary), content.other_metrics(summary)],
+        "preflight": [preflight.table(checks)],
+        "scores": [content.task_table(summary), content.other_metrics(summary)],
         "routing_entropy": [content.information_table(summary)],
-        "sharing": [content.routing_story(summary)],
+        "story": [story.story_table(told, run.finished_stage)],
         "words": [content.words_table(run)],
         "general_ability": [content.general_table(run)],
         "details": [
@@ -69,7 +91,6 @@ def _tables(summary: Summary) -> dict[str, list[Table]]:
             content.bound_table(summary),
             content.stage_table(run),
             published.beside_run(summary),
-            content.trust_table(run),
             content.fact_table(run),
         ],
     }

@@ -72,6 +72,8 @@ class Summary:
     reasons: dict[str, str] = field(default_factory=dict)
     """Why a value is None, by key; "intervals" says why there are none."""
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    drawn: Array | None = field(default=None, repr=False)
+    """The learnt matrix with its test rows redrawn, shape (draws, S + 1, S); None where there are no intervals."""
 
     @property
     def learnt_matrix(self) -> Array:
@@ -192,6 +194,7 @@ def _intervals(summary: Summary) -> None:
     except ValueError as error:
         summary.reasons["intervals"] = str(error)
         return
+    summary.drawn = drawn
     for key, measure in {**SCORE_MEASURES, "micro_average_accuracy": _micro(summary)}.items():
         if summary.values[key] is not None and (found := intervals.interval(drawn, measure)):
             summary.intervals[key] = found

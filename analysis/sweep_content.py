@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from analysis import published, words
-from analysis.content import Cell, Table, cell, make_table
+from analysis.content import Cell, Table, cell, make_table, spanned
 from analysis.differences import ALL, HEADLINE, paired_differences
 from analysis.frames import Frame
 from analysis.hierarchy import FEW_CELLS
+from analysis.row_spans import row_interval
 from analysis.sweeps import BOUNDS, HEADLINE_MARGIN, MEASURES, Sweep, cell_measures, method_table
 
 DEFINITIONS: dict[str, words.Measure] = {
@@ -28,6 +29,9 @@ DEFINITIONS: dict[str, words.Measure] = {
         "intransigence", "lower", "Mean over stages k of joint training's score on task k minus the just-trained score."
     ),
 }
+
+
+_MAIN = ("headline_accuracy", "average_accuracy", "backward_transfer", "learning_accuracy")
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,12 @@ class Comparison:
     def row(self, method: str) -> Mapping[str, Any]:
         """Return a method's numbers."""
         return self.methods[self.methods["method"] == method].iloc[0].to_dict()
+
+    @property
+    def told(self) -> Frame:
+        """The differences without those on all tasks where these are the headline tasks, and so the same numbers."""
+        same = set(self.sweep.headline_names) == set(self.sweep.tasks)
+        return self.differences[self.differences["tasks"] == HEADLINE] if same else self.differences
 
     def difference(self, frame: Frame, method: str, measure: str = "average_accuracy") -> Mapping[str, Any] | None:
         """Return ``frame``'s row of a method, over the tasks that ``key`` is over; None where there is none."""
@@ -70,16 +80,19 @@ def compare(sweep: Sweep) -> Comparison:
     return Comparison(sweep, methods, differences, key, leader, from_leader)
 
 
-def spanned(value: float, low: float, high: float) -> Cell:
-    """Return a number with its interval, sorted by the number."""
-    number = cell(value, 3)
-    if not (math.isfinite(low) and math.isfinite(high)):
-        return number
-    return Cell(f"{number.text} ({cell(low, 3).text} to {cell(high, 3).text})", number.sort)
+def span_of(compared: Comparison, method: str, key: str) -> tuple[float, float] | None:
+    """Return a measure's interval: over cells or, for a method of one cell, over its test rows; None for none."""
+    row = compared.row(method)
+    if row["cells"] == 1:
+        sweep = compared.sweep
+        tasks = sweep.headline_names if key == "headline_accuracy" else sweep.tasks
+        return row_interval(sweep.cells_of(method)[0], tasks, key)
+    span = (float(row[f"{key}_low"]), float(row[f"{key}_high"]))
+    return span if math.isfinite(span[0]) and math.isfinite(span[1]) else None
 
 
-def _measure(row: Mapping[str, Any], key: str) -> Cell:
-    return spanned(row[key], row[f"{key}_low"], row[f"{key}_high"])
+def _measure(compared: Comparison, row: Mapping[str, Any], key: str) -> Cell:
+    return spanned(row[key], *(span_of(compared, row["method"], key) or (math.nan, math.nan)))
 
 
 def _whole(value: float) -> Cell:
@@ -92,7 +105,7 @@ def stored(num_bytes: float) -> Cell:
 
 
 def main_table(compared: Comparison) -> Table:
-    """The one table: score, difference from the baseline, memory, parameters and seconds of every method."""
+    """The one table: score, difference from the baseline and transfer of every method, with their intervals."""
     sweep = compared.sweep
     rows = []
     for row in compared.methods.to_dict("records"):
@@ -101,16 +114,29 @@ def main_table(compared: Comparison) -> Table:
         apart = [cell(None), Cell("baseline" if method == sweep.baseline else "–")]
         if found:
             apart = [spanned(found["difference"], found["low"], found["high"]), Cell(found["verdict"])]
-        named = Cell(f"{method} (bound)" if method in BOUNDS else method)
-        scores = [_measure(row, key) for key in ("headline_accuracy", "average_accuracy", "backward_transfer")]
-        kept = [stored(row["stored_bytes_a_task"])]
-        numbers = [_whole(row[key]) for key in ("trainable_parameters", "stored_parameters", "serving_parameters")]
-        line = [named, _whole(row["cells"]), scores[0], *apart, *scores[1:], *kept, *numbers]
-        rows.append([*line, cell(float(row["seconds"]), 1)])
+        scores = [_measure(compared, row, key) for key in _MAIN]
+        rows.append([Cell(named(method)), _whole(row["cells"]), scores[0], *apart, *scores[1:]])
     against = f"minus {sweep.baseline}" if sweep.baseline else "minus the baseline"
-    columns = ["method", "cells", "headline average", against, "verdict", "average, all tasks", "backward transfer"]
-    columns += ["kept a task (bytes)", "trainable parameters", "stored parameters", "serving parameters", "seconds"]
-    return make_table("methods", "Scores, differences and costs", columns, rows, _main_note(compared))
+    columns = ["method", "cells", DEFINITIONS[_MAIN[0]].name, against, "verdict", "average, all tasks"]
+    columns += [DEFINITIONS[key].name for key in _MAIN[2:]]
+    return make_table("methods", "Scores and differences", columns, rows, _main_note(compared))
+
+
+def named(method: str) -> str:
+    """Return a method's name, a bound marked as one."""
+    return f"{method} (bound)" if method in BOUNDS else method
+
+
+def cost_table(compared: Comparison) -> Table:
+    """What each method costs: memory, parameters, seconds."""
+    rows = []
+    for row in compared.methods.to_dict("records"):
+        numbers = [_whole(row[key]) for key in ("trainable_parameters", "stored_parameters", "serving_parameters")]
+        kept, seconds = stored(row["stored_bytes_a_task"]), cell(float(row["seconds"]), 1)
+        rows.append([Cell(named(row["method"])), kept, *numbers, seconds])
+    columns = ["method", "kept a task (bytes)", "trainable parameters", "stored parameters", "serving parameters"]
+    note = "Means over cells. Kept a task: bytes that the strategy keeps on disk after the last stage, over the stages."
+    return make_table("costs", "What each method costs", [*columns, "seconds a cell"], rows, note)
 
 
 def _main_note(compared: Comparison) -> str:
@@ -118,14 +144,17 @@ def _main_note(compared: Comparison) -> str:
     note += "The difference is paired, over the cells and test rows that both methods have, on the tasks of the first "
     note += "score; it is called above or below only where its interval leaves out 0. "
     if len(compared.methods) and compared.methods["rough"].any():
-        note += f"With {FEW_CELLS} cells or fewer an interval is rough; with one cell there is none over cells. "
-    return note + "Kept a task: bytes that the strategy keeps on disk after the last stage, over the stages."
+        note += (
+            f"With {FEW_CELLS} cells or fewer an interval is rough; with one cell it holds the test rows' share only."
+        )
+    return note
 
 
 def measure_table(compared: Comparison) -> Table:
     """Every measure of every method."""
     rows = [
-        [Cell(row["method"]), *(_measure(row, key) for key in MEASURES)] for row in compared.methods.to_dict("records")
+        [Cell(named(row["method"])), *(_measure(compared, row, key) for key in MEASURES)]
+        for row in compared.methods.to_dict("records")
     ]
     note = " ".join(f"{DEFINITIONS[key].name.capitalize()}: {DEFINITIONS[key].definition}" for key in MEASURES)
     if not len(compared.methods) or compared.methods["intransigence"].isna().all():
@@ -137,7 +166,7 @@ def measure_table(compared: Comparison) -> Table:
 def difference_table(compared: Comparison) -> Table | None:
     """The paired differences in numbers, on headline and on all tasks."""
     rows = []
-    for row in compared.differences.to_dict("records"):
+    for row in compared.told.to_dict("records"):
         named = [Cell(row["method"]), Cell(DEFINITIONS[row["measure"]].name), Cell(row["tasks"])]
         rows.append(
             [*named, cell(row["cells"]), spanned(row["difference"], row["low"], row["high"]), Cell(row["verdict"])]
@@ -149,25 +178,6 @@ def difference_table(compared: Comparison) -> Table | None:
     note += "tasks, the same rows for both methods and in all cells. With one cell it holds the test rows' share only."
     title = f"Paired differences from {compared.sweep.baseline}, in numbers"
     return make_table("differences", title, columns, rows, note)
-
-
-def headline_table(sweep: Sweep) -> Table:
-    """Which tasks make the headline mean, and why."""
-    rows = [
-        [
-            Cell(row["task"]),
-            cell(row["bound"], 3),
-            Cell(row["bound_from"] or "–"),
-            cell(row["constant"], 3),
-            Cell("yes" if row["headline"] else "no"),
-        ]
-        for row in sweep.headline.to_dict("records")
-    ]
-    note = "The bound is the just-trained score of the method per_task or, without one, the best over methods. A task "
-    note += f"whose bound does not beat the best constant answer by {HEADLINE_MARGIN} can show no forgetting: it is "
-    note += "shown, and kept out of the headline mean."
-    columns = ["task", "bound", "bound from", "best constant", "in the headline mean"]
-    return make_table("headline", "Headline tasks", columns, rows, note)
 
 
 def tuning_table(sweep: Sweep) -> Table | None:

@@ -7,19 +7,63 @@ import pandas as pd
 from analysis import plots
 from analysis.frames import Frame
 from analysis.hierarchy import FEW_CELLS, mean_weights
-from analysis.page import Plate, unless
+from analysis.page import OPENING, Plate, unless
 from analysis.plots.style import number
-from analysis.sweep_content import Comparison
-from analysis.sweeps import HEADLINE_MARGIN, Sweep
+from analysis.sweep_content import Comparison, span_of
+from analysis.sweeps import BOUNDS, HEADLINE_MARGIN, Sweep
 
 
 def sweep_plates(compared: Comparison) -> list[Plate]:
     """Return the figures of a sweep's report, in order."""
-    return [_forest(compared), _tasks(compared.sweep), _stages(compared.sweep)]
+    return [_methods(compared), _forest(compared), _tasks(compared.sweep), _stages(compared.sweep)]
+
+
+def side_by_side(compared: Comparison) -> Frame:
+    """Return the methods' scores and paired differences, best first, bounds last.
+
+    Returns:
+        Columns method, bound, value, low, high, difference, difference_low, difference_high, verdict; NaN for none.
+    """
+    rows = []
+    for row in compared.methods.to_dict("records"):
+        method, none = row["method"], (float("nan"), float("nan"))
+        span = span_of(compared, method, compared.key) or none
+        found = compared.difference(compared.differences, method) or {}
+        pair = [found.get(key, float("nan")) for key in ("difference", "low", "high")]
+        rows.append([method, method in BOUNDS, row[compared.key], *span, *pair, found.get("verdict", "")])
+    columns = ["method", "bound", "value", "low", "high", "difference", "difference_low", "difference_high", "verdict"]
+    frame = pd.DataFrame(rows, columns=columns).dropna(subset="value")
+    return frame.sort_values(["bound", "value"], ascending=[True, False], ignore_index=True)
+
+
+def _methods(compared: Comparison) -> Plate:
+    sweep, frame = compared.sweep, side_by_side(compared)
+    spans = [f"{row.method} {number(row.value)}" for row in frame.itertuples()]
+    tasks = "the headline tasks" if sweep.headline_names else "all tasks"
+    hollow = " Hollow: bounds, which do not compete." if frame["bound"].any() else ""
+    ones = bool(len(frame)) and bool((compared.methods["cells"] == 1).any())
+    rows = " A method of one cell has its test rows redrawn alone." if ones else ""
+    right = ""
+    if frame["difference"].notna().any():
+        right = (
+            f" Right: what it has more than {sweep.baseline}, over the same cells and rows; grey where the interval "
+        )
+        right += "holds 0, so that the two are not told apart; blue above, red below."
+    return Plate(
+        "methods_side_by_side",
+        OPENING,
+        "Methods side by side",
+        f"{'Left: each' if right else 'Each'} method's mean final score on {tasks} with its 95 % "
+        f"interval.{right}{hollow}{rows}",
+        f"Dot plot of mean final score by method, with intervals. {'; '.join(spans)}.",
+        *unless(
+            "" if len(frame) else "no cell is finished", lambda: plots.methods_compared(frame, sweep.baseline or "")
+        ),
+    )
 
 
 def _forest(compared: Comparison) -> Plate:
-    sweep, frame = compared.sweep, compared.differences
+    sweep, frame = compared.sweep, compared.told
     frame = frame[frame["measure"] == "average_accuracy"]
     why = "" if len(frame) else why_no_differences(sweep)
     rough = f" Intervals over {FEW_CELLS} cells or fewer are rough." if len(frame) and frame["rough"].any() else ""

@@ -6,19 +6,20 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from analysis import sweep_content
-from analysis.content import Table, cell
+from analysis import preflight, sweep_content
+from analysis.content import Table, cell, spanned
 from analysis.hierarchy import FEW_CELLS
 from analysis.page import KeyNumber, Page
 from analysis.study_content import study_parts
 from analysis.study_parts import Studies
 from analysis.sweep_content import DEFINITIONS, Comparison, compare
 from analysis.sweep_figures import sweep_plates, why_no_differences
-from analysis.sweeps import ABOVE, BELOW, BOUNDS, EVEN, MEASURES, Sweep
+from analysis.sweeps import ABOVE, BELOW, BOUNDS, EVEN, JOINT, MEASURES, PER_TASK, Sweep
 from analysis.words import Measure
 
 _SECTIONS = (
-    ("methods", "Methods side by side", "What each method reaches, how sure that is, and what it costs."),
+    ("preflight", "Preflight", "What the rows of each task can show at all, before any result is trusted."),
+    ("methods", "Scores and costs", "What each method reaches, how sure that is, and what it costs."),
     ("differences", "Paired differences", "Each method against the baseline, over the same cells and test rows."),
     ("tasks", "Task by task", "Where the scores come from, and which tasks can tell methods apart."),
     ("stages", "Stage by stage", "How the mean score holds as tasks are added."),
@@ -29,20 +30,24 @@ _SECTIONS = (
 
 def sweep_page(sweep: Sweep) -> Page:
     """Return the page of a sweep, finished or not."""
-    compared, parts = compare(sweep), study_parts(sweep)
-    tables = _tables(compared)
+    compared, checks, parts = compare(sweep), preflight.sweep_checks(sweep), study_parts(sweep)
+    tables = _tables(compared, checks)
     for place, more in parts.tables.items():
         tables[place] = [*tables.get(place, []), *more]
     return Page(
         kind="Sweep",
         title=sweep.name,
         verdict=verdict(compared),
+        gloss=gloss(compared),
         sections=_sections(sweep, parts),
         plates=[*sweep_plates(compared), *parts.plates],
         tables=tables,
         facts=_facts(sweep),
         key_numbers=_key_numbers(compared),
         notices=[*_notices(compared), *parts.problems],
+        points={"preflight": preflight.points(checks, "They are shown, and kept out of the headline mean.")}
+        if checks
+        else {},
         summary=to_json(compared),
     )
 
@@ -54,12 +59,16 @@ def _sections(sweep: Sweep, parts: Studies) -> list[tuple[str, str, str]]:
     return [*before, *parts.sections, *after]
 
 
-def _tables(compared: Comparison) -> dict[str, list[Table]]:
+def _tables(compared: Comparison, checks: list[preflight.Check]) -> dict[str, list[Table]]:
     sweep = compared.sweep
     found: dict[str, list[Table | None]] = {
-        "methods": [sweep_content.main_table(compared), sweep_content.published_table(compared)],
+        "preflight": [preflight.table(checks, sweep.headline_names) if checks else None],
+        "methods": [
+            sweep_content.main_table(compared),
+            sweep_content.published_table(compared),
+            sweep_content.cost_table(compared),
+        ],
         "paired_differences": [sweep_content.difference_table(compared)],
-        "scores_by_task": [sweep_content.headline_table(sweep)],
         "tuning": [sweep_content.tuning_table(sweep)],
         "details": [
             sweep_content.measure_table(compared),
@@ -71,50 +80,52 @@ def _tables(compared: Comparison) -> dict[str, list[Table]]:
 
 
 def verdict(compared: Comparison) -> str:
-    """Return what the sweep shows, in a few sentences; no difference is called that its interval does not."""
+    """Return what the sweep shows, in a sentence; no difference is called that its interval does not."""
     sweep, leader = compared.sweep, compared.leader
     if leader is None:
         return "No cell is finished yet, so no method can be judged."
-    row, key = compared.row(leader), compared.key
-    num, of = len(sweep.headline_names) or len(sweep.tasks), "headline tasks" if sweep.headline_names else "tasks"
-    rivals = [method for method in sweep.measured if method not in BOUNDS]
-    reach = f"{sweep_content.spanned(row[key], row[f'{key}_low'], row[f'{key}_high']).text} on {num} {of}"
+    num, of = len(sweep.headline_names) or len(sweep.tasks), "headline task" if sweep.headline_names else "task"
+    span = sweep_content.span_of(compared, leader, compared.key) or (math.nan, math.nan)
+    reach = f"{spanned(compared.row(leader)[compared.key], *span).line} on {num} {of}{'s' * (num != 1)}"
+    rivals = _rivals(compared)
     if len(rivals) == 1:
         alone = "it is the sweep's one method" if len(sweep.methods) == 1 else "no other method has a finished cell"
         return f"{leader} reaches a mean final score of {reach}; {alone}."
-    first = f"{leader} has the highest mean final score of {len(rivals)} methods, {reach}."
-    return " ".join(
-        part for part in (first, _beside_leader(compared, rivals), _against_baseline(compared, rivals)) if part
-    )
+    tied = [one for one in rivals if compared.row(one)[compared.key] == compared.row(leader)[compared.key]]
+    have = "has" if len(tied) == 1 else "share"
+    first = f"{_listed(tied)} {have} the highest mean final score of {len(rivals)} methods, {reach}"
+    groups = _groups(compared, compared.from_leader, rivals)
+    even, below = [one for one in groups[EVEN] + groups[ABOVE] if one not in tied], groups[BELOW]
+    if len(tied) == len(rivals):
+        return f"{first}."
+    if even and len(tied) > 1:
+        return f"{first}; not told apart from {leader}: {_listed(even)}."
+    if even:
+        return f"{first}, but it is not told apart from {_listed(even)}."
+    if len(below) == len(rivals) - 1:
+        return f"{first}, and {'every other one is' if len(below) > 1 else f'{below[0]} is'} below it."
+    return f"{first}{f', and {_listed(below)} are below it' if below else ''}; the rest cannot be paired with it."
 
 
-def _beside_leader(compared: Comparison, rivals: list[str]) -> str:
-    """Return which methods the leader is told apart from."""
-    leader, groups = compared.leader, _groups(compared, compared.from_leader, rivals)
-    others = groups[EVEN] + groups[ABOVE]
-    if leader == compared.sweep.baseline or not (others or groups[BELOW]):
-        return ""
-    if not others:
-        return (
-            "Every other method lies below it with its whole interval."
-            if len(groups[BELOW]) > 1
-            else f"{groups[BELOW][0]} is below it."
-        )
-    return f"Not told apart from it: {_listed(others)}."
+def _rivals(compared: Comparison) -> list[str]:
+    """Return the measured methods that compete: all but the bounds."""
+    return [method for method in compared.sweep.measured if method not in BOUNDS]
 
 
-def _against_baseline(compared: Comparison, rivals: list[str]) -> str:
-    """Return how the methods stand to the baseline."""
-    sweep, groups = compared.sweep, _groups(compared, compared.differences, rivals)
+def gloss(compared: Comparison) -> str:
+    """Return how the methods stand to the baseline, and what being told apart means."""
+    sweep, rivals = compared.sweep, _rivals(compared)
+    groups = _groups(compared, compared.differences, rivals)
     if not any(groups.values()):
         return ""
     parts = []
     for word, names in groups.items():
         if names and word == EVEN:
-            parts.append(f"{_listed(names)} {'is' if len(names) == 1 else 'are'} not told apart from it")
+            parts.append(f"{_listed(names)} {_are(names)} not told apart from it")
         elif names:
-            parts.append(f"{word} it: {_listed([_with_difference(compared, name) for name in names])}")
-    return f"Against {sweep.baseline}, the baseline: {'; '.join(parts)}."
+            parts.append(f"{_listed([_with_difference(compared, name) for name in names])} {_are(names)} {word} it")
+    told = "Methods are told apart where the 95 % interval of their paired difference leaves out 0."
+    return f"Against {sweep.baseline}, the baseline: {'; '.join(parts)}. {told}"
 
 
 def _groups(compared: Comparison, frame: Any, rivals: list[str]) -> dict[str, list[str]]:
@@ -128,7 +139,11 @@ def _groups(compared: Comparison, frame: Any, rivals: list[str]) -> dict[str, li
 def _with_difference(compared: Comparison, method: str) -> str:
     found = compared.difference(compared.differences, method)
     assert found is not None
-    return f"{method} by {cell(abs(found['difference']), 3).text}"
+    return f"{method} (by {cell(abs(found['difference']), 3).text})"
+
+
+def _are(names: list[str]) -> str:
+    return "is" if len(names) == 1 else "are"
 
 
 def _listed(names: list[str]) -> str:
@@ -136,49 +151,51 @@ def _listed(names: list[str]) -> str:
 
 
 def _key_numbers(compared: Comparison) -> list[KeyNumber]:
-    """Return the six numbers of the first screen."""
-    sweep, leader = compared.sweep, compared.leader
-    done = sum(one.matrix is not None for one in sweep.cells)
-    counts = [
-        KeyNumber(
-            Measure("finished cells", "–", "Cells whose run is finished and readable."), f"{done} of {len(sweep.cells)}"
-        ),
-        KeyNumber(
-            Measure("headline tasks", "–", "Tasks that make the headline mean."),
-            f"{len(sweep.headline_names)} of {len(sweep.tasks)}",
-        ),
-    ]
+    """Return the six numbers of the first screen: the leader's own, and its paired differences from a rival."""
+    leader = compared.leader
     if leader is None:
-        return counts
-    row, key = compared.row(leader), compared.key
-    found = compared.difference(compared.differences, leader)
-    why = "it is the baseline" if leader == sweep.baseline else why_no_differences(sweep)
-    pair = "from the baseline" if leader == sweep.baseline else f"{leader} minus {sweep.baseline or 'the baseline'}"
-    measure = Measure(f"paired difference, {pair}", "higher", "Mean final score minus the baseline's, paired.")
-    paired = KeyNumber(measure, "–", None, why)
-    if found:
-        paired = KeyNumber(measure, cell(found["difference"], 3).text, _span(found["low"], found["high"]))
-    kept = Measure(
-        f"bytes kept a task, {leader}", "lower", "Bytes that the strategy keeps after the last stage, over stages."
-    )
-    return [
-        _number(row, key, leader),
-        paired,
-        _number(row, "backward_transfer", leader),
-        KeyNumber(kept, sweep_content.stored(row["stored_bytes_a_task"]).text),
-        *counts,
+        return []
+    own = [_number(compared, leader, key) for key in (compared.key, "backward_transfer", "learning_accuracy")]
+    sweep = compared.sweep
+    rival, sign, frame, why = sweep.baseline or "the baseline", 1, compared.differences, why_no_differences(sweep)
+    if leader == sweep.baseline:  # then from the next best
+        others = [other for other in _rivals(compared) if compared.difference(compared.from_leader, other)]
+        rival = max(others, key=lambda other: compared.row(other)[compared.key], default="the next best")
+        sign, frame, why = -1, compared.from_leader, "no other method can be paired with it"
+    about = rival if sign < 0 else leader
+    pairs = [
+        _paired(compared.difference(frame, about, key), sign, f"{name}, {leader} minus {rival}", why)
+        for key, name in (("average_accuracy", "final score"), ("backward_transfer", "backward transfer"))
     ]
+    return [own[0], pairs[0], own[1], pairs[1], own[2], _to_bound(compared, leader)]
 
 
-def _number(row: Mapping[str, Any], key: str, method: str) -> KeyNumber:
-    defined = DEFINITIONS[key]
+def _to_bound(compared: Comparison, leader: str) -> KeyNumber:
+    """Return what a bound has more than the leader or, without a bound to pair it with, the leader's way there."""
+    for bound in (JOINT, PER_TASK):
+        if found := compared.difference(compared.from_leader, bound):
+            return _paired(found, 1, f"final score, {bound} (bound) minus {leader}", "", "lower")
+    return _number(compared, leader, "average_incremental_accuracy")
+
+
+def _paired(found: Mapping[str, Any] | None, sign: int, name: str, why: str, better: str = "higher") -> KeyNumber:
+    measure = Measure(name, better, "A paired difference, over the cells and test rows that both methods have.")
+    if found is None:
+        return KeyNumber(measure, "–", None, why)
+    low, high = sorted((sign * found["low"], sign * found["high"]))
+    return KeyNumber(measure, cell(sign * found["difference"], 3).text, _span((low, high)))
+
+
+def _number(compared: Comparison, method: str, key: str) -> KeyNumber:
+    defined, value = DEFINITIONS[key], compared.row(method)[key]
     measure = Measure(f"{defined.name}, {method}", defined.better, defined.definition)
-    span = _span(row[f"{key}_low"], row[f"{key}_high"])
-    return KeyNumber(measure, cell(row[key], 3).text, span, None if span else "one cell: no interval")
+    span = sweep_content.span_of(compared, method, key)
+    known = "one cell: no interval" if math.isfinite(value) else "not defined for it"
+    return KeyNumber(measure, cell(value, 3).text, _span(span), None if span else known)
 
 
-def _span(low: float, high: float) -> tuple[str, str] | None:
-    return (cell(low, 3).text, cell(high, 3).text) if math.isfinite(low) and math.isfinite(high) else None
+def _span(span: tuple[float, float] | None) -> tuple[str, str] | None:
+    return (cell(span[0], 3).text, cell(span[1], 3).text) if span else None
 
 
 def _facts(sweep: Sweep) -> list[str]:
@@ -186,7 +203,13 @@ def _facts(sweep: Sweep) -> list[str]:
     counts = [(len(sweep.methods), "method"), (len({one.order for one in sweep.cells}), "order")]
     counts.append((len({one.seed for one in sweep.cells}), "seed"))
     found = [model for model in models if model] + ([f"base {sweep.base}"] if sweep.base else [])
-    return [*found, *(f"{num} {noun}{'s' * (num != 1)}" for num, noun in counts), f"{len(sweep.tasks)} tasks"]
+    done = sum(one.matrix is not None for one in sweep.cells)
+    found += [f"{num} {noun}{'s' * (num != 1)}" for num, noun in counts]
+    return [
+        *found,
+        f"{done} of {len(sweep.cells)} cells",
+        f"{len(sweep.headline_names)} of {len(sweep.tasks)} tasks in the headline mean",
+    ]
 
 
 def _notices(compared: Comparison) -> list[str]:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from analysis import forgetting
+from analysis.changes import task_changes
+from analysis.frames import Frame
 from analysis.plots.style import number
 from analysis.summary import Summary, why_not_averaged
 
@@ -101,9 +102,15 @@ MEASURES: dict[str, Measure] = {
     ),
     "trainable_parameters": Measure("trainable parameters", "–", "Numbers that training may change."),
 }
-KEY_NUMBERS = ("average_accuracy", "learning_accuracy", "forgetting", "backward_transfer", "forward_transfer")
-LEARNT_BY = 0.10
-"""By how much a just-trained score must beat both the untrained score and the best constant answer."""
+KEY_NUMBERS = (
+    "average_accuracy",
+    "learning_accuracy",
+    "forgetting",
+    "backward_transfer",
+    "forward_transfer",
+    "average_incremental_accuracy",
+)
+"""The measures of the first screen: those that have an interval in every run that recorded its answers."""
 
 BOUND_MEANINGS = {
     "zero_shot": "the untrained model",
@@ -113,69 +120,92 @@ BOUND_MEANINGS = {
 }
 
 
-def key_numbers(summary: Summary) -> list[str]:
-    """Return the six measures of the first screen: route drift is one of them where there are routes."""
-    sixth = "route_drift" if summary.values.get("dead_atoms") is not None else "average_incremental_accuracy"
-    return [*KEY_NUMBERS, sixth]
+_UNITS = {"r2": "R²", "accuracy": "accuracy"}
 
 
 def verdict(summary: Summary) -> str:
-    """Return what the run shows, in a sentence or two."""
+    """Return what the run shows, in a sentence; what was learnt or lost is told apart from chance by its interval."""
     run = summary.run
     if run.finished_stage < 1:
         return "No stage is finished yet" + (": only the untrained scores are in." if run.finished_stage == 0 else ".")
     if "scores" in run.problems:
         return "The scores cannot be read, so what was learnt cannot be judged."
-    parts = [_level(summary), _kept(summary), _learnt(summary)]
-    return " ".join(part for part in parts if part)
+    changes = task_changes(summary)
+    parts = [_taught(changes), _lost(changes)]
+    joined = ", and ".join(part for part in parts if part)
+    ended = _ended(summary)
+    return f"{joined}; {ended}" if joined else f"{ended[0].upper()}{ended[1:]}"
 
 
-def _stages(num: int) -> str:
-    return "one stage" if num == 1 else f"{num} stages"
+def _taught(changes: Frame) -> str:
+    """Return how many tasks the run taught, as a clause; nothing where no interval says so."""
+    known = changes["taught_low"].notna()
+    if not known.all():
+        return ""
+    num, of = int((changes["taught_low"] > 0).sum()), len(changes)
+    if not num:
+        one = "the one task" if of == 1 else f"any of the {of} tasks"
+        return f"No learning can be told from chance on {one}"
+    return "The model learnt its one task" if of == 1 else f"The model learnt {_of(num, of)} tasks"
 
 
-def _level(summary: Summary) -> str:
-    num, final = len(summary.run.learnt), summary.values["average_accuracy"]
-    metrics = {summary.run.metric(task) for task in summary.run.learnt}
-    unit = "R²" if metrics == {"r2"} else "accuracy" if metrics == {"accuracy"} else "score"
+def _of(num: int, of: int) -> str:
+    return ("both" if of == 2 else f"all {of}") if num == of else f"{num} of {of}"
+
+
+def _lost(changes: Frame) -> str:
+    """Return what later stages took, as a clause; nothing where no interval says so."""
+    earlier = changes.iloc[:-1]
+    if not len(earlier) or earlier["kept_low"].isna().any():
+        return ""
+    lost, gained = int((earlier["kept_high"] < 0).sum()), int((earlier["kept_low"] > 0).sum())
+    num = len(earlier)
+    which = "the earlier one" if num == 1 else f"the {num} earlier ones"
+    if not lost:
+        if not (changes["taught_low"] > 0).any():
+            return ""
+        return f"no loss on {which} can be told from chance" + (f" ({gained} gained since)" if gained else "")
+    some = "lost ground on the earlier one" if num == 1 else f"lost ground on {_of(lost, num)} earlier ones"
+    return some + (f" ({gained} gained)" if gained else "")
+
+
+def _ended(summary: Summary) -> str:
+    """Return where the run stands after its last finished stage, as a clause with its full stop."""
+    run, final = summary.run, summary.values["average_accuracy"]
+    metrics = {run.metric(task) for task in run.learnt}
+    unit = _UNITS.get(str(next(iter(metrics))), "score") if len(metrics) == 1 else "score"
     if final is None:
-        scores = summary.learnt_matrix
-        better = int((scores[-1] > scores[0]).sum())
-        why = "; their scores are on unlike scales and are not averaged" if why_not_averaged(summary.run) else ""
-        return f"After {_stages(num)}, {better} of {num} learnt tasks score above the untrained model{why}."
+        if why_not_averaged(run):
+            return "the scores are on unlike scales and are not averaged."
+        return "the average score is not known."
+    span = _between(summary.intervals.get("average_accuracy"))
     start = float(summary.learnt_matrix[0].mean())
     came = f", from {number(start)} untrained" if np.isfinite(start) else ""
-    return f"After {_stages(num)} the model reaches an average {unit} of {number(final)} on what it learnt{came}."
+    stages = "one stage" if len(run.learnt) == 1 else f"{len(run.learnt)} stages"
+    return f"after {stages} the average {unit} is {number(float(final))}{span}{came}."
 
 
-def _kept(summary: Summary) -> str:
-    transfer, span = summary.values["backward_transfer"], summary.intervals.get("backward_transfer")
-    if transfer is None:
+def _between(span: tuple[float, float] | None) -> str:
+    if span is None or not np.isfinite(span).all():
         return ""
-    if span and span[0] <= 0 <= span[1]:
-        return "What it learnt first it kept: the change since lies within the chance of the test rows."
-    change = f"{number(abs(float(transfer)))} on average"
-    if transfer >= 0:
-        return f"What it learnt first improved since, by {change}."
-    scores = summary.learnt_matrix
-    trained = forgetting.just_trained(scores)
-    worst = int(np.argmax((trained - scores[-1])[:-1]))
-    name = summary.run.learnt[worst]
-    most = f"{name} ({number(trained[worst])} to {number(scores[-1, worst])})"
-    return f"What it learnt first fell by {change}, most on {most}."
+    return f" ({number(span[0])} to {number(span[1])})"
 
 
-def _learnt(summary: Summary) -> str:
-    run, scores = summary.run, summary.learnt_matrix
-    constants = [(run.tasks.get(task) or {}).get("constant_score") for task in run.learnt]
-    floor = np.maximum(scores[0], [np.nan if value is None else float(value) for value in constants])
-    trained = forgetting.just_trained(scores)
-    if np.isnan(floor + trained).any():
+def gloss(summary: Summary) -> str:
+    """Return what the verdict rests on: the largest fall, what the words mean, and what the intervals do not hold."""
+    run = summary.run
+    if run.finished_stage < 1 or "scores" in run.problems:
         return ""
-    num = int((trained >= floor + LEARNT_BY - 1e-9).sum())
-    tasks = "the one task was" if len(floor) == 1 else f"{num} of {len(floor)} tasks were"
-    if len(floor) == 1 and not num:
-        return (
-            f"Just trained, the task does not beat the untrained model and the best constant answer by {LEARNT_BY:.2f}."
-        )
-    return f"Just trained, {tasks} {LEARNT_BY:.2f} or more above both the untrained model and the best constant answer."
+    if summary.drawn is None:
+        why = summary.reasons.get("intervals")
+        return f"There are no intervals ({why}), so nothing is called learnt or lost." if why else ""
+    changes = task_changes(summary)
+    told = "Learnt: just trained, a task scores above both the untrained model and the best constant answer. "
+    parts = [told + "Lost: it ends below its just-trained score. Either is said only where the 95 % interval of the "]
+    parts[0] += "difference leaves out 0."
+    fallen = changes[changes["kept_high"] < 0]
+    if len(fallen):
+        worst = fallen.loc[fallen["kept"].idxmin()]
+        span = _between((float(worst["kept_low"]), float(worst["kept_high"])))
+        parts.insert(0, f"The largest fall is that of {worst['task']}: {number(float(worst['kept']))}{span}.")
+    return " ".join([*parts, "Intervals redraw test rows; other seeds and stage orders would add to them."])

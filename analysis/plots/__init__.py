@@ -3,6 +3,7 @@
 from analysis.plots.routing import atom_usage, routing_entropy, specialists, usage_drift
 from analysis.plots.scores import drift_against_loss, score_curves, score_matrix
 from analysis.plots.separation import route_drift, separation_by_stage, separation_matrix, sharing
+from analysis.plots.story import atoms_by_task, moves
 from analysis.plots.studies import (
     bounds,
     concentration_by_epoch,
@@ -12,12 +13,13 @@ from analysis.plots.studies import (
     pareto,
     stability,
 )
-from analysis.plots.sweeps import accuracy_by_stage, differences_forest, mean_by_stage, scores_by_task
+from analysis.plots.sweeps import accuracy_by_stage, differences_forest, mean_by_stage, methods_compared, scores_by_task
 from analysis.plots.training import general_ability, gradient_concentration, gradient_norms, training_loss
 
 __all__ = [
     "accuracy_by_stage",
     "atom_usage",
+    "atoms_by_task",
     "bounds",
     "concentration_by_epoch",
     "contributions",
@@ -28,6 +30,8 @@ __all__ = [
     "gradient_norms",
     "learning_curves",
     "mean_by_stage",
+    "methods_compared",
+    "moves",
     "norms_by_layer",
     "pareto",
     "route_drift",

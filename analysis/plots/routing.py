@@ -103,7 +103,7 @@ def routing_entropy(entropies: Frame, num_atoms: int) -> Figure:
             own = entropies[(entropies["task"] == name) & (entropies["metric"] == metric)].sort_values("stage")
             if len(own):
                 ax.plot(own["stage"], own["value"] / scale, line, color=color, marker="o", markersize=3.5, label=label)
-        ax.set_title(style.short(name, 24))
+        ax.set_title(style.short(name))
         ax.set_ylim(0, 1.05)
         style.stage_axis(ax, last_stage)
     style.outer_labels(axes, 4, "after stage", "entropy / ln M")

@@ -69,39 +69,36 @@ def score_curves(scores: Frame) -> Figure:
     for task, (name, ax) in enumerate(zip(tasks, axes, strict=True)):
         for other in range(len(tasks)):
             if other != task:
-                ax.plot(stages, matrix[:, other], color=style.GRID, linewidth=1, zorder=0)
+                ax.plot(stages, matrix[:, other], color=style.CONTEXT, linewidth=1, zorder=0)
         constant = constants.get(name, np.nan)
         if not np.isnan(constant):
             ax.axhline(constant, color=style.MUTED, linewidth=1, linestyle=(0, (4, 3)), label="best constant answer")
         style.trained_line(ax, task + 1, last_stage)
         ax.plot(stages, matrix[:, task], color=style.ACCENT, marker="o", markersize=4, linewidth=1.8)
-        ax.set_title(style.short(name, 24))
+        ax.set_title(style.short(name))
         ax.set_ylim(low - 0.05 * (1 - low), 1.05)
         style.stage_axis(ax, last_stage)
+        ax.set_xlim(right=last_stage + 0.25 + 0.2 * max(last_stage, 1))  # the last value stands right of its point
         _write_end(ax, scores, name, last_stage)
     style.outer_labels(axes, 4, "after stage", score_name(scores))
     return figure
 
 
 def _write_end(ax: Axes, scores: Frame, task: str, last_stage: int) -> None:
-    """Write the final score at the curve's end, off its last stretch, and the value of what lies below the axis."""
+    """Write the final score right of the curve's end, and above its point the value of what lies below the axis."""
     own = scores[scores["task"] == task]
-    before = 0.0
     for stage, value in zip(own["stage"], own["value"], strict=True):
-        place = (stage, max(value, _FLOOR))
-        falling = value < before and value > 0.2
-        before = value
         if value >= _FLOOR and stage != last_stage:
             continue
-        early = stage < last_stage / 2
+        end = stage == last_stage
         ax.annotate(
             style.number(value),
-            place,
-            (5 if early else -1, -5 if falling else 5),
+            (stage, max(value, _FLOOR)),
+            (6, 0) if end else (0, 5),
             textcoords="offset points",
-            ha="left" if early else "right",
-            va="top" if falling else "bottom",
-            fontsize=8.5,
+            ha="left" if end else "center",
+            va="center" if end else "bottom",
+            fontsize=8.5 if end else 7.5,
             color=style.ACCENT,
             zorder=4,
             bbox={"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.6},

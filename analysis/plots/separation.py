@@ -20,7 +20,7 @@ _METRICS = (("kl", "KL"), ("js", "JS"))
 def _task_labels(ax: Axes, names: list[str]) -> None:
     crowded = len(names) > 6
     labels = [style.short(name, 18) if crowded else style.wrapped(name, 11) for name in names]
-    style.label_some(ax, "x", labels, 40, 40)
+    style.label_some(ax, "x", labels, 40, 90 if len(names) > 10 else 40)
     style.label_some(ax, "y", labels, 40)
 
 
@@ -105,7 +105,7 @@ def route_drift(drift: Frame) -> Figure:
             rows = own[own["reference"] == reference]
             if len(rows):
                 ax.plot(rows["stage"], rows["value"], line, color=color, marker="o", markersize=3.5, label=label)
-        ax.set_title(style.short(name, 24))
+        ax.set_title(style.short(name))
         style.stage_axis(ax, last_stage)
     for ax in axes:
         _root_scale(ax, float(np.nanmax(js[["value", "null"]].to_numpy())))

@@ -29,6 +29,8 @@ WIDTH_INCHES = 10.0
 INK, MUTED, FAINT, GRID = "#1d2733", "#5d6b7a", "#b8c1cb", "#e6eaee"
 ACCENT, WARM = "#0f6f8f", "#c8553d"
 MISSING = "#eef0f2"
+CONTEXT = "#d2d9e0"
+"""For lines that are there to compare with: they must show on white, and on black where a page is dark."""
 COLORS: list[Any] = [sns.color_palette("colorblind")[index] for index in (0, 1, 2, 4, 3, 9, 5, 8, 6, 7)]
 
 
@@ -69,6 +71,7 @@ def look() -> Iterator[None]:
         "ytick.labelcolor": INK,
         "axes.spines.top": False,
         "axes.spines.right": False,
+        "axes.facecolor": "none",
         "axes.axisbelow": True,
     }
     fonts = {
@@ -153,7 +156,9 @@ def step_of(num: int, most: int) -> int:
 def label_some(ax: Axes, axis: str, labels: Sequence[str], most: int, rotation: float = 0.0) -> None:
     """Label a heat map's cells along ``axis`` ("x" or "y"), as many as fit."""
     places = np.arange(0, len(labels), step_of(len(labels), most))
+    upright = rotation == 90
     turn: dict[str, Any] = {"rotation": rotation, "ha": "right", "rotation_mode": "anchor"} if rotation else {}
+    turn |= {"va": "center"} if upright else {}
     chosen = [labels[int(place)] for place in places]
     if axis == "x":
         ax.set_xticks(places + 0.5, chosen, **turn)
@@ -202,7 +207,7 @@ def colour_bar(figure: Figure, mappable: Any, axes: Sequence[Axes], label: str, 
         mappable,
         ax=list(axes),
         shrink=shrink,
-        aspect=24,
+        aspect=max(24.0, 7 * figure.get_figheight() * shrink),
         pad=0.015,
         extend=extend,
         fraction=0.05,

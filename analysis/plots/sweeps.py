@@ -85,7 +85,6 @@ def scores_by_task(scores: Frame) -> Figure:
     style.label_some(ax, "x", columns, 40, 40 if crowded else 0)
     if 0 < len(inside) < len(tasks):
         ax.axvline(len(inside), color=style.WARM, linewidth=2)
-    ax.set(xlabel="task", ylabel="method")
     style.colour_bar(figure, cells, [ax], "final score", "min" if (matrix < low).any() else "neither")
     return figure
 
@@ -105,9 +104,9 @@ def accuracy_by_stage(stages: Frame) -> Figure:
     for method, ax in zip(methods, axes, strict=True):
         for other in methods:
             if other != method:
-                ax.plot(means[other].index, means[other].clip(lower=_FLOOR), color=style.GRID, linewidth=1, zorder=0)
+                ax.plot(means[other].index, means[other].clip(lower=_FLOOR), color=style.CONTEXT, linewidth=1, zorder=0)
         _draw_method(ax, stages[stages["method"] == method], means[method].clip(lower=_FLOOR))
-        ax.set_title(style.short(method, 24))
+        ax.set_title(style.short(method))
         ax.set_xlim(0.75, last + 0.1 + 0.18 * max(last - 1, 1))  # the last value stands right of its point
         ax.set_xticks(range(1, last + 1, style.step_of(last, 10)))
         ax.set_ylim(float(shown.min()) - room, float(shown.max()) + 2.2 * room)
@@ -140,4 +139,61 @@ def _draw_method(ax: Axes, own: Frame, mean: Frame) -> None:
         color=style.ACCENT,
         zorder=4,
         bbox={"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.6},
+    )
+
+
+def methods_compared(methods: Frame, baseline: str) -> Figure:
+    """Draw the methods side by side: each one's score with its interval and, beside it, its paired difference.
+
+    Args:
+        methods: Columns method, bound (bool), value, low, high, difference, difference_low, difference_high, verdict;
+            what is not known is NaN, and the baseline has no difference.
+        baseline: The baseline's name; "" leaves the differences out.
+    """
+    paired = bool(baseline) and bool(methods["difference"].notna().any())
+    figure = style.new_figure(0.95 + 0.34 * len(methods), style.WIDTH_INCHES if paired else 6.5)
+    axes = figure.subplots(1, 1 + paired, sharey=True, squeeze=False)[0]
+    for place, row in enumerate(methods.itertuples()):
+        face = "white" if row.bound else style.ACCENT
+        spot: dict[str, Any] = {"color": style.ACCENT, "markerfacecolor": face}
+        _dot(axes[0], place, (row.value, row.low, row.high), f"{row.value:.3f}", **spot)
+        if paired and not np.isnan(row.difference):
+            color = {"above": style.ACCENT, "below": style.WARM}.get(str(row.verdict), style.MUTED)
+            spot = {"color": color, "markerfacecolor": "white" if row.bound else color}
+            span = (row.difference, row.difference_low, row.difference_high)
+            _dot(axes[1], place, span, f"{row.difference:+.3f}", **spot)
+        elif paired and row.method == baseline:
+            axes[1].annotate("baseline", (0, place), (6, 0), textcoords="offset points", va="center", fontsize=8.5)
+    names = [style.short(method, 28) + (" (bound)" if bound else "") for method, bound in _named(methods)]
+    axes[0].set_yticks(range(len(methods)), names)
+    axes[0].set_ylim(len(methods) - 0.5, -0.5)
+    axes[0].set_xlabel("mean final score")
+    if paired:
+        axes[1].axvline(0, color=style.INK, linewidth=1, zorder=0)
+        axes[1].set_xlabel(f"minus {style.short(baseline, 30)}, paired")
+    for ax in axes:
+        ax.tick_params(axis="y", length=0)
+        ax.grid(axis="x")
+        ax.margins(x=0.1)
+        ax.locator_params(axis="x", nbins=6)
+    return figure
+
+
+def _named(methods: Frame) -> list[tuple[str, bool]]:
+    return [(str(row.method), bool(row.bound)) for row in methods.itertuples()]
+
+
+def _dot(ax: Axes, place: int, span: tuple[float, float, float], text: str, **spot: Any) -> None:
+    """Draw a number with its interval, and write it at the right edge."""
+    value, low, high = span
+    if not np.isnan(low):
+        ax.plot((low, high), (place, place), color=spot["color"], linewidth=2.2, zorder=2)
+    ax.plot(value, place, "o", markersize=6, zorder=3, **spot)
+    ax.annotate(
+        text.replace("-", "−"),
+        (1.01, place),
+        xycoords=("axes fraction", "data"),
+        va="center",
+        fontsize=8.5,
+        color=spot["color"],
     )

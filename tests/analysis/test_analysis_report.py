@@ -25,7 +25,7 @@ TINY = {"names": ["one", "two"], "num_atoms": 4, "num_blocks": 2, "num_rows": 20
 FIGURES = {
     *("score_matrix", "score_curves", "atom_usage", "usage_drift", "usage_drift_since_trained", "routing_entropy"),
     *("specialists", "separation_matrix", "separation_by_stage", "route_drift", "sharing", "drift_against_loss"),
-    *("training_loss", "gradient_norms", "gradient_concentration"),
+    *("training_loss", "gradient_norms", "gradient_concentration", "atoms_by_task", "moves"),
 }
 
 
@@ -257,7 +257,7 @@ def test_a_run_without_routes_says_so(make_run: MakeRun) -> None:
             "specialists",
             "separation_matrix",
         ),
-        *("separation_by_stage", "route_drift", "sharing", "drift_against_loss"),
+        *("separation_by_stage", "route_drift", "sharing", "drift_against_loss", "atoms_by_task", "moves"),
     }
 
 

@@ -33,7 +33,7 @@ def helper(name: str) -> ModuleType:
 
 
 files = helper("sweep_files")
-FIGURES = {"paired_differences", "scores_by_task", "accuracy_by_stage"}
+FIGURES = {"methods_side_by_side", "paired_differences", "scores_by_task", "accuracy_by_stage"}
 
 
 def earned(*scores: list[float], num_rows: int = 10) -> np.ndarray:
@@ -308,7 +308,7 @@ def test_a_difference_is_not_called_that_its_interval_does_not_call(tmp_path: Pa
     cells = {("base", "x", 0): A, ("more", "x", 0): near}
     page = write_report(by_hand(tmp_path, cells, ["one", "two"], baseline="base"))
     text = page.with_name("report.md").read_text(encoding="utf-8")
-    assert "more is not told apart from it" in text and "Not told apart from it: base" in text
+    assert "more is not told apart from it" in text and "but it is not told apart from base" in text
     assert "| above " not in text and "below it" not in text
 
 
