@@ -7,6 +7,7 @@ import types
 from typing import Any, cast
 
 import torch
+import torch.fx.experimental._config
 from peft import PeftModel
 from torch import nn
 
@@ -31,6 +32,8 @@ def compile_layers(model: PeftModel) -> None:
         raise ValueError("there are no decoder layers to compile: leave model.compile out")
     limits: Any = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, _NUM_GRAPHS)
+    shapes: Any = torch.fx.experimental._config
+    shapes.use_duck_shape = False  # a batch as large as the bank once would else have to be so always
     for layer in decoder.layers:
         # Bound methods, not closures over a layer: copy.deepcopy of the model then binds the copy.
         vars(layer)["forward"] = types.MethodType(_forward, layer)

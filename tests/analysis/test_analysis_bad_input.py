@@ -190,7 +190,7 @@ def test_a_sweep_with_damaged_cells_compares_the_others(tmp_path: Path, capsys: 
     assert len(warned) == 2
     assert any("cells/ewc/first-seed0: manifest.json: not a readable manifest" in line for line in warned)
     assert any("cells/lora/second-seed0: scores.parquet: not a readable parquet file" in line for line in warned)
-    assert "finished cells: 2 of 4" in text and "| lora " in text and "| ewc " in text
+    assert "2 of 4 cells" in text and "| lora " in text and "| ewc " in text
 
 
 def test_a_run_among_others_that_cannot_be_read_is_named(make_run: MakeRun) -> None:

@@ -1,0 +1,135 @@
+"""Compiled decoder layers: what the plain ones compute, from few graphs, whatever the batch, the length or the slice."""
+
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from continual import compiled
+from continual.adapters import QueryableLoraConfig
+from continual.backbones import MLPRegressor
+from continual.errors import ConfigError
+from continual.module import ContinualModule
+
+# All shapes differ, and none of them is 1: what is compiled for it is another graph.
+SHAPES = [(3, 11), (2, 8), (4, 5), (3, 9)]
+
+
+@pytest.fixture(autouse=True)
+def whole_graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Compile without a code generator, and raise where one graph is not enough for a layer."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    monkeypatch.setattr(
+        compiled, "_compiled", functools.cache(lambda kind: torch.compile(kind.forward, dynamic=True, **OPTIONS))
+    )
+    yield
+    torch._dynamo.reset()
+
+
+OPTIONS: dict[str, Any] = {"backend": "aot_eager", "fullgraph": True}
+
+
+def num_graphs() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def lora(model: nn.Module) -> PeftModel:
+    config = LoraConfig(r=4, target_modules=["q_proj", "o_proj"], task_type="CAUSAL_LM")
+    adapted = get_peft_model(model, config)  # type: ignore[arg-type]
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.3)
+    return adapted
+
+
+def gradients(model: PeftModel, shape: tuple[int, int]) -> dict[str, Tensor]:
+    ids = torch.randint(3, 97, shape, generator=torch.Generator().manual_seed(shape[1]))
+    keywords = {"instruction_ids": ids[:, :3]} if is_ours(model) else {}
+    model.train().zero_grad()
+    model(input_ids=ids, labels=ids, use_cache=False, **keywords).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def is_ours(model: PeftModel) -> bool:
+    return isinstance(model.peft_config["default"], QueryableLoraConfig)
+
+
+@pytest.mark.parametrize(("kind", "most"), [("lora", 2), ("queryable", 4), ("one block", 2)])
+def test_gradients_are_the_plain_ones_from_few_graphs(
+    backbone: Callable[..., Any], adapt: Callable[..., PeftModel], kind: str, most: int
+) -> None:
+    model = backbone(num_hidden_layers=8)
+    model = lora(model) if kind == "lora" else adapt(model, num_blocks=1 if kind == "one block" else 4)
+    expected = [gradients(model, shape) for shape in SHAPES]
+    compiled.compile_layers(model)
+    for shape, plain in zip(SHAPES, expected, strict=True):
+        found = gradients(model, shape)
+        assert found.keys() == plain.keys()
+        for name, value in plain.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5, msg=name)
+    assert 0 < num_graphs() <= most
+
+
+def test_another_slice_compiles_nothing_anew(backbone: Callable[..., Any], adapt: Callable[..., PeftModel]) -> None:
+    model = adapt(backbone(num_hidden_layers=8), num_blocks=4)
+    compiled.compile_layers(model)
+    for shape in SHAPES:
+        gradients(model, shape)
+    before = num_graphs()
+    for name in ("stage02", "stage03"):
+        model.add_adapter(name, copy.deepcopy(model.peft_config["default"]))
+        model.set_adapter(name)
+        found = gradients(model, SHAPES[0])
+        assert found and all(f".{name}" in key for key in found)
+    assert num_graphs() == before > 0
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_what_is_not_trained_on_is_not_compiled(
+    backbone: Callable[..., Any], adapt: Callable[..., PeftModel], ids: Tensor, training: bool
+) -> None:
+    model = adapt(backbone())
+    expected = model(ids).logits
+    compiled.compile_layers(model)
+    model.train(training)
+    with torch.inference_mode():
+        assert torch.equal(model(ids).logits, expected)
+    if not training:
+        assert torch.equal(model(ids).logits, expected)
+    assert num_graphs() == 0
+
+
+def test_a_copy_has_layers_of_its_own(backbone: Callable[..., Any], adapt: Callable[..., PeftModel]) -> None:
+    model = adapt(backbone())
+    compiled.compile_layers(model)
+    clone = copy.deepcopy(model)
+    expected = gradients(model, SHAPES[0])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    found = gradients(clone, SHAPES[0])
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_checkpointing_and_compiling_give_the_plain_gradients(
+    backbone: Callable[..., Any], adapt: Callable[..., PeftModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(OPTIONS, "fullgraph", False)  # transformers' checkpointing is a break of its own
+    model = adapt(backbone(), num_blocks=3)
+    expected = gradients(model, SHAPES[0])
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    compiled.compile_layers(model)
+    for name, value in gradients(model, SHAPES[0]).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_a_backbone_without_decoder_layers_is_refused() -> None:
+    module = ContinualModule(MLPRegressor(num_inputs=4), LoraConfig(target_modules=["head"]), compile=True)
+    with pytest.raises(ConfigError, match=r"^there are no decoder layers to compile: leave model\.compile out$"):
+        module.configure_model()
