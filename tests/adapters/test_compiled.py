@@ -1,4 +1,4 @@
-"""Compiled decoder layers: what the plain ones compute, from few graphs, whatever the batch, the length or the slice."""
+"""Compiled decoder layers: what the plain ones compute, from few graphs, whatever the batch, length or slice."""
 
 import copy
 import functools
