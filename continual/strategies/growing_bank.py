@@ -81,6 +81,8 @@ class GrowingBank(Strategy):
         probe_rows: Rows of the stage that reuse and pruning are decided on, at least 1.
         background_rows: Texts that the backbone writes by itself, before the first stage is anchored, for the gate to
             know what is no task's row by; 0 for none. Text only.
+        background_clusters: Centroids that these are kept as, at least 1. The fewer, the wider what they vary by, and
+            the more text that is no task's is left to the backbone.
     """
 
     reads_instructions = True
@@ -97,11 +99,13 @@ class GrowingBank(Strategy):
         prune_tolerance: float = 0.05,
         prune_slack: float = 0.01,
         probe_rows: int = 128,
-        background_rows: int = 384,
+        background_rows: int = 1024,
+        background_clusters: int = 4,
     ) -> None:
         require_at_least(0, reuse_margin=reuse_margin, max_reads=max_reads, prune_tolerance=prune_tolerance)
         require_at_least(0, background_rows=background_rows, prune_slack=prune_slack)
         require_at_least(1, text_tokens=text_tokens, clusters=clusters, probe_rows=probe_rows)
+        require_at_least(1, background_clusters=background_clusters)
         if not 0 < depth <= 1:
             raise ValueError(f"model.strategy.depth must lie in (0, 1], got {depth:g}")
         self.instruction_encoder, self.text_tokens = instruction_encoder, text_tokens
@@ -109,6 +113,7 @@ class GrowingBank(Strategy):
         self.reuse, self.reuse_margin, self.max_reads = reuse, reuse_margin, max_reads
         self.prune_tolerance, self.prune_slack = prune_tolerance, prune_slack
         self.probe_rows, self.background_rows = probe_rows, background_rows
+        self.background_clusters = background_clusters
         self.notes: dict[str, dict[str, Any]] = {}
 
     # -- before the first stage ---------------------------------------------------------------------------------------
@@ -285,7 +290,7 @@ class GrowingBank(Strategy):
                 texts.append(write_freely(module.model, first, self.text_tokens))
         ids = torch.cat(texts)
         features, lengths = bank.features({"text_ids": ids, "row_features": None})
-        bank.gate.set_background(features, lengths, cluster(features, min(self.clusters, len(ids)), seed=0))
+        bank.gate.set_background(features, lengths, cluster(features, min(self.background_clusters, len(ids)), seed=0))
 
     def _groups(self, data: StageData, rows: list[Row], features: Tensor) -> Tensor:
         """Return each row's label, or its cluster where the task has no labels."""

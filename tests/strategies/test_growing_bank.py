@@ -300,9 +300,9 @@ def test_no_training_row_is_kept(sequence: Callable[..., Sequence]) -> None:
     folder = run.run_dir / "adapters" / "stage-02"
     tensors = {f"{path.stem}|{k}": v for path in folder.glob("*.safetensors") for k, v in load_file(path).items()}
     gate = {name: tensor for name, tensor in tensors.items() if name.startswith("gate|")}
-    # Two labels a stage and eight clusters of the background, features and encodings of 16 numbers, the covariance's
+    # Two labels a stage and four clusters of the background, features and encodings of 16 numbers, the covariance's
     # half: nothing grows with the rows.
-    assert sum(tensor.numel() for tensor in gate.values()) == 2 * (2 * 16 + 1 + 16) + 8 * 16 + 16 * 17 // 2 + 1
+    assert sum(tensor.numel() for tensor in gate.values()) == 2 * (2 * 16 + 1 + 16) + 4 * 16 + 16 * 17 // 2 + 1
     assert not [name for name, tensor in tensors.items() if rows in tensor.shape]
     assert "red" not in (folder / "bank.json").read_text()
     assert not (run.run_dir / "strategy").exists()
