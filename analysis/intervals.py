@@ -64,7 +64,7 @@ def bootstrap_matrices(answers: Frame, scores: Frame, matrix: Array, num_draws: 
 
 def r2_by_row(squared_errors: Array, r2: Array) -> Array:
     """Return 1 - error / variance a row, with the variance that the recorded R2 implies where it is best determined."""
-    stage = int(np.argmax(np.abs(1 - r2)))
+    stage = int(np.nanargmax(np.abs(1 - r2)))  # NaN: a stage after which nothing was scored
     variance = squared_errors[stage].mean() / (1 - r2[stage]) if r2[stage] != 1 else np.nan
     return 1 - squared_errors / variance
 

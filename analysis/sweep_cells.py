@@ -185,7 +185,7 @@ def _rows(run: Run, matrix: Array) -> tuple[dict[str, RowScores], str]:
         if run.metric(task) == "r2":
             scores = np.array([matrix[-1, index], matrix[min(index + 1, last), index]])
             final, trained = r2_by_row(np.stack([final, trained]), scores)
-        if abs(final.mean() - matrix[-1, index]) > _TOLERANCE * max(1.0, abs(matrix[-1, index])):
+        if not abs(final.mean() - matrix[-1, index]) <= _TOLERANCE * max(1.0, abs(matrix[-1, index])):
             return {}, f"the mean of the recorded answers of {task} is not its recorded score"
         found[task] = RowScores(rows, final, trained if last else np.full(len(rows), np.nan))
     return found, ""

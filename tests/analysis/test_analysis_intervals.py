@@ -67,3 +67,10 @@ def test_a_correlation_of_few_points_has_no_interval() -> None:
     low, high = correlation_interval(range(30), range(30)) or (0, 0)
     assert low == pytest.approx(1) and high == pytest.approx(1)
     assert intervals.correlation_interval([1] * 9, range(9)) is None
+
+
+def test_an_r2_by_row_needs_one_scored_stage_alone() -> None:
+    """Joint training scored at the end alone: the stage that was not scored must not spoil the other."""
+    errors = np.array([[1.0, 2.0, 3.0], [np.nan] * 3])
+    found = intervals.r2_by_row(errors, np.array([0.5, np.nan]))
+    assert found[0] == pytest.approx([0.75, 0.5, 0.25]) and np.isnan(found[1]).all()
