@@ -34,11 +34,7 @@ def ablate(run_dir: Path) -> None:
     Raises:
         ConfigError: There is no run, it is not finished, or its adapter has no atoms of which one could go.
     """
-    state, text = manifest.read(run_dir)
-    if not state.complete:
-        raise ConfigError(
-            f"{run_dir} is not finished (stage {state.finished_stage} of {len(state.stages)} is): resume it first"
-        )
+    state, text = manifest.read_finished(run_dir)
     from continual import experiment  # here: the error above should not have to wait for torch
     from continual.atom_scores import AtomScores
     from continual.quiet import quieten

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-import lightning as L
-
 from continual.adapters import QueryableLoraModel
 from continual.callbacks import ScoreRecorder
 from continual.manifest import Manifest
 from continual.sequence import Sequence
-from continual.stage_data import AllTasks, StageData
+from continual.stage_data import StageData
 
 Rows = dict[str, list[dict[str, Any]]]
 """Rows of the table ``ablation``, without their atom, by task."""
@@ -36,56 +34,27 @@ class AtomScores(Sequence):
         first = 0 if growing is None else 1
         slices = list(tuner.queryable_bank) if growing is None else growing.names
         num_atoms = cast(Any, self.module.adapter).num_atoms
-        self.answers: Answers = {}
-        watcher = _Stages()
-        whole = self._scored(self.data, "all atoms", watcher)
+        recorder = self._scored(self.data, "all atoms")
+        chosen = recorder.chosen
+        whole = _rows_of(recorder, self.data, {})
+        answers = {(answer["task"], answer["row"]): answer["prediction"] for answer in recorder.answers}
         rows = [row | {"atom": -1} for own in whole.values() for row in own]
         for place, name in enumerate(slices):
             users = set() if growing is None else {s for s, a in growing.gate.stages.items() if name in a.adapters}
-            touched = [data for data in self.data if growing is None or users & watcher.chosen.get(data.name, set())]
+            touched = [data for data in self.data if growing is None or users & chosen.get(data.name, {}).keys()]
             for local in range(num_atoms):
                 title = f"without atom {place * num_atoms + local + 1} of {len(slices) * num_atoms}"
-                with tuner.without_atom(local, name):
-                    left = whole | self._scored(touched, title)
+                left = whole
+                if touched:
+                    with tuner.without_atom(local, name):
+                        left = whole | _rows_of(self._scored(touched, title), touched, answers)
                 atom = first + place * num_atoms + local
                 rows += [row | {"atom": atom} for own in left.values() for row in own]
         return rows
 
-    def _scored(self, tasks: list[StageData], title: str, watcher: _Stages | None = None) -> Rows:
-        if not tasks:
-            return {}
-        index = self.manifest.finished_stage
-        self.progress.title, recorder = title, ScoreRecorder()
-        recorder.start(self._keys(index), tasks)
-        callbacks = [recorder, self.progress, self.module.strategy]
-        if watcher is not None:
-            callbacks.append(watcher)
-            watcher.start(tasks)
-        trainer = self.experiment.make_trainer(None, self.run_dir, callbacks)
-        trainer.test(self.module, datamodule=AllTasks(tasks), verbose=False)
-        rows = _rows_of(recorder, tasks, self.answers)
-        self.answers = self.answers or {(a["task"], a["row"]): a["prediction"] for a in recorder.answers}
-        return rows
-
-
-class _Stages(L.Callback):
-    """Notes the stages that a growing bank's gate sends each task's rows to."""
-
-    def start(self, tasks: list[StageData]) -> None:
-        self.tasks = tasks
-        self.chosen: dict[str, set[str]] = {}
-
-    def on_test_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Take in a batch's outcome."""
-        self.chosen.setdefault(self.tasks[dataloader_idx].name, set()).update(outputs.stages or [])
+    def _scored(self, tasks: list[StageData], title: str) -> ScoreRecorder:
+        self.progress.title = title
+        return self._score_beside(self.manifest.finished_stage, tasks)
 
 
 def _rows_of(recorder: ScoreRecorder, tasks: list[StageData], whole: Answers) -> Rows:

@@ -82,6 +82,21 @@ def check_new(run_dir: Path) -> None:
         raise ConfigError(f"{run_dir} cannot be made: {ancestor} is not a directory that can be written to")
 
 
+def read_finished(run_dir: Path) -> tuple[Manifest, str]:
+    """Return what ``read`` does, of a run that is complete.
+
+    Raises:
+        ConfigError: As ``read``, or a stage is still to come.
+        RunError: As ``read``.
+    """
+    state, text = read(run_dir)
+    if not state.complete:
+        raise ConfigError(
+            f"{run_dir} is not finished (stage {state.finished_stage} of {len(state.stages)} is): resume it first"
+        )
+    return state, text
+
+
 def read(run_dir: Path) -> tuple[Manifest, str]:
     """Return the manifest of a run and the text of its configuration.
 

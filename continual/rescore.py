@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import get_args
 
 from continual import manifest, records
-from continual.errors import ConfigError
 from continual.run import OneLineParser, finish, guarded
 from continual.wordings import Options, Where
 
@@ -43,11 +42,7 @@ def _work(argv: Sequence[str]) -> Path:
     arguments = parser.parse_args(argv)
     if not (arguments.wordings or arguments.none or arguments.wrong):
         parser.error("nothing to score: give --wordings FILE, or leave --no-none or --no-wrong away")
-    state, text = manifest.read(arguments.run)
-    if not state.complete:
-        raise ConfigError(
-            f"{arguments.run} is not finished (stage {state.finished_stage} of {len(state.stages)} is): resume it first"
-        )
+    state, text = manifest.read_finished(arguments.run)
     from continual import experiment  # here: neither of the errors above should have to wait for torch
     from continual.other_words import OtherWords
     from continual.quiet import quieten

@@ -155,12 +155,16 @@ class Sequence:
         assert best is not None
         if best.is_last:
             return best.rows([row for row in self.scores.rows if row["task"] == data.name])
-        recorder = ScoreRecorder()
-        recorder.start(self._keys(index), [data])
-        trainer = self.experiment.make_trainer(None, self.run_dir, [recorder, self.progress, self.module.strategy])
         with best.in_place(self.module):
-            trainer.test(self.module, datamodule=AllTasks([data]), verbose=False)
-        return best.rows(recorder.rows)
+            return best.rows(self._score_beside(index, [data]).rows)
+
+    def _score_beside(self, index: int, tasks: list[StageData]) -> ScoreRecorder:
+        """Score tasks after stage ``index`` beside the stage's own scores, and leave those as they are."""
+        recorder = ScoreRecorder()
+        recorder.start(self._keys(index), tasks)
+        trainer = self.experiment.make_trainer(None, self.run_dir, [recorder, self.progress, self.module.strategy])
+        trainer.test(self.module, datamodule=AllTasks(tasks), verbose=False)
+        return recorder
 
     def scored_after(self, index: int) -> list[StageData]:
         """Return what is scored after stage ``index``; everything before training and after the last stage."""
@@ -189,18 +193,10 @@ class Sequence:
 
     def score_wordings(self) -> dict[str, list[dict[str, Any]]]:
         """Return the rows of the tables wordings and wording_answers: the finished model's tasks in other words."""
-        index, recorder = len(self.data), ScoreRecorder()
+        index = len(self.data)
         self._see_labels(index)
         self.progress.title = f"stage {index}/{index} in other words"
-        callbacks = [recorder, self.progress, self.module.strategy]
-        trainer = self.experiment.make_trainer(None, self.run_dir, callbacks)
-
-        def score(stages: list[StageData]) -> ScoreRecorder:
-            recorder.start(self._keys(index), stages)
-            trainer.test(self.module, datamodule=AllTasks(stages), verbose=False)
-            return recorder
-
-        return score_slots(self.wordings, self.data, score)
+        return score_slots(self.wordings, self.data, lambda stages: self._score_beside(index, stages))
 
     def _see_labels(self, index: int) -> None:
         """Tell all data which labels were seen up to stage ``index``."""

@@ -53,11 +53,6 @@ class RoutingState:
     removed: int | None = None
 
     @property
-    def states(self) -> list[Tensor | None]:
-        """z_b of each block, (..., r); None of those that are still to come."""
-        return [block.state for block in self.blocks]
-
-    @property
     def routes(self) -> list[Tensor | None]:
         """alpha_b of each block, (..., M); None of those that are still to come."""
         return [block.route for block in self.blocks]

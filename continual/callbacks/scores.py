@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections import Counter
 from typing import Any
 
 import lightning as L
@@ -26,7 +27,7 @@ class ScoreRecorder(L.Callback):
         self.rows, self.answers = [], []
         self._metrics: list[dict[str, Metric]] = [_metrics_of(data) for data in tasks]
         self._counts = [0] * len(tasks)
-        self._stages: dict[str, dict[str, int]] = {}
+        self.chosen: dict[str, Counter[str]] = {}
         self._given: list[tuple[list[Any], list[str]]] = [([], []) for _ in tasks]
         self._milliseconds: list[float] = []
         self._started = time.perf_counter()
@@ -70,13 +71,9 @@ class ScoreRecorder(L.Callback):
             self.answers.append(self.keys | {"task": name, "row": row, "value": value, "prediction": prediction})
 
     def _count_stages(self, outcome: Outcome, index: int) -> None:
-        """Note how many rows a growing bank's gate sends to their own stage, and to none."""
-        if outcome.stages is None:
-            return
-        counted = self._stages.setdefault(self.tasks[index].name, {"routed_home": 0, "abstained": 0, "rows": 0})
-        counted["routed_home"] += outcome.stages.count(self.tasks[index].name)
-        counted["abstained"] += outcome.stages.count("")
-        counted["rows"] += len(outcome.stages)
+        """Note how many rows a growing bank's gate sends to each stage."""
+        if outcome.stages is not None:
+            self.chosen.setdefault(self.tasks[index].name, Counter()).update(outcome.stages)
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Compute the scores."""
@@ -88,10 +85,10 @@ class ScoreRecorder(L.Callback):
             for name, score in data.task.further_scores(*given).items():
                 value = {"metric": name, "direction": "higher", "value": score, "count": count}
                 self.rows.append(self.keys | {"task": data.name} | value)
-        for name, counted in self._stages.items():
-            for metric in ("routed_home", "abstained"):
-                value = {"metric": metric, "direction": "none", "value": counted[metric] / counted["rows"]}
-                self.rows.append(self.keys | {"task": name} | value | {"count": counted["rows"]})
+        for name, chosen in self.chosen.items():
+            for metric, stage in (("routed_home", name), ("abstained", "")):
+                value = {"metric": metric, "direction": "none", "value": chosen[stage] / chosen.total()}
+                self.rows.append(self.keys | {"task": name} | value | {"count": chosen.total()})
         self.answers.sort(key=lambda answer: (answer["task"], answer["row"]))
 
     def milliseconds_a_row(self) -> float | None:

@@ -1,7 +1,6 @@
 """Compiled decoder layers: what the plain ones compute, from few graphs, whatever the batch, length or slice."""
 
 import copy
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,10 +24,11 @@ def whole_graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Compile without a code generator, and raise where one graph is not enough for a layer."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    monkeypatch.setattr(
-        compiled, "_compiled", functools.cache(lambda kind: torch.compile(kind.forward, dynamic=True, **OPTIONS))
-    )
+    compiled._compiled.cache_clear()
+    plain = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **chosen: plain(function, **chosen, **OPTIONS))
     yield
+    compiled._compiled.cache_clear()
     torch._dynamo.reset()
 
 

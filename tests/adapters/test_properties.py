@@ -57,7 +57,7 @@ def test_routes_weights_and_operator_of_any_bank(
     for block in range(config.num_blocks):
         u = torch.randn(2, 3, config.r, dtype=torch.float64) * magnitude
         bank.route(state.blocks[block], u)
-        alpha, z = state.routes[block], state.states[block]
+        alpha, z = state.blocks[block].route, state.blocks[block].state
         assert alpha is not None and z is not None
         assert alpha.shape == (2, 3, config.num_atoms)
         # Convex weights, at most k of them, or all alike where nothing asks: there is no top k among equal logits.
@@ -76,7 +76,7 @@ def test_routes_weights_and_operator_of_any_bank(
         assert (matrix_norm(operator, ord=2) <= largest * (1 + 1e-9)).all()
         # ||s_b|| <= max_j ||z_j||, and s_1 = 0.
         summary = bank.depth_summary(state.blocks[block], z) if config.uses_summary else torch.zeros_like(z)
-        earlier = [vector_norm(s, dim=-1) for s in state.states[:block] if s is not None]
+        earlier = [vector_norm(s, dim=-1) for s in (b.state for b in state.blocks[:block]) if s is not None]
         bound = torch.stack(earlier).amax(dim=0) if earlier else torch.zeros(2, 3, dtype=torch.float64)
         assert (vector_norm(summary, dim=-1) <= bound * (1 + 1e-9)).all()
 
@@ -91,8 +91,8 @@ def test_state_norm_jacobian_is_at_most_one_over_the_root_mean_square(rank: int,
     def state_of(value: Tensor) -> Tensor:
         state = bank.begin(None)
         bank.route(state.blocks[0], value)
-        assert state.states[0] is not None
-        return state.states[0]
+        assert state.blocks[0].state is not None
+        return state.blocks[0].state
 
     jacobian = torch.autograd.functional.jacobian(state_of, u)
     rho = (u.square().mean() + 1e-6).sqrt()  # Lemma D.10
