@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+import sweep_files as files
 
 from analysis.load import RunError, load, load_run
 from analysis.report import main
@@ -19,18 +18,6 @@ from continual import records
 MakeRun = Callable[..., Path]
 TINY = {"names": ["one", "two"], "num_atoms": 4, "num_blocks": 2, "num_rows": 20, "num_steps": 6}
 pytestmark = pytest.mark.usefixtures("sketched")
-
-
-def helper(name: str) -> ModuleType:
-    """Import a file beside this one, which pytest's importlib mode puts on no path."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-files = helper("sweep_files")
 
 
 def refused(where: Path, capsys: pytest.CaptureFixture[str]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sweep_files as files
 
 from analysis import load_run, load_sweep, preflight, story, summarise, words
 from analysis.changes import task_changes
@@ -27,19 +27,10 @@ MakeRun = Callable[..., Path]
 TINY = {"num_atoms": 4, "num_blocks": 2, "num_rows": 20, "num_steps": 6}
 
 
-def sweep_files() -> Any:
-    """Import the file beside this one, which pytest's importlib mode puts on no path."""
-    spec = importlib.util.spec_from_file_location("sweep_files", Path(__file__).with_name("sweep_files.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def write_scores(directory: Path, earned: np.ndarray, constant: float = 0.2, **facts: Any) -> Path:
     """Write a run of tasks a, b, ... whose rows earned ``earned``, shape (T + 1, T, rows), without routes."""
     names = list("abcdef"[: earned.shape[1]])
-    sweep_files().write_cell(directory, names, earned, constants=dict.fromkeys(names, constant), **facts)
+    files.write_cell(directory, names, earned, constants=dict.fromkeys(names, constant), **facts)
     return directory
 
 
@@ -102,7 +93,6 @@ def spans(numbers: Any) -> list[tuple[str, str]]:
 
 
 def test_a_sweeps_key_numbers_have_intervals_even_of_one_cell(tmp_path: Path) -> None:
-    files = sweep_files()
     for name, facts in (("many", {}), ("one", {"orders": ("first",)})):
         numbers = sweep_page(load_sweep(files.plausible_sweep(tmp_path / name, num_rows=60, **facts))).key_numbers
         assert len(numbers) == 6 and all(one.interval is not None for one in numbers)
@@ -111,7 +101,6 @@ def test_a_sweeps_key_numbers_have_intervals_even_of_one_cell(tmp_path: Path) ->
 
 def test_one_cells_interval_redraws_its_rows(tmp_path: Path) -> None:
     """Two tasks of 40 rows at 0.5: the mean's standard error is sqrt(0.25 / 80); transfer pairs a row with itself."""
-    files = sweep_files()
     cells = [files.place("m", "x", 0)]
     half = ones([0.2, 0.2], [0.5, 0.2], [0.5, 0.5])
     files.write_cell(tmp_path / cells[0]["dir"], ["one", "two"], half)
@@ -125,7 +114,7 @@ def test_one_cells_interval_redraws_its_rows(tmp_path: Path) -> None:
 
 
 def test_methods_that_tie_share_the_lead_and_nothing_is_less_than_none(tmp_path: Path) -> None:
-    files, half = sweep_files(), ones([0.2, 0.2], [0.5, 0.2], [0.5, 0.5])
+    half = ones([0.2, 0.2], [0.5, 0.2], [0.5, 0.5])
     cells = [files.place(method, "x", 0) for method in ("m", "n")]
     for one in cells:
         files.write_cell(tmp_path / one["dir"], ["one", "two"], half)
@@ -178,7 +167,7 @@ def test_an_unfinished_task_is_not_judged(make_run: MakeRun) -> None:
 
 @pytest.mark.usefixtures("sketched")
 def test_a_sweeps_preflight_stands_before_its_results(tmp_path: Path) -> None:
-    page = write_report(sweep_files().plausible_sweep(tmp_path, num_tasks=3, num_rows=40))
+    page = write_report(files.plausible_sweep(tmp_path, num_tasks=3, num_rows=40))
     text = page.with_name("report.md").read_text(encoding="utf-8")
     assert text.index("## Preflight") < text.index("## Scores and costs")
     assert re.search(r"\| coin_toss +\| labels +\| .*per_task.*\| +no +\|", text)

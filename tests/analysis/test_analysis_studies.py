@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+import sweep_files as files
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,18 +19,6 @@ from analysis.report import write_report
 from analysis.study_content import earned
 from analysis.sweeps import ABOVE, BELOW, EVEN
 from continual import records
-
-
-def helper(name: str) -> ModuleType:
-    """Import a file beside this one, which pytest's importlib mode puts on no path."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-files = helper("sweep_files")
 
 
 def frame(rows: list[tuple[Any, ...]], columns: str) -> pd.DataFrame:

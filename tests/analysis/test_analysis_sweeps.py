@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import time
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,6 +13,8 @@ import pandas as pd
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+import sweep_files as files
+import test_analysis_page as page_tests
 
 from analysis import RunError, hierarchy, load_sweep, method_table, paired_differences, published
 from analysis.report import main, write_report
@@ -22,17 +22,6 @@ from analysis.sweep_content import edges
 from analysis.sweeps import ABOVE, BELOW, EVEN, headline_tasks
 from continual import records
 
-
-def helper(name: str) -> ModuleType:
-    """Import a file beside this one, which pytest's importlib mode puts on no path."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-files = helper("sweep_files")
 FIGURES = {"methods_side_by_side", "paired_differences", "scores_by_task", "accuracy_by_stage"}
 
 
@@ -451,9 +440,6 @@ def test_many_methods_and_tasks_are_drawn(tmp_path: Path) -> None:
     assert time.process_time() - start < 60
     assert {path.stem for path in (page.parent / "figures").iterdir()} == FIGURES
     assert methods[0] in json.loads(page.with_name("summary.json").read_text())["methods"]
-
-
-page_tests = helper("test_analysis_page")
 
 
 @page_tests.needs_browser
