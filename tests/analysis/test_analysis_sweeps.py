@@ -230,7 +230,7 @@ def test_a_run_that_scores_a_task_after_its_own_stage_and_at_the_end_only(tmp_pa
 
 
 def test_what_is_stored_may_be_told_by_stage(tmp_path: Path) -> None:
-    facts = {"stored_bytes": {"0": 0, "1": 100, "2": 300}, "stored_parameters": {"1": 5, "2": 10}}
+    facts: dict[str, Any] = {"stored_bytes": {"0": 0, "1": 100, "2": 300}, "stored_parameters": {"1": 5, "2": 10}}
     files.write_cell(tmp_path / "cells/m/x-seed0", ["one", "two"], A, **facts, serving_parameters={"2": 4})
     row = method_table(load_sweep(files.write_sweep(tmp_path, [files.place("m", "x", 0)]))).iloc[0]
     assert (row["stored_bytes_a_task"], row["stored_parameters"], row["serving_parameters"]) == (150, 10, 4)
