@@ -85,7 +85,7 @@ def _moves(summary: Summary, drift: Frame, moved: str) -> list[Plate]:
             "What moved at which stage",
             "How far a task's routes moved at each stage: JS against the stage before, over the JS between two random "
             "halves of the task's own rows. Around 1 a move is not to be told from chance. Framed: the task's "
-            "own stage. Colours stop at 5, the numbers do not.",
+            "own stage. Colours are logarithmic, from 1 on.",
             f"Heat map of route drift by task and stage; {len(names)} tasks.",
             *unless(moved, lambda: plots.moves(drift)),
             see="" if moved else _beyond(drift, names),

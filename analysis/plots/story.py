@@ -9,9 +9,6 @@ from analysis.frames import Frame
 from analysis.plots import style
 from analysis.tables import drift_matrix, task_names
 
-_MOST_NULLS = 5.0
-"""Where the colours of moves stop: a task's own stage moves it so far that all else would look alike."""
-
 
 def atoms_by_task(usage: Frame) -> Figure:
     """Draw what share of its routing weight each task gives to each atom after the last stage, tasks x atoms.
@@ -50,12 +47,15 @@ def moves(drift: Frame) -> Figure:
     figure = style.new_figure(1.15 + 0.32 * len(tasks), min(style.WIDTH_INCHES, max(5.6, 3.0 + 0.55 * last)))
     ax = figure.subplots()
     top = max(float(np.nanmax(values)) if not np.isnan(values).all() else 0.0, 2.0 if in_nulls else 1e-3)
-    cells = style.heat(ax, values, style.amounts(), (0.0, min(top, _MOST_NULLS) if in_nulls else top), values)
+    if in_nulls:  # some move by thousands of nulls, others by two
+        cells = style.heat(ax, np.maximum(values, 1.0), style.amounts(), (1.0, top), values, logarithmic=True)
+    else:
+        cells = style.heat(ax, values, style.amounts(), (0.0, top), values)
     for task in range(min(len(tasks), last)):
         style.outline(ax, task, task)
     style.label_some(ax, "y", [style.short(name, 24) for name in tasks], 40)
     style.label_some(ax, "x", [str(stage) for stage in range(1, last + 1)], 32)
     ax.set_xlabel("at stage")
     label = "JS / split-half null" if in_nulls else "JS (nats)"
-    style.colour_bar(figure, cells, [ax], label, "max" if in_nulls and top > _MOST_NULLS else "neither")
+    style.colour_bar(figure, cells, [ax], label)
     return figure

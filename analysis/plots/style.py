@@ -16,7 +16,7 @@ import matplotlib as mpl
 import numpy as np
 import seaborn as sns
 from matplotlib.axes import Axes
-from matplotlib.colors import Colormap, LinearSegmentedColormap
+from matplotlib.colors import Colormap, LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
@@ -166,7 +166,14 @@ def label_some(ax: Axes, axis: str, labels: Sequence[str], most: int, rotation: 
         ax.set_yticks(places + 0.5, chosen, rotation=0)
 
 
-def heat(ax: Axes, values: Array, cmap: Colormap, limits: tuple[float, float], text: Array | None = None) -> Any:
+def heat(
+    ax: Axes,
+    values: Array,
+    cmap: Colormap,
+    limits: tuple[float, float],
+    text: Array | None = None,
+    logarithmic: bool = False,
+) -> Any:
     """Draw a heat map without a colour bar and return what a colour bar is made from.
 
     Args:
@@ -175,11 +182,12 @@ def heat(ax: Axes, values: Array, cmap: Colormap, limits: tuple[float, float], t
         cmap: The colours.
         limits: The values of the first and the last colour.
         text: What to write into the cells, as numbers of the same shape; nothing is written for None.
+        logarithmic: Whether colours go by the values' logarithm; values and limits are then above 0.
     """
-    written: dict[str, Any] = {}
+    written: dict[str, Any] = {"norm": LogNorm(*limits)} if logarithmic else {}
     if text is not None and text.size:
         size = 8.5 if values.shape[1] <= 12 else 7
-        written = {"annot": np.vectorize(number, otypes=[object])(text), "fmt": "", "annot_kws": {"size": size}}
+        written |= {"annot": np.vectorize(number, otypes=[object])(text), "fmt": "", "annot_kws": {"size": size}}
     sns.heatmap(
         values,
         ax=ax,
@@ -199,7 +207,7 @@ def heat(ax: Axes, values: Array, cmap: Colormap, limits: tuple[float, float], t
     return ax.collections[0]
 
 
-def colour_bar(figure: Figure, mappable: Any, axes: Sequence[Axes], label: str, extend: str = "neither") -> None:
+def colour_bar(figure: Figure, mappable: Any, axes: Sequence[Axes], label: str) -> None:
     """Put one slim colour bar beside ``axes``."""
     alone = len(axes) == 1
     shrink = 0.95 if alone else min(0.9, 3.0 / figure.get_figheight())
@@ -209,7 +217,6 @@ def colour_bar(figure: Figure, mappable: Any, axes: Sequence[Axes], label: str, 
         shrink=shrink,
         aspect=max(24.0, 7 * figure.get_figheight() * shrink),
         pad=0.015,
-        extend=extend,
         fraction=0.05,
         anchor=(0, 1 - 0.5 * alone),
     )
