@@ -207,7 +207,7 @@ def heat(
     return ax.collections[0]
 
 
-def colour_bar(figure: Figure, mappable: Any, axes: Sequence[Axes], label: str) -> None:
+def colour_bar(figure: Figure, mappable: Any, axes: Sequence[Axes], label: str, extend: str = "neither") -> None:
     """Put one slim colour bar beside ``axes``."""
     alone = len(axes) == 1
     shrink = 0.95 if alone else min(0.9, 3.0 / figure.get_figheight())
@@ -217,6 +217,7 @@ def colour_bar(figure: Figure, mappable: Any, axes: Sequence[Axes], label: str) 
         shrink=shrink,
         aspect=max(24.0, 7 * figure.get_figheight() * shrink),
         pad=0.015,
+        extend=extend,
         fraction=0.05,
         anchor=(0, 1 - 0.5 * alone),
     )
