@@ -176,6 +176,7 @@ class Collator:
         candidates: Labels to score, for a task that has them.
         encoder: Encodes instructions for a backbone without words.
         row_inputs: What a gate reads of the rows, where there is one.
+        share: Which of a batch's rows are this process's; all of them by default.
     """
 
     def __init__(
@@ -186,20 +187,32 @@ class Collator:
         candidates: Candidates | None = None,
         encoder: Any = None,
         row_inputs: RowInputs | None = None,
+        share: slice = slice(None),
     ) -> None:
         self.backbone: Any = backbone
         self.with_instructions, self.answers = with_instructions, answers
-        self.candidates, self.encoder, self.row_inputs = candidates, encoder, row_inputs
+        self.candidates, self.encoder, self.row_inputs, self.share = candidates, encoder, row_inputs, share
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
-        """Return the batch; see the module's docstring for the shapes. "instructions" are the rows' own, as text."""
+        """Return the batch; see the module's docstring for the shapes.
+
+        "instructions" are the rows' own, as text. "weight", of a batch with answers, is what the mean over this
+        process's answer tokens (a regressor's rows) is multiplied by for the mean over processes to be that over all.
+        """
+        whole, own = rows, rows[self.share]
+        rows = own or whole[:1]  # a process without a row computes one as the others do, for nothing
         batch = self._text(rows) if self.backbone.kind == "causal_lm" else self._numbers(rows)
+        if self.answers:
+            batch["weight"] = (self.share.step or 1) * self._size(own) / self._size(whole)
         batch["rows"] = [row.source for row in rows]
         batch["instructions"] = [row.instruction for row in rows]
         batch["forward"] |= self._instructions(batch["instructions"])
         if self.row_inputs is not None:
             batch["forward"] |= self.row_inputs(rows)
         return batch
+
+    def _size(self, rows: Sequence[Row]) -> int:
+        return sum(len(row.answer_ids) for row in rows) if self.backbone.kind == "causal_lm" else len(rows)
 
     def _text(self, rows: Sequence[Row]) -> dict[str, Any]:
         return self._with_answers(rows) if self.answers else self._prompts(rows)
@@ -283,18 +296,20 @@ class LengthBatches(Sampler[list[int]]):
             yield batches[index]
 
 
-def token_batches(lengths: Sequence[int], extra: int, max_tokens: int) -> list[list[int]]:
+def token_batches(lengths: Sequence[int], extra: int, max_tokens: int, least: int = 1) -> list[list[int]]:
     """Return batches of row indices, longest rows first, of at most ``max_tokens`` padded tokens (at least one row).
 
     Args:
         lengths: Prompt tokens of every row.
         extra: Columns that scoring adds to every row (its labels' tokens).
         max_tokens: Rows times columns of a batch.
+        least: Batches there have to be, where there are as many rows.
     """
     order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
     batches: list[list[int]] = []
     for row in order:
-        if batches and (len(batches[-1]) + 1) * (lengths[batches[-1][0]] + extra) <= max_tokens:
+        num_rows = len(batches[-1]) + 1 if batches else 0
+        if 0 < num_rows <= len(order) // least and num_rows * (lengths[batches[-1][0]] + extra) <= max_tokens:
             batches[-1].append(row)
         else:
             batches.append([row])

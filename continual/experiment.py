@@ -49,6 +49,7 @@ TRAINER_DEFAULTS = {
     "enable_progress_bar": False,  # the sequence has a bar of its own
     "num_sanity_val_steps": 0,
     "gradient_clip_val": 1.0,
+    "use_distributed_sampler": False,  # batches are split over devices by ``batches.Collator``
 }
 
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
+from continual import devices
 from continual.batches import IGNORED, Collator, Row, token_batches
 from continual.errors import ConfigError
 from continual.strategies.base import forward_context
@@ -50,14 +51,15 @@ def log_likelihood(module: ContinualModule, rows: list[Row]) -> tuple[float, int
     encoder, inputs = module.instruction_encoder, module.row_inputs
     collate = Collator(module.backbone, module.uses_instructions, answers=True, encoder=encoder, row_inputs=inputs)
     total, count = 0.0, 0
-    for batch in token_batches([row.length for row in rows], 0, BATCH_TOKENS):
+    for batch in token_batches([row.length for row in rows], 0, BATCH_TOKENS)[devices.own_share()]:
         padded: Any = move_data_to_device(collate([rows[index] for index in batch]), module.device)
         with forward_context(module):
             logits = module.answer_outputs(padded, module.outputs(padded))
         labels: Tensor = padded["labels"][padded["labels"] != IGNORED]
         total -= F.cross_entropy(logits.float(), labels, reduction="none").double().sum().item()
         count += len(labels)
-    return total / count, count
+    totals, counts = zip(*devices.gathered((total, count)), strict=True)
+    return sum(totals) / sum(counts), sum(counts)
 
 
 class GeneralRecorder(L.Callback):

@@ -124,9 +124,10 @@ def sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def environment(device: str) -> dict[str, Any]:
+def environment(device: str, num_devices: int) -> dict[str, Any]:
     """Return what the numbers of a run may depend on besides its configuration."""
     import torch  # here, so that a manifest is read without it
 
     facts: dict[str, Any] = {name: metadata.version(name) for name in _PACKAGES}
-    return facts | {"python": platform.python_version(), "device": device, "threads": torch.get_num_threads()}
+    facts |= {"python": platform.python_version(), "device": device, "num_devices": num_devices}
+    return facts | {"threads": torch.get_num_threads()}

@@ -198,6 +198,7 @@ class ContinualModule(L.LightningModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Lightning's hook."""
         loss, outputs = (self._graphed or self.training_pass)(batch)
+        loss = loss * batch["weight"]
         penalty = None if outputs is None else self.strategy.penalty(self, batch, outputs)
         loss = loss if penalty is None else loss + penalty
         self.log("loss", loss, prog_bar=True, logger=False, batch_size=len(batch["rows"]))

@@ -12,7 +12,7 @@ from typing import Any
 import lightning as L
 import torch
 
-from continual import manifest, records
+from continual import devices, manifest, records
 from continual.callbacks import (
     BestTraining,
     GradientRecorder,
@@ -28,6 +28,7 @@ from continual.experiment import Experiment
 from continual.general import GeneralRecorder
 from continual.manifest import Manifest
 from continual.other_words import Slot, check_fit, score_slots
+from continual.quiet import is_first_started
 from continual.stage_data import AllTasks, StageData
 
 _ROUTING_FACTS = ("num_atoms", "num_blocks", "top_k", "prior_weight")
@@ -60,6 +61,8 @@ class Sequence:
             ConfigError, TaskError: Something is wrong; nothing has been written yet.
         """
         experiment = self.experiment
+        trainer = experiment.make_trainer(None, self.run_dir, [])
+        devices.check(trainer)
         if experiment.threads is not None:
             torch.set_num_threads(experiment.threads)
         L.seed_everything(experiment.seed, workers=True, verbose=False)
@@ -73,6 +76,7 @@ class Sequence:
         for data in self.data:
             with _named(data.name):
                 data.prepare(self.module)
+                devices.check_fit(self.module, data, trainer.world_size)
         self.module.strategy.check(self.module, self.data)
         self.module.strategy.prepare(self.module)
         if self.best is not None:
@@ -83,12 +87,13 @@ class Sequence:
             has_gate = self.module.uses_instructions or self.module.strategy.reads_instructions
             self.wordings = experiment.wordings.slots(self.data, has_gate)
             check_fit(self.wordings, self.data)
+        if resumed is not None:
+            self._take_up(resumed)
+        self._join(trainer)
         if resumed is None:
-            self.manifest = self._new_manifest()
-            manifest.create(self.run_dir, experiment.resolved, self.manifest)
-        else:
-            self.manifest = resumed
-            self._take_up()
+            self.manifest = self._new_manifest(trainer)
+            if devices.is_first():
+                manifest.create(self.run_dir, experiment.resolved, self.manifest)
         stages = list(zip(experiment.stages, self.data, strict=True))
         print(plan(experiment, stages, self.module.parameter_counts(), self.run_dir), flush=True)
 
@@ -109,9 +114,10 @@ class Sequence:
             self._note_sizes(index)
             self.manifest.finished_stage = index
             self.manifest.complete = index == len(self.data)
-            self.manifest.commit(self.run_dir)
-            # Only now: until the commit, resuming would start from what the stage before left.
-            shutil.rmtree(self._strategy_folder(index - 1), ignore_errors=True)
+            if devices.is_first():
+                self.manifest.commit(self.run_dir)
+                # Only now: until the commit, resuming would start from what the stage before left.
+                shutil.rmtree(self._strategy_folder(index - 1), ignore_errors=True)
             table.show(self._title(index), self.scores.headline())
 
     # -- one stage ----------------------------------------------------------------------------------------------------
@@ -217,6 +223,10 @@ class Sequence:
                 tables["theory"] = self.theory.rows
             if self.best is not None and not self.module.strategy.skips(index, len(self.data)):
                 tables["scores"] = [*tables["scores"], *self._score_best(index)]
+        if devices.is_first():
+            self._put_on_disk(index, tables)
+
+    def _put_on_disk(self, index: int, tables: dict[str, list[dict[str, Any]]]) -> None:
         for table, rows in tables.items():
             if rows:
                 records.append(self.run_dir, table, rows)
@@ -245,10 +255,16 @@ class Sequence:
     def _title(self, index: int) -> str:
         return self.data[index - 1].name if index else "(untrained)"
 
-    def _new_manifest(self) -> Manifest:
+    def _join(self, trainer: L.Trainer) -> None:
+        """Let the other processes come in, now that nothing can be wrong with the configuration any more."""
+        devices.join(trainer, self.module)
+        self.run_dir = trainer.strategy.broadcast(self.run_dir)  # its name may be the time at which each was started
+        if self.experiment.threads is not None:  # Lightning divides a machine's cores among its processes
+            torch.set_num_threads(self.experiment.threads)
+
+    def _new_manifest(self, trainer: L.Trainer) -> Manifest:
         experiment, module = self.experiment, self.module
         adapter, strategy = module.adapter, module.strategy
-        trainer = experiment.make_trainer(None, self.run_dir, [])
         return Manifest(
             run=experiment.name,
             seed=experiment.seed,
@@ -265,18 +281,20 @@ class Sequence:
                 "accounting": accounting() if (accounting := getattr(module.tuner, "accounting", None)) else None,
             },
             bounds=experiment.bounds,
-            environment=manifest.environment(str(trainer.strategy.root_device)),
+            environment=manifest.environment(str(trainer.strategy.root_device), trainer.world_size),
         )
 
-    def _take_up(self) -> None:
+    def _take_up(self, resumed: Manifest) -> None:
         """Drop what an interrupted stage left behind and load the last finished adapter and usages."""
-        finished = self.manifest.finished_stage
-        records.truncate(self.run_dir, finished)
+        self.manifest, finished = resumed, resumed.finished_stage
+        if is_first_started():
+            records.truncate(self.run_dir, finished)
         if finished >= 1:
             self.module.strategy.load(self.module, self._strategy_folder(finished))
         if finished >= 0:
             self.module.strategy.load_adapter(self.module, self.run_dir / "adapters" / f"stage-{finished:02d}")
-            self.routes.restore(records.read(self.run_dir, "routing"))
+            routing = records.read(self.run_dir, "routing")
+            self.routes.restore(routing[routing["stage"] <= finished])
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import lightning as L
 from torch.utils.data import DataLoader
 
+from continual import devices
 from continual.batches import Candidates, Collator, EncodedTask, LengthBatches, Row, token_batches
 from continual.errors import ConfigError
 from continual.wordings import TRAINING, Wording, opening, varied
@@ -131,6 +132,11 @@ class StageData(L.LightningDataModule):
         return rows[len(rows) - self.validation_rows :]
 
     @property
+    def scored_rows(self) -> list[Row]:
+        """Rows that the task is scored on."""
+        return self._encoded["test"].rows if self.score_rows == "test" else self.held_out_rows
+
+    @property
     def num_batches(self) -> int:
         """Training batches an epoch."""
         return -(-len(self.train_rows) // self.batch_size)
@@ -153,7 +159,7 @@ class StageData(L.LightningDataModule):
         return DataLoader(
             rows,  # type: ignore[arg-type]
             batch_sampler=batches,
-            collate_fn=self._collator(answers=True),
+            collate_fn=self._collator(answers=True, share=devices.own_share()),
             num_workers=self.num_workers,
         )
 
@@ -161,15 +167,19 @@ class StageData(L.LightningDataModule):
         """Return the held-out training rows, to be scored; none by default."""
         return [self._scoring_loader(self.held_out_rows)] if self.held_out_rows else []
 
-    def test_dataloader(self) -> DataLoader:
-        """Return the rows that the task is scored on, its test rows unless ``score_rows`` says otherwise."""
-        return self._scoring_loader(self._encoded["test"].rows if self.score_rows == "test" else self.held_out_rows)
+    def test_dataloader(self, share: slice = slice(None)) -> DataLoader:
+        """Return the rows that the task is scored on, its test rows unless ``score_rows`` says otherwise.
+
+        Args:
+            share: Which of the batches to return.
+        """
+        return self._scoring_loader(self.scored_rows, share)
 
     def collate(self, rows: Sequence[Row]) -> dict[str, Any]:
         """Return rows, of any stage, as one training batch."""
         return self._collator(answers=True)(rows)
 
-    def _scoring_loader(self, rows: list[Row]) -> DataLoader:
+    def _scoring_loader(self, rows: list[Row], share: slice = slice(None)) -> DataLoader:
         candidates, extra = None, 0
         if self.task.kind == "labels":
             others = self.seen_labels if self.score_seen_labels else []
@@ -178,9 +188,10 @@ class StageData(L.LightningDataModule):
         elif self.task.kind == "free":
             extra = self.max_answer_tokens
         lengths = [max(1, len(row.prompt_ids)) for row in rows]
+        batches = token_batches(lengths, extra, self.eval_batch_tokens, least=share.step or 1)
         return DataLoader(
             rows,  # type: ignore[arg-type]
-            batch_sampler=token_batches(lengths, extra, self.eval_batch_tokens),  # type: ignore[arg-type]
+            batch_sampler=batches[share],  # type: ignore[arg-type]
             collate_fn=self._collator(answers=self.task.kind == "regression", candidates=candidates),
         )
 
@@ -189,7 +200,9 @@ class StageData(L.LightningDataModule):
         """Tokens that a free answer may take: as many as the longest training answer."""
         return max(len(row.answer_ids) for row in self._encoded["train"].rows)
 
-    def _collator(self, answers: bool, candidates: Candidates | None = None) -> Collator:
+    def _collator(
+        self, answers: bool, candidates: Candidates | None = None, share: slice = slice(None)
+    ) -> Collator:
         module = self._module
         return Collator(
             module.backbone,
@@ -198,11 +211,12 @@ class StageData(L.LightningDataModule):
             candidates,
             module.instruction_encoder,
             module.row_inputs,
+            share,
         )
 
 
 class AllTasks(L.LightningDataModule):
-    """The test rows of every stage, one loader each."""
+    """The test rows of every stage, one loader each; of several processes each gets its share of the batches."""
 
     def __init__(self, stages: list[StageData]) -> None:
         super().__init__()
@@ -210,4 +224,4 @@ class AllTasks(L.LightningDataModule):
 
     def test_dataloader(self) -> list[Any]:
         """Return a loader for each task, in training order."""
-        return [data.test_dataloader() for data in self.stages]
+        return [data.test_dataloader(devices.own_share()) for data in self.stages]

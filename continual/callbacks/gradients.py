@@ -10,6 +10,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from continual import devices
 from continual.adapters.layer import layer_of as layer_of_module
 from continual.errors import DIVERGED, RunError
 
@@ -72,7 +73,7 @@ class GradientRecorder(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Keep the loss; look at what is kept once in a while. A step may take several batches: their mean counts."""
+        """Keep the loss, of this process's share of the batch; look at what is kept once in a while. A step may take several batches: their mean counts."""
         self._losses.append(outputs["loss"].detach() * trainer.accumulate_grad_batches)  # Lightning divided it
         if self._norms is None:
             return
@@ -87,8 +88,10 @@ class GradientRecorder(L.Callback):
         self._settle()
 
     def _settle(self) -> None:
-        for step, epoch, loss, norms in self._pending:
-            value = loss.item()
+        if not self._pending:
+            return
+        losses = devices.mean(torch.stack([loss for _, _, loss, _ in self._pending])).tolist()
+        for value, (step, epoch, _, norms) in zip(losses, self._pending, strict=True):
             if not math.isfinite(value):
                 raise RunError(f"stage {self.keys['task']!r}, step {step}: {DIVERGED} ({value}); the stage is dropped")
             self._add(step, epoch, "train_loss", "", value, 1, "lower")

@@ -21,7 +21,7 @@ class StageProgress(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Open the training bar."""
-        self._open("train", int(trainer.estimated_stepping_batches), "step")
+        self._open(trainer, "train", int(trainer.estimated_stepping_batches), "step")
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -38,7 +38,7 @@ class StageProgress(L.Callback):
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Open the scoring bar."""
-        self._open("score", sum(int(batches) for batches in trainer.num_test_batches), "batch")
+        self._open(trainer, "score", sum(int(batches) for batches in trainer.num_test_batches), "batch")
 
     def on_test_batch_end(self, *_: Any) -> None:
         """Advance."""
@@ -53,10 +53,15 @@ class StageProgress(L.Callback):
         """Close the bar before the error's line is printed."""
         self._close()
 
-    def _open(self, doing: str, total: int, unit: str) -> None:
-        seconds = 0.2 if sys.stderr.isatty() else 20.0
+    def _open(self, trainer: L.Trainer, doing: str, total: int, unit: str) -> None:
         self._bar = tqdm(
-            total=total, desc=f"{self.title}: {doing}", unit=unit, leave=False, mininterval=seconds, dynamic_ncols=True
+            total=total,
+            desc=f"{self.title}: {doing}",
+            unit=unit,
+            leave=False,
+            mininterval=0.2 if sys.stderr.isatty() else 20.0,
+            dynamic_ncols=True,
+            disable=not trainer.is_global_zero,
         )
 
     def _close(self) -> None:

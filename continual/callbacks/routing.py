@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from analysis.routing import entropy_nats, js_divergence, kl_divergence, total_variation
+from continual import devices
 from continual.evaluate import Outcome
 
 
@@ -64,7 +65,10 @@ class RouteRecorder(L.Callback):
         self._sums.setdefault(name, _TaskRoutes()).add(outcome.routes, outcome.prompt_mask, outcome.rows)
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Compute usage, entropies, separation and drift."""
+        """Compute usage, entropies, separation and drift from the routes of all processes."""
+        found = devices.gathered(self._sums)
+        own = {data.name: [sums[data.name] for sums in found if data.name in sums] for data in self.tasks}
+        self._sums = {name: sum(each[1:], start=each[0]) for name, each in own.items() if each}
         if not self._sums:
             return
         stage = self.keys["stage"]
@@ -140,6 +144,13 @@ class _TaskRoutes:
         self.weights = summed if self.weights is None else self.weights + summed
         self.entropy = entropy if self.entropy is None else self.entropy + entropy
         self.tokens += torch.stack([tokens[half == side].sum() for side in (0, 1)])
+
+    def __add__(self, other: _TaskRoutes) -> _TaskRoutes:
+        """Return the sums over both, neither of them empty."""
+        total = _TaskRoutes()
+        for name, tensor in vars(self).items():
+            setattr(total, name, tensor + getattr(other, name))
+        return total
 
     @property
     def num_tokens(self) -> int:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import statistics
 import time
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import lightning as L
 import torch
 from torchmetrics import MeanMetric, MeanSquaredError, Metric, R2Score
 
+from continual import devices
 from continual.evaluate import Outcome
 
 
@@ -25,10 +27,8 @@ class ScoreRecorder(L.Callback):
         """Begin scoring ``tasks`` (StageData, in loader order); ``keys`` are the columns run, seed and stage."""
         self.keys, self.tasks = keys, tasks
         self.rows, self.answers = [], []
-        self._metrics: list[dict[str, Metric]] = [_metrics_of(data) for data in tasks]
-        self._counts = [0] * len(tasks)
+        self._outcomes: list[list[tuple[Outcome, list[Any]]]] = [[] for _ in tasks]
         self.chosen: dict[str, Counter[str]] = {}
-        self._given: list[tuple[list[Any], list[str]]] = [([], []) for _ in tasks]
         self._milliseconds: list[float] = []
         self._started = time.perf_counter()
 
@@ -50,34 +50,18 @@ class ScoreRecorder(L.Callback):
         """Take in a batch's outcome."""
         outcome: Outcome = outputs
         self._milliseconds.append(1e3 * (time.perf_counter() - self._started) / len(outcome.rows))
-        task = self.tasks[dataloader_idx].task
-        self._counts[dataloader_idx] += len(outcome.rows)
-        values = torch.tensor(outcome.values, dtype=torch.float64)
-        self._count_stages(outcome, dataloader_idx)
-        for kept, new in zip(self._given[dataloader_idx], (batch["rows"], outcome.predictions), strict=True):
-            kept.extend(new)
-        for name, metric in self._metrics[dataloader_idx].items():
-            if task.kind == "regression":
-                predicted = torch.tensor([float(text) for text in outcome.predictions], dtype=torch.float64)
-                metric.update(predicted, torch.tensor(outcome.targets, dtype=torch.float64))
-            elif name == "accuracy_seen":
-                metric.update(values if outcome.seen_values is None else torch.tensor(outcome.seen_values))
-            elif name == "exact_match":
-                metric.update(torch.tensor(outcome.generated_values))
-            else:
-                metric.update(values)
-        name = self.tasks[dataloader_idx].name
-        for row, value, prediction in zip(outcome.rows, outcome.values, outcome.predictions, strict=True):
-            self.answers.append(self.keys | {"task": name, "row": row, "value": value, "prediction": prediction})
-
-    def _count_stages(self, outcome: Outcome, index: int) -> None:
-        """Note how many rows a growing bank's gate sends to each stage."""
-        if outcome.stages is not None:
-            self.chosen.setdefault(self.tasks[index].name, Counter()).update(outcome.stages)
+        # Routes are another recorder's, and large.
+        self._outcomes[dataloader_idx].append((replace(outcome, routes=None, prompt_mask=None), batch["rows"]))
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Compute the scores."""
-        for data, metrics, count, given in zip(self.tasks, self._metrics, self._counts, self._given, strict=True):
+        """Compute the scores from the answers of all processes."""
+        for data, own in zip(self.tasks, self._outcomes, strict=True):
+            metrics, given, count = _metrics_of(data), ([], []), 0
+            for outcome, sources in devices.in_order(own):
+                self._take_in(data, metrics, outcome)
+                given[0].extend(sources)
+                given[1].extend(outcome.predictions)
+                count += len(outcome.rows)
             for name, metric in metrics.items():
                 direction = "higher" if metric.higher_is_better or isinstance(metric, MeanMetric) else "lower"
                 value = {"metric": name, "direction": direction, "value": metric.compute().item(), "count": count}
@@ -90,6 +74,23 @@ class ScoreRecorder(L.Callback):
                 value = {"metric": metric, "direction": "none", "value": chosen[stage] / chosen.total()}
                 self.rows.append(self.keys | {"task": name} | value | {"count": chosen.total()})
         self.answers.sort(key=lambda answer: (answer["task"], answer["row"]))
+
+    def _take_in(self, data: Any, metrics: dict[str, Metric], outcome: Outcome) -> None:
+        values = torch.tensor(outcome.values, dtype=torch.float64)
+        for name, metric in metrics.items():
+            if data.task.kind == "regression":
+                predicted = torch.tensor([float(text) for text in outcome.predictions], dtype=torch.float64)
+                metric.update(predicted, torch.tensor(outcome.targets, dtype=torch.float64))
+            elif name == "accuracy_seen":
+                metric.update(values if outcome.seen_values is None else torch.tensor(outcome.seen_values))
+            elif name == "exact_match":
+                metric.update(torch.tensor(outcome.generated_values))
+            else:
+                metric.update(values)
+        if outcome.stages is not None:  # where a growing bank's gate sent the rows
+            self.chosen.setdefault(data.name, Counter()).update(outcome.stages)
+        for row, value, prediction in zip(outcome.rows, outcome.values, outcome.predictions, strict=True):
+            self.answers.append(self.keys | {"task": data.name, "row": row, "value": value, "prediction": prediction})
 
     def milliseconds_a_row(self) -> float | None:
         """Return what answering a row took, the median over batches (the first ones warm up); None where none was."""

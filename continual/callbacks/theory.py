@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.linalg import matrix_norm, vector_norm
 
+from continual import devices
 from continual.adapters.layer import QueryableLinear
 from continual.strategies.base import evaluating, forward_context
 
@@ -53,7 +54,10 @@ class TheoryRecorder(L.Callback):
         step = trainer.global_step
         if step != 1 and step % self.interval:
             return
-        for (metric, block), (value, count) in measure(pl_module, batch).items():
+        everywhere = devices.gathered(measure(pl_module, batch) if batch["weight"] else {})
+        for metric, block in everywhere[0]:
+            ratios, counts = zip(*(found[metric, block] for found in everywhere if found), strict=True)
+            value, count = max(ratios), sum(counts)
             place = {"step": step, "epoch": trainer.current_epoch, "block": block}
             measured = {"metric": metric, "direction": "none", "value": value, "count": count}
             self.rows.append(self.keys | place | measured)

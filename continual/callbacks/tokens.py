@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from continual import devices
 from continual.adapters import QueryableLoraModel
 from continual.evaluate import Outcome
 
@@ -84,8 +85,12 @@ class TokenRecorder(L.Callback):
         del kept[self.num_tokens :]
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Put the sample into rows, by task, row and place."""
-        kept = [row for items in self._kept.values() for _, rows in items for row in rows]
+        """Put the sample of all processes' tokens into rows, by task, row and place."""
+        found = devices.gathered(self._kept)
+        kept: list[dict[str, Any]] = []
+        for data in self.tasks:
+            items = sorted((item for own in found for item in own.get(data.name, [])), key=lambda item: item[0])
+            kept += [row for _, rows in items[: self.num_tokens] for row in rows]
         self.rows = sorted(kept, key=lambda row: (row["task"], row["row"], row["place"], row["block"], row["atom"]))
 
 

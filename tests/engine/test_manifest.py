@@ -86,6 +86,6 @@ def test_only_a_new_or_empty_directory_takes_a_run(run_dir: Path, tmp_path: Path
 
 
 def test_the_environment_names_what_numbers_depend_on() -> None:
-    facts = manifest.environment("cpu")
+    facts = manifest.environment("cpu", 1)
     assert {"torch", "transformers", "peft", "lightning", "python"} <= set(facts)
     assert (facts["device"], facts["threads"]) == ("cpu", 1)
