@@ -4,18 +4,23 @@ Lightning (``trainer.devices=N trainer.strategy=ddp``), torchrun or srun runs th
 of these processes run the same lines on the same seed. A training batch is the same whatever their number: each takes
 every N-th of its rows (``batches.Collator``). Batches to be scored are dealt out whole (``stage_data.AllTasks``), and
 what was found in them is gathered before anything is computed from it. The first process alone writes, and speaks.
+
+Lightning's ModelParallelStrategy cuts the frozen decoder layers into shards, one a device (``shard``): passes then have
+to be made by all processes together, so that each scores every batch, and training rows alone are shared.
 """
 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import lightning as L
 import torch.distributed as dist
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 
 from continual.errors import ConfigError, one_line
 
@@ -24,6 +29,10 @@ if TYPE_CHECKING:
     from continual.stage_data import StageData
 
 _Found = TypeVar("_Found")
+_SHARDED = "ModelParallelStrategy with data_parallel_size the number of devices and tensor_parallel_size 1"
+
+
+# -- before anything is trained ---------------------------------------------------------------------------------------
 
 
 def check(trainer: L.Trainer) -> None:
@@ -33,8 +42,12 @@ def check(trainer: L.Trainer) -> None:
         raise ConfigError(
             "trainer.strategy: processes that are forked or spawned for one fit end with it, and a run has many: take ddp"
         )
-    if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
-        raise ConfigError(f"trainer.strategy: {type(strategy).__name__} is not supported: take ddp")
+    if isinstance(strategy, ModelParallelStrategy):
+        if strategy._tensor_parallel_size != 1:
+            raise ConfigError(f"trainer.strategy: decoder layers are cut into shards alone: take {_SHARDED}")
+    elif not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
+        name = type(strategy).__name__
+        raise ConfigError(f"trainer.strategy: {name} is not supported: take ddp, or, for a large backbone, {_SHARDED}")
     started = int(os.environ.get("WORLD_SIZE", 1))
     if started > 1 and started != trainer.world_size:
         raise ConfigError(
@@ -42,19 +55,28 @@ def check(trainer: L.Trainer) -> None:
         )
 
 
-def check_fit(module: ContinualModule, data: StageData, num_devices: int) -> None:
-    """Raise ConfigError for what ``num_devices`` devices cannot share, or would come out otherwise than on one."""
-    if num_devices == 1:
+def check_module(module: ContinualModule, trainer: L.Trainer) -> None:
+    """Raise ConfigError where the loaded module cannot be spread, or would learn something else than on one device."""
+    if trainer.world_size == 1:
         return
-    for what, num_rows in (("data.batch_size", data.batch_size), ("rows to score", len(data.scored_rows))):
-        if num_rows < num_devices:
-            raise ConfigError(f"{what} ({num_rows}): {num_devices} devices share them, and each needs one at least")
     if module.cuda_graphs:
         raise ConfigError("model.cuda_graphs records one process's passes alone: take it out, or trainer.devices=1")
     name = type(module.adapter).__name__
     if getattr(module.adapter, "balance_weight", 0) or name == "LilyConfig":
         what = "balances its experts" if name != "LilyConfig" else "averages its routes"
         raise ConfigError(f"model.adapter: {name} {what} over a whole batch, which several devices share: take one")
+    if isinstance(trainer.strategy, ModelParallelStrategy):
+        if not any(_frozen(module, layer) for layer in _decoder_layers(module)):
+            raise ConfigError("trainer.strategy: there are no frozen decoder layers to cut into shards: take ddp")
+        if module.compiles:
+            raise ConfigError("model.compile has not been made to work on shards: take it out, or ddp")
+
+
+def check_data(data: StageData, num_devices: int) -> None:
+    """Raise ConfigError where a stage has too few rows for every device to get one."""
+    for what, num_rows in (("data.batch_size", data.batch_size), ("rows to score", len(data.scored_rows))):
+        if num_rows < num_devices:
+            raise ConfigError(f"{what} ({num_rows}): {num_devices} devices share them, and each needs one at least")
 
 
 def join(trainer: L.Trainer, module: ContinualModule) -> None:
@@ -78,6 +100,9 @@ def join(trainer: L.Trainer, module: ContinualModule) -> None:
         raise ConfigError(f"trainer: {one_line(error)}") from error
 
 
+# -- who takes what ---------------------------------------------------------------------------------------------------
+
+
 def _are_joined() -> bool:
     return dist.is_available() and dist.is_initialized()
 
@@ -92,13 +117,21 @@ def num_processes() -> int:
     return dist.get_world_size() if _are_joined() else 1
 
 
-def own_share() -> slice:
-    """Return which of some items, that all processes have in the same order, this one takes."""
+def own_rows() -> slice:
+    """Return which of a training batch's rows this process takes."""
     return slice(dist.get_rank(), None, dist.get_world_size()) if _are_joined() else slice(None)
 
 
+def own_batches(module: ContinualModule) -> slice:
+    """Return which of some batches, that all processes have in the same order, this one passes through the model."""
+    return slice(None) if is_sharded(module) else own_rows()
+
+
+# -- what was found ---------------------------------------------------------------------------------------------------
+
+
 def gathered(found: _Found) -> list[_Found]:
-    """Return what every process has found, in their order; all of them have to call it."""
+    """Return what every process has found, in their order; all of them have to call it. Tensors have to be on the CPU."""
     if num_processes() == 1:
         return [found]
     everything: list[Any] = [None] * num_processes()
@@ -106,9 +139,14 @@ def gathered(found: _Found) -> list[_Found]:
     return everything
 
 
-def in_order(found: list[_Found]) -> list[_Found]:
-    """Return what all processes made of their ``own_share`` of some items, an entry an item, in the items' order."""
-    parts = gathered(found)
+def of_batches(found: _Found, module: ContinualModule) -> list[_Found]:
+    """Return what every process has found in its ``own_batches``; no batch counts twice."""
+    return [found] if is_sharded(module) else gathered(found)
+
+
+def in_order(found: list[_Found], module: ContinualModule) -> list[_Found]:
+    """Return what all processes found in their ``own_batches``, an entry a batch, in the batches' order."""
+    parts = of_batches(found, module)
     return [parts[place % len(parts)][place // len(parts)] for place in range(sum(map(len, parts)))]
 
 
@@ -118,3 +156,51 @@ def mean(values: Tensor) -> Tensor:
         dist.all_reduce(values := values.clone())
         values /= num_processes()
     return values
+
+
+# -- a backbone in shards ---------------------------------------------------------------------------------------------
+
+
+def is_sharded(module: ContinualModule) -> bool:
+    """Say whether the backbone lies in shards."""
+    return num_processes() > 1 and module.device_mesh is not None
+
+
+def shard(module: ContinualModule) -> None:
+    """Cut the frozen parameters of each decoder layer into shards, one a process (torch's FSDP2); once.
+
+    A layer is put together for the time that it computes. Whatever is trained, and the adapter's own frozen tensors, are
+    on every device as they were: they are small, and strategies read and write them.
+    """
+    layers = _decoder_layers(module)
+    if isinstance(layers[0], FSDPModule):
+        return
+    decoder = cast(Any, module.model).get_base_model().get_decoder()
+    mesh = cast(Any, module.device_mesh)["data_parallel"]
+    for layer in layers:
+        frozen = set(_frozen(module, layer))
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=set(layer.parameters()) - frozen)
+    # Their common root, with no shards of its own, lets a layer be put together while the one before computes.
+    fully_shard(decoder, mesh=mesh, ignored_params={p for p in decoder.parameters() if not isinstance(p, DTensor)})
+
+
+def average_gradients(parameters: list[nn.Parameter]) -> None:
+    """Put the mean over processes in the place of each gradient, as DDP does by itself."""
+    flat = mean(nn.utils.parameters_to_vector([_gradient(parameter) for parameter in parameters]))
+    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = part.view_as(parameter).to(parameter.dtype)
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    return parameter.new_zeros(parameter.shape) if parameter.grad is None else parameter.grad
+
+
+def _decoder_layers(module: ContinualModule) -> list[nn.Module]:
+    decoder = getattr(cast(Any, module.model).get_base_model(), "get_decoder", lambda: None)()
+    return list(getattr(decoder, "layers", []))
+
+
+def _frozen(module: ContinualModule, layer: nn.Module) -> list[nn.Parameter]:
+    """Return a layer's frozen parameters that the adapter has not brought."""
+    prefix = getattr(cast(Any, module.model).base_model, "prefix", None) or "\0"
+    return [p for name, p in layer.named_parameters() if not p.requires_grad and prefix not in name]

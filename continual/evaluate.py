@@ -54,7 +54,7 @@ class Outcome:
     stages: list[str] | None = None
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def score_batch(module: ContinualModule, task: Task, batch: dict[str, Any], max_answer_tokens: int = 0) -> Outcome:
     """Answer a batch of one task's test rows.
 

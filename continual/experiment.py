@@ -30,6 +30,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 from continual import bounds, manifest
 from continual.errors import ConfigError, one_line
@@ -126,6 +127,8 @@ class Experiment:
         if stage is not None:
             arguments["max_epochs"] = self.epochs(stage)
         arguments |= {"default_root_dir": str(run_dir), "limit_val_batches": 0, "callbacks": [*own, *callbacks]}
+        if isinstance(arguments["strategy"], ModelParallelStrategy):
+            arguments["inference_mode"] = False  # layers that are put together in scoring are written to in training
         try:
             return L.Trainer(**arguments)
         except (ValueError, TypeError, MisconfigurationException) as error:

@@ -51,14 +51,14 @@ def log_likelihood(module: ContinualModule, rows: list[Row]) -> tuple[float, int
     encoder, inputs = module.instruction_encoder, module.row_inputs
     collate = Collator(module.backbone, module.uses_instructions, answers=True, encoder=encoder, row_inputs=inputs)
     total, count = 0.0, 0
-    for batch in token_batches([row.length for row in rows], 0, BATCH_TOKENS)[devices.own_share()]:
+    for batch in token_batches([row.length for row in rows], 0, BATCH_TOKENS)[devices.own_batches(module)]:
         padded: Any = move_data_to_device(collate([rows[index] for index in batch]), module.device)
         with forward_context(module):
             logits = module.answer_outputs(padded, module.outputs(padded))
         labels: Tensor = padded["labels"][padded["labels"] != IGNORED]
         total -= F.cross_entropy(logits.float(), labels, reduction="none").double().sum().item()
         count += len(labels)
-    totals, counts = zip(*devices.gathered((total, count)), strict=True)
+    totals, counts = zip(*devices.of_batches((total, count), module), strict=True)
     return sum(totals) / sum(counts), sum(counts)
 
 
@@ -81,7 +81,7 @@ class GeneralRecorder(L.Callback):
         """Measure, while the model is still on its device."""
         module: ContinualModule = pl_module  # type: ignore[assignment]
         module.strategy.begin_untasked(module)
-        with torch.inference_mode():
+        with torch.no_grad():
             value, count = log_likelihood(module, self._encoded)
         measured = {"metric": "log_likelihood_nats", "direction": "higher", "value": value, "count": count}
         self.rows = [self.keys | {"task": "general"} | measured]

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.optim.lr_scheduler import LambdaLR
 
+from continual import devices
 from continual.adapters import QueryableLoraConfig, QueryableLoraModel, RoutedTuner
 from continual.backbones import Backbone, CausalLM, SentenceEncoder
 from continual.batches import IGNORED, RowInputs
@@ -28,6 +29,7 @@ from continual.files import whole_folder
 from continual.graphed import GraphedPasses
 from continual.instructions import GENERAL_INSTRUCTIONS
 from continual.strategies import Sequential, Strategy
+from continual.strategies.base import trainable
 
 _PLAIN = lazy_instance(Sequential)  # a default that a resolved configuration can name
 
@@ -90,8 +92,12 @@ class ContinualModule(L.LightningModule):
         Raises:
             ConfigError: The backbone or start_from cannot be loaded, or the adapter does not fit the backbone.
         """
-        if self.model is not None:
-            return
+        if self.model is None:
+            self._build()
+        if devices.is_sharded(self):
+            devices.shard(self)
+
+    def _build(self) -> None:
         backbone = self.backbone.build()
         config = copy.deepcopy(self.adapter)  # get_peft_model writes into its configuration
         if self.backbone.kind == "causal_lm" and config.task_type is None:
@@ -119,7 +125,7 @@ class ContinualModule(L.LightningModule):
     def renew_adapter(self) -> None:
         """Put a fresh adapter, drawn from torch's generator, on the backbone as it was loaded."""
         self.model = None  # before the new one is there: two backbones may not fit
-        self.configure_model()
+        self._build()
 
     def _fix_instruction_reference(self) -> None:
         if not self.uses_instructions or not isinstance(self.tuner, QueryableLoraModel):
@@ -204,16 +210,20 @@ class ContinualModule(L.LightningModule):
         self.log("loss", loss, prog_bar=True, logger=False, batch_size=len(batch["rows"]))
         return loss
 
+    def on_after_backward(self) -> None:
+        """Lightning's hook: DDP averages gradients by itself."""
+        if devices.is_sharded(self):
+            devices.average_gradients(trainable(self))
+
     def configure_optimizers(self) -> Any:
         """Return a fresh optimizer and a schedule: linear warm-up, then linear decay to ``final_lr_fraction``.
 
         Raises:
             RunError: Nothing is trainable.
         """
-        trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        if not trainable:
+        if not (parameters := trainable(self)):
             raise RunError("the adapter has no trainable parameters")
-        optimizer = self.make_optimizer(trainable)
+        optimizer = self.make_optimizer(parameters)
         total = max(1, int(self.trainer.estimated_stepping_batches))
         warmup = min(self.warmup_steps, total // 2)
 

@@ -76,7 +76,8 @@ class Sequence:
         for data in self.data:
             with _named(data.name):
                 data.prepare(self.module)
-                devices.check_fit(self.module, data, trainer.world_size)
+                devices.check_data(data, trainer.world_size)
+        devices.check_module(self.module, trainer)
         self.module.strategy.check(self.module, self.data)
         self.module.strategy.prepare(self.module)
         if self.best is not None:

@@ -159,7 +159,7 @@ class StageData(L.LightningDataModule):
         return DataLoader(
             rows,  # type: ignore[arg-type]
             batch_sampler=batches,
-            collate_fn=self._collator(answers=True, share=devices.own_share()),
+            collate_fn=self._collator(answers=True, share=devices.own_rows()),
             num_workers=self.num_workers,
         )
 
@@ -224,4 +224,4 @@ class AllTasks(L.LightningDataModule):
 
     def test_dataloader(self) -> list[Any]:
         """Return a loader for each task, in training order."""
-        return [data.test_dataloader(devices.own_share()) for data in self.stages]
+        return [data.test_dataloader(devices.own_batches(data._module)) for data in self.stages]

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,28 +29,30 @@ if TYPE_CHECKING:
     from continual.adapters.config import QueryableLoraConfig
 
 
-@dataclass
 class RoutingState:
     """What one adapter's layers share during ONE forward pass; made anew for each, never kept on the bank.
 
     State kept on a module between passes gives silently wrong gradients once two forward passes precede a backward
-    pass that recomputes activations; an object of its own for each pass is exact there too.
+    pass that recomputes activations; an object of its own for each pass is exact there too. It is no dataclass: FSDP
+    looks into those among a layer's keywords, puts copies in their place, and would go round in circles here.
 
-    Attributes:
+    Args:
         operator_KR: The bank as one matrix, (M * r, r): row m * r + j holds column j of atom m.
         log_prior_BM: lambda * log pi(c) of each row, (B, M); None where the prior is off.
+
+    Attributes:
         blocks: What the layers of each block share.
         weight_B: What each row's update is multiplied by, (B,); None for 1.
         observe: Called with a layer, the adapter's name, u = A h and S_b u, both (..., r); None for nobody.
         removed: The atom that no token may use; None for none.
     """
 
-    operator_KR: Tensor
-    log_prior_BM: Tensor | None
-    blocks: list[BlockState] = field(default_factory=list)
-    weight_B: Tensor | None = None
-    observe: Callable[[nn.Module, str, Tensor, Tensor], None] | None = None
-    removed: int | None = None
+    def __init__(self, operator_KR: Tensor, log_prior_BM: Tensor | None) -> None:
+        self.operator_KR, self.log_prior_BM = operator_KR, log_prior_BM
+        self.blocks: list[BlockState] = []
+        self.weight_B: Tensor | None = None
+        self.observe: Callable[[nn.Module, str, Tensor, Tensor], None] | None = None
+        self.removed: int | None = None
 
     @property
     def routes(self) -> list[Tensor | None]:

@@ -66,7 +66,7 @@ class RouteRecorder(L.Callback):
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Compute usage, entropies, separation and drift from the routes of all processes."""
-        found = devices.gathered(self._sums)
+        found = devices.of_batches(self._sums, pl_module)  # type: ignore[arg-type]
         own = {data.name: [sums[data.name] for sums in found if data.name in sums] for data in self.tasks}
         self._sums = {name: sum(each[1:], start=each[0]) for name, each in own.items() if each}
         if not self._sums:

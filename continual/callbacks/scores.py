@@ -57,7 +57,7 @@ class ScoreRecorder(L.Callback):
         """Compute the scores from the answers of all processes."""
         for data, own in zip(self.tasks, self._outcomes, strict=True):
             metrics, given, count = _metrics_of(data), ([], []), 0
-            for outcome, sources in devices.in_order(own):
+            for outcome, sources in devices.in_order(own, pl_module):  # type: ignore[arg-type]
                 self._take_in(data, metrics, outcome)
                 given[0].extend(sources)
                 given[1].extend(outcome.predictions)

@@ -86,7 +86,7 @@ class TokenRecorder(L.Callback):
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Put the sample of all processes' tokens into rows, by task, row and place."""
-        found = devices.gathered(self._kept)
+        found = devices.of_batches(self._kept, pl_module)  # type: ignore[arg-type]
         kept: list[dict[str, Any]] = []
         for data in self.tasks:
             items = sorted((item for own in found for item in own.get(data.name, [])), key=lambda item: item[0])

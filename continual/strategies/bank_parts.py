@@ -96,6 +96,10 @@ class Moments:
         u, v = state.detach().float().flatten(0, -2), routed.detach().float().flatten(0, -2)
         return cls(u.T @ u, v.T @ v, v.T @ u)
 
+    def cpu(self) -> Moments:
+        """Return the same on the CPU."""
+        return Moments(self.state_rr.cpu(), self.routed_rr.cpu(), self.mixed_rr.cpu())
+
     def __add__(self, other: Moments) -> Moments:
         return Moments(self.state_rr + other.state_rr, self.routed_rr + other.routed_rr, self.mixed_rr + other.mixed_rr)
 

@@ -26,6 +26,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from continual import devices
 from continual.adapters import QueryableLoraConfig
 from continual.adapters.gate import StageGate
 from continual.adapters.growing import GrowingBank as Bank
@@ -187,10 +188,10 @@ class GrowingBank(Strategy):
         """Return the mean loss of the probe's rows with the slices ``names`` in use."""
         rows, total = sorted(self._sample(data), key=lambda row: row.length), 0.0
         with evaluating(module), torch.no_grad(), bank_of(module).using(names):
-            for start in range(0, len(rows), 32):
+            for start in range(0, len(rows), 32)[devices.own_batches(module)]:
                 batch = self.collate(module, rows[start : start + 32])
                 total += module.loss(batch, module.outputs(batch)).item() * len(batch["rows"])
-        return total / len(rows)
+        return sum(devices.of_batches(total, module)) / len(rows)
 
     def end_stage(self, module: ContinualModule, data: StageData, stage: int) -> None:
         """Share or prune the slice, anchor the stage, and let the gate decide from here on."""
@@ -251,9 +252,14 @@ class GrowingBank(Strategy):
 
         with bank.observing(observe):
             self._loss(module, data, self._own(name))
+        layers = bank.layers(name)
+        own = [moments[layer].cpu() for layer in layers.values() if layer in moments]
+        everywhere = devices.of_batches(own, module)
+        of_layers = zip(*filter(None, everywhere), strict=True)
         parts: dict[str, Components] = {}
-        for place, layer in bank.layers(name).items():
-            weight_A, weight_B, found = layer.queryable_A[name], layer.queryable_B[name], moments[layer]
+        for (place, layer), of_layer in zip(layers.items(), of_layers, strict=True):
+            weight_A, weight_B = layer.queryable_A[name], layer.queryable_B[name]
+            found = sum(of_layer[1:], start=of_layer[0])
             if name not in layer.frozen_A:
                 parts[f"{place}|A"] = components_of_A(weight_A, weight_B, found)
             parts[f"{place}|B"] = components_of_B(weight_B, found)
@@ -266,10 +272,11 @@ class GrowingBank(Strategy):
         rows = sorted(data.train_rows, key=lambda row: row.length)
         encoding, parts = inputs.encode(data.task.instruction), []
         with evaluating(module):
-            for start in range(0, len(rows), 64):
+            for start in range(0, len(rows), 64)[devices.own_batches(module)]:
                 keywords = {key: value.to(module.device) for key, value in inputs(rows[start : start + 64]).items()}
-                parts.append(bank.features({"text_ids": None, "row_features": None} | keywords))
-        features, lengths = (torch.cat(part) for part in zip(*parts, strict=True))
+                found = bank.features({"text_ids": None, "row_features": None} | keywords)
+                parts.append(tuple(tensor.cpu() for tensor in found))
+        features, lengths = (torch.cat(part) for part in zip(*devices.in_order(parts, module), strict=True))
         best = bank.gate.add(data.name, features, lengths, self._groups(data, rows, features), encoding)
         bank.gate.stages[data.name].adapters = list(adapters)
         shares = {name: (best == index).float().mean().item() for index, name in enumerate(bank.gate.stages)}
@@ -282,13 +289,13 @@ class GrowingBank(Strategy):
         bank, tokenizer = bank_of(module), cast(Any, module.backbone).tokenizer
         starts = sorted({tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id} - {None})
         texts = []
-        devices = [module.device] if module.device.type == "cuda" else []
-        with evaluating(module), bank.using([]), torch.random.fork_rng(devices=devices):
+        gpus = [module.device] if module.device.type == "cuda" else []
+        with evaluating(module), bank.using([]), torch.random.fork_rng(devices=gpus):
             torch.manual_seed(0)
             for start in starts:
                 first = torch.full((-(-self.background_rows // len(starts)), 1), start, device=module.device)
                 texts.append(write_freely(module.model, first, self.text_tokens))
-        ids = torch.cat(texts)
+        ids = devices.gathered(torch.cat(texts).cpu())[0].to(module.device)  # one text for all processes' gates
         features, lengths = bank.features({"text_ids": ids, "row_features": None})
         bank.gate.set_background(features, lengths, cluster(features, min(self.background_clusters, len(ids)), seed=0))
 
