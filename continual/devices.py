@@ -40,7 +40,7 @@ def check(trainer: L.Trainer) -> None:
     strategy = trainer.strategy
     if isinstance(strategy.launcher, _MultiProcessingLauncher):
         raise ConfigError(
-            "trainer.strategy: processes that are forked or spawned for one fit end with it, and a run has many: take ddp"
+            "trainer.strategy: processes forked or spawned for one fit end with it, and a run has many: take ddp"
         )
     if isinstance(strategy, ModelParallelStrategy):
         if strategy._tensor_parallel_size != 1:
@@ -131,7 +131,7 @@ def own_batches(module: ContinualModule) -> slice:
 
 
 def gathered(found: _Found) -> list[_Found]:
-    """Return what every process has found, in their order; all of them have to call it. Tensors have to be on the CPU."""
+    """Return what every process has found, in their order; all of them have to call it. Tensors lie on the CPU."""
     if num_processes() == 1:
         return [found]
     everything: list[Any] = [None] * num_processes()
@@ -169,8 +169,8 @@ def is_sharded(module: ContinualModule) -> bool:
 def shard(module: ContinualModule) -> None:
     """Cut the frozen parameters of each decoder layer into shards, one a process (torch's FSDP2); once.
 
-    A layer is put together for the time that it computes. Whatever is trained, and the adapter's own frozen tensors, are
-    on every device as they were: they are small, and strategies read and write them.
+    A layer is put together for the time that it computes. Whatever is trained, and what the adapter has of its own, is
+    on every device as it was: it is small, and strategies read and write it.
     """
     layers = _decoder_layers(module)
     if isinstance(layers[0], FSDPModule):

@@ -295,7 +295,7 @@ class Sequence:
         if finished >= 0:
             self.module.strategy.load_adapter(self.module, self.run_dir / "adapters" / f"stage-{finished:02d}")
             routing = records.read(self.run_dir, "routing")
-            self.routes.restore(routing[routing["stage"] <= finished])
+            self.routes.restore(routing.query("stage <= @finished"))
 
 
 @contextmanager

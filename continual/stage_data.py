@@ -200,9 +200,7 @@ class StageData(L.LightningDataModule):
         """Tokens that a free answer may take: as many as the longest training answer."""
         return max(len(row.answer_ids) for row in self._encoded["train"].rows)
 
-    def _collator(
-        self, answers: bool, candidates: Candidates | None = None, share: slice = slice(None)
-    ) -> Collator:
+    def _collator(self, answers: bool, candidates: Candidates | None = None, share: slice = slice(None)) -> Collator:
         module = self._module
         return Collator(
             module.backbone,

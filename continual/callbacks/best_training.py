@@ -91,7 +91,8 @@ def training_accuracy(module: ContinualModule, data: StageData) -> float:
     """Return the share of ``data``'s training rows answered right (see the module's docstring), or minus the MSE."""
     rows, total = data.train_rows, 0.0
     with evaluating(module), forward_context(module):
-        for batch in token_batches([row.length for row in rows], 0, data.eval_batch_tokens)[devices.own_batches(module)]:
+        batches = token_batches([row.length for row in rows], 0, data.eval_batch_tokens)
+        for batch in batches[devices.own_batches(module)]:
             padded: Any = move_data_to_device(data.collate([rows[index] for index in batch]), module.device)
             outputs, labels = module.outputs(padded), padded["labels"]
             if module.backbone.kind == "regressor":

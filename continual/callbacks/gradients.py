@@ -73,7 +73,10 @@ class GradientRecorder(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Keep the loss, of this process's share of the batch; look at what is kept once in a while. A step may take several batches: their mean counts."""
+        """Keep the loss; look at what is kept once in a while. A step may take several batches: their mean counts.
+
+        Of several processes each has the loss of its share of a batch, scaled so that their mean is the batch's.
+        """
         self._losses.append(outputs["loss"].detach() * trainer.accumulate_grad_batches)  # Lightning divided it
         if self._norms is None:
             return

@@ -19,6 +19,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from functools import reduce
+from operator import add
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -259,7 +261,7 @@ class GrowingBank(Strategy):
         parts: dict[str, Components] = {}
         for (place, layer), of_layer in zip(layers.items(), of_layers, strict=True):
             weight_A, weight_B = layer.queryable_A[name], layer.queryable_B[name]
-            found = sum(of_layer[1:], start=of_layer[0])
+            found = reduce(add, of_layer)
             if name not in layer.frozen_A:
                 parts[f"{place}|A"] = components_of_A(weight_A, weight_B, found)
             parts[f"{place}|B"] = components_of_B(weight_B, found)
