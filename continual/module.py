@@ -194,6 +194,8 @@ class ContinualModule(L.LightningModule):
 
     def on_train_start(self) -> None:
         """Lightning's hook: what was recorded holds for one stage."""
+        if self.global_rank:  # the first process's generator, on other rows, would drop the same places as there
+            torch.manual_seed(torch.initial_seed() + self.global_rank)
         records = self.cuda_graphs and self.device.type == "cuda" and self.trainer.accumulate_grad_batches == 1
         self._graphed = GraphedPasses(self) if records else None
 

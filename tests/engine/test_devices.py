@@ -125,7 +125,7 @@ def forked() -> Iterator[Callable[..., list[int]]]:
             return next(json.loads(line) for line in lines if line.startswith("["))
 
         yield forked
-        stdin.close()
+        process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -234,6 +234,7 @@ def command(config: Path, run_dir: Path, *launcher: str) -> subprocess.Completed
     return subprocess.run(line, env=environment, capture_output=True, text=True, check=False, timeout=200)
 
 
+@pytest.mark.slow
 def test_lightning_starts_the_second_process(
     written: Callable, of_two: Callable, contents: Callable, tmp_path: Path
 ) -> None:
