@@ -6,6 +6,8 @@ import logging
 import os
 import warnings
 
+_SIGNALS = "pytorch.trainer.connectors.signal_connector"
+
 
 def is_first_started() -> bool:
     """Say whether this is the only process or the first of several, by what started it; true before there are more."""
@@ -16,9 +18,9 @@ def is_first_started() -> bool:
 def quieten() -> None:
     """Quieten Lightning's tips, tokenizer threads and warnings about choices that are ours."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    fabric = ("lightning.fabric", "lightning.fabric.utilities.distributed")
-    for name in ("lightning.pytorch", *fabric, "lightning.pytorch.utilities.rank_zero"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    # By their own names too: Lightning sets the level of its packages when they are imported.
+    for name in ("pytorch", "fabric", "pytorch.utilities.rank_zero", "fabric.utilities.distributed", _SIGNALS):
+        logging.getLogger(f"lightning.{name}").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning)
     for message in (
         ".*does not have many workers.*",

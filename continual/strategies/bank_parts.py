@@ -146,7 +146,8 @@ def components_of_A(weight_A: Tensor, weight_B: Tensor, moments: Moments) -> Com
 def _roots(moments_rr: Tensor) -> tuple[Tensor, Tensor]:
     """Return C^(1/2) and C^(-1/2), (r, r)."""
     values, vectors = torch.linalg.eigh(moments_rr.double().cpu())
-    root = values.clamp_min(values.max() * 1e-10 + 1e-30).sqrt()  # a direction never used has no weight
+    # A direction never used has no weight, and what is left of it in sums of float32 numbers is their rounding.
+    root = values.clamp_min(values.max() * 1e-5 + 1e-30).sqrt()
     return vectors @ root.diag() @ vectors.T, vectors @ (1 / root).diag() @ vectors.T
 
 
