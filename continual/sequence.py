@@ -61,6 +61,8 @@ class Sequence:
             ConfigError, TaskError: Something is wrong; nothing has been written yet.
         """
         experiment = self.experiment
+        if resumed is not None and resumed.complete:  # whoever scores a finished run again does so alone
+            experiment.trainer |= {"devices": 1, "num_nodes": 1, "strategy": "auto"}
         trainer = experiment.make_trainer(None, self.run_dir, [])
         devices.check(trainer)
         if experiment.threads is not None:
@@ -89,7 +91,8 @@ class Sequence:
             self.wordings = experiment.wordings.slots(self.data, has_gate)
             check_fit(self.wordings, self.data)
         if resumed is not None:
-            self._take_up(resumed)
+            self.manifest = resumed
+            self._take_up()
         self._join(trainer)
         if resumed is None:
             self.manifest = self._new_manifest(trainer)
@@ -285,9 +288,9 @@ class Sequence:
             environment=manifest.environment(str(trainer.strategy.root_device), trainer.world_size),
         )
 
-    def _take_up(self, resumed: Manifest) -> None:
+    def _take_up(self) -> None:
         """Drop what an interrupted stage left behind and load the last finished adapter and usages."""
-        self.manifest, finished = resumed, resumed.finished_stage
+        finished = self.manifest.finished_stage
         if is_first_started():
             records.truncate(self.run_dir, finished)
         if finished >= 1:

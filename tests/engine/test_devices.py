@@ -16,8 +16,9 @@ import pytest
 import yaml
 
 import analysis.report
-from continual import run
+from continual import experiment, manifest, run
 from continual.batches import Collator, Row, token_batches
+from continual.sequence import Sequence
 
 ROOT = Path(__file__).resolve().parents[2]
 Tree = dict[str, Any]
@@ -218,6 +219,14 @@ def test_a_run_on_two_devices_that_was_killed_resumes_to_the_same_bytes(
     assert json.loads((run_dir / "manifest.json").read_text())["finished_stage"] == 1
     assert forked("--resume", run_dir) == [0, 0]
     assert contents(run_dir) == contents(of_two("plain"))
+
+
+def test_a_finished_run_is_scored_again_on_one_device(of_two: Callable) -> None:
+    run_dir = of_two("plain")
+    state, text = manifest.read_finished(run_dir)
+    sequence = Sequence(experiment.parse(text, state.run), run_dir)
+    sequence.prepare(state)
+    assert sequence.experiment.make_trainer(None, run_dir, []).world_size == 1
 
 
 def command(config: Path, run_dir: Path, *launcher: str) -> subprocess.CompletedProcess[str]:
