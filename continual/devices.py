@@ -12,6 +12,7 @@ to be made by all processes together, so that each scores every batch, and train
 from __future__ import annotations
 
 import os
+import sys
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import lightning as L
@@ -82,7 +83,8 @@ def check_data(data: StageData, num_devices: int) -> None:
 def join(trainer: L.Trainer, module: ContinualModule) -> None:
     """Let Lightning start the other processes, where nobody has, and wait for them.
 
-    They stay joined until the process ends: later trainers find them so.
+    They stay joined until the process ends: later trainers find them so. All but the first are silent from then on,
+    but for errors.
 
     Raises:
         ConfigError: The cluster started other processes than the trainer asks for.
@@ -98,6 +100,8 @@ def join(trainer: L.Trainer, module: ContinualModule) -> None:
             strategy.launcher.launch(strategy.setup_environment, trainer=trainer)
     except (ValueError, RuntimeError) as error:
         raise ConfigError(f"trainer: {one_line(error)}") from error
+    if not is_first():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 # -- who takes what ---------------------------------------------------------------------------------------------------

@@ -9,12 +9,6 @@ import warnings
 _SIGNALS = "pytorch.trainer.connectors.signal_connector"
 
 
-def is_first_started() -> bool:
-    """Say whether this is the only process or the first of several, by what started it; true before there are more."""
-    names = ("RANK",) if "RANK" in os.environ else ("NODE_RANK", "LOCAL_RANK", "SLURM_PROCID")
-    return all(os.environ.get(name, "0") == "0" for name in names)
-
-
 def quieten() -> None:
     """Quieten Lightning's tips, tokenizer threads and warnings about choices that are ours."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -10,16 +10,13 @@ The last line on standard output is the run's directory. Exit status: 0 done; 2 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext, redirect_stdout
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from continual.errors import ConfigError, RunError, one_line
-from continual.quiet import is_first_started, quieten
 
 if TYPE_CHECKING:
     from continual.experiment import Experiment
@@ -49,6 +46,8 @@ def _work(argv: Sequence[str]) -> Path:
         parser.error("--resume takes no configuration, --out or override: the run goes on as it was configured")
     if not arguments.resume and not arguments.config:
         parser.error("give a configuration file, or --resume DIR")
+    from continual.quiet import quieten
+
     quieten()
     return run(arguments.config, arguments.out, arguments.overrides, arguments.resume, not arguments.no_report)
 
@@ -129,8 +128,8 @@ def _go_on(run_dir: Path, report: bool) -> Path:
     from continual.sequence import Sequence as StageSequence
 
     sequence = StageSequence(experiment.parse(text, state.run, where=str(run_dir / manifest.CONFIG_NAME)), run_dir)
-    print(f"Going on with {run_dir} after stage {state.finished_stage} of {len(state.stages)}.")
     sequence.prepare(state)
+    print(f"Going on with {run_dir} after stage {state.finished_stage} of {len(state.stages)}.", flush=True)
     sequence.run()
     del sequence
     return finish(run_dir, report)
@@ -142,12 +141,13 @@ def finish(run_dir: Path, report: bool = True) -> Path:
     Raises:
         RunError: A bound failed; the run is finished, and so is its report.
     """
+    from continual import devices
     from continual.bounds import run_bounds
 
     try:
         run_bounds(run_dir)
     finally:
-        if report and is_first_started():
+        if report and devices.is_first():
             _report(run_dir)
     return run_dir
 
@@ -167,24 +167,19 @@ def guarded(work: Callable[[], Path]) -> int:
     from continual.records import RecordError
     from tasks import TaskError
 
-    first = is_first_started()
-    title = "error" if first else "error in a further process"
     try:
-        # Of the processes of a run on several devices, one alone says how it goes.
-        with nullcontext() if first else open(os.devnull, "w") as nowhere, redirect_stdout(nowhere or sys.stdout):
-            print(work())
+        print(work())
     except (ConfigError, TaskError) as error:
-        print(f"{title}: {one_line(error)}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     except (RunError, RecordError) as error:
-        print(f"{title}: {one_line(error)}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
     except (KeyboardInterrupt, SystemExit) as error:
         # Lightning turns the one into the other while a trainer is at work.
         if isinstance(error, SystemExit) and not isinstance(error.__context__, KeyboardInterrupt):
             raise
-        if first:
-            print("interrupted; go on with --resume", file=sys.stderr)
+        print("interrupted; go on with --resume", file=sys.stderr)
         return 130
     return 0
 

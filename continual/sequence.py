@@ -28,7 +28,6 @@ from continual.experiment import Experiment
 from continual.general import GeneralRecorder
 from continual.manifest import Manifest
 from continual.other_words import Slot, check_fit, score_slots
-from continual.quiet import is_first_started
 from continual.stage_data import AllTasks, StageData
 
 _ROUTING_FACTS = ("num_atoms", "num_blocks", "top_k", "prior_weight")
@@ -65,6 +64,7 @@ class Sequence:
             experiment.trainer |= {"devices": 1, "num_nodes": 1, "strategy": "auto"}
         trainer = experiment.make_trainer(None, self.run_dir, [])
         devices.check(trainer)
+        self.writes = trainer.is_global_zero
         if experiment.threads is not None:
             torch.set_num_threads(experiment.threads)
         L.seed_everything(experiment.seed, workers=True, verbose=False)
@@ -96,7 +96,7 @@ class Sequence:
         self._join(trainer)
         if resumed is None:
             self.manifest = self._new_manifest(trainer)
-            if devices.is_first():
+            if self.writes:
                 manifest.create(self.run_dir, experiment.resolved, self.manifest)
         stages = list(zip(experiment.stages, self.data, strict=True))
         print(plan(experiment, stages, self.module.parameter_counts(), self.run_dir), flush=True)
@@ -118,7 +118,7 @@ class Sequence:
             self._note_sizes(index)
             self.manifest.finished_stage = index
             self.manifest.complete = index == len(self.data)
-            if devices.is_first():
+            if self.writes:
                 self.manifest.commit(self.run_dir)
                 # Only now: until the commit, resuming would start from what the stage before left.
                 shutil.rmtree(self._strategy_folder(index - 1), ignore_errors=True)
@@ -227,7 +227,7 @@ class Sequence:
                 tables["theory"] = self.theory.rows
             if self.best is not None and not self.module.strategy.skips(index, len(self.data)):
                 tables["scores"] = [*tables["scores"], *self._score_best(index)]
-        if devices.is_first():
+        if self.writes:
             self._put_on_disk(index, tables)
 
     def _put_on_disk(self, index: int, tables: dict[str, list[dict[str, Any]]]) -> None:
@@ -291,7 +291,7 @@ class Sequence:
     def _take_up(self) -> None:
         """Drop what an interrupted stage left behind and load the last finished adapter and usages."""
         finished = self.manifest.finished_stage
-        if is_first_started():
+        if self.writes:
             records.truncate(self.run_dir, finished)
         if finished >= 1:
             self.module.strategy.load(self.module, self._strategy_folder(finished))

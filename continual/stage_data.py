@@ -24,7 +24,7 @@ class StageData(L.LightningDataModule):
 
     Args:
         task: The task.
-        batch_size: Rows of a training batch.
+        batch_size: Rows of a training batch, over all devices.
         max_tokens: Longest prompt and answer together; a prompt that leaves no room for the task's longest label (or
             training answer) loses the end of its context.
         eval_batch_tokens: Padded tokens of a scoring batch.
