@@ -2,7 +2,7 @@
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -31,8 +31,12 @@ def nf4() -> BitsAndBytesConfig:
     return BitsAndBytesConfig(**NF4)
 
 
-def packed(model: nn.Module) -> dict[str, nn.Linear]:
-    return {name: m for name, m in model.named_modules() if type(m).__name__ == "Linear4bit"}  # type: ignore[misc]
+def packed(model: nn.Module) -> dict[str, Any]:
+    return {name: module for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"}
+
+
+def weight_of(model: nn.Module, name: str) -> Tensor:
+    return cast(Tensor, model.get_submodule(name).weight)
 
 
 def input_gradients(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,8 +58,7 @@ def test_linear_layers_are_packed_and_the_rest_is_not(nf4: BitsAndBytesConfig) -
     assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
     assert sum(map(num_weights, model.parameters())) == sum(p.numel() for p in plain.parameters())
     for name, layer in layers.items():
-        original = plain.get_submodule(name).weight  # type: ignore[union-attr]
-        restored = dequantize_bnb_weight(layer.weight)
+        original, restored = weight_of(plain, name), dequantize_bnb_weight(layer.weight)
         assert restored.shape == original.shape
         assert 0 < (restored - original).norm() < 0.12 * original.norm()  # NF4 keeps a normal weight to about a tenth
 
@@ -65,7 +68,7 @@ def test_scoring_changes_neither_weights_nor_gradients(nf4: BitsAndBytesConfig) 
     model, ids = TinyCausalLM(hidden_size=64, quantization=nf4).build(), torch.randint(3, 97, (2, 9))
     restored = TinyCausalLM(hidden_size=64).build()
     for name, layer in packed(model).items():
-        restored.get_submodule(name).weight = nn.Parameter(dequantize_bnb_weight(layer.weight))  # type: ignore[union-attr]
+        weight_of(restored, name).data = dequantize_bnb_weight(layer.weight)
     expected = input_gradients(restored, ids)
     for found, value in zip(input_gradients(model.train(), ids), expected, strict=True):
         torch.testing.assert_close(found, value, rtol=1e-5, atol=1e-6)
