@@ -8,10 +8,11 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from transformers import BitsAndBytesConfig
 
 from continual import compiled
 from continual.adapters import QueryableLoraConfig
-from continual.backbones import MLPRegressor
+from continual.backbones import MLPRegressor, TinyCausalLM
 from continual.errors import ConfigError
 from continual.module import ContinualModule
 
@@ -71,6 +72,12 @@ def joint_gradients(model: PeftModel) -> tuple[dict[str, Tensor], int]:
         num_bytes = sum(kept)
         (losses[0] + 2 * losses[1]).backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}, num_bytes
+
+
+def quantized() -> nn.Module:
+    pytest.importorskip("bitsandbytes")
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    return TinyCausalLM(hidden_size=64, num_layers=2, quantization=nf4).build()
 
 
 def is_ours(model: PeftModel) -> bool:
@@ -135,13 +142,13 @@ def test_a_copy_has_layers_of_its_own(backbone: Callable[..., Any], adapt: Calla
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["queryable", "moe_lora"])
+@pytest.mark.parametrize("kind", ["queryable", "moe_lora", "over 4 bits"])
 def test_checkpointing_and_compiling_give_the_plain_gradients(
     backbone: Callable[..., Any], adapt: Callable[..., PeftModel], mix: Callable[..., PeftModel], kind: str
 ) -> None:
     """Whole graphs still; two passes before one backward pass, whose routes must not be mistaken for each other's."""
-    plain = backbone(num_hidden_layers=2)
-    model: Any = adapt(plain, num_blocks=2) if kind == "queryable" else mix(kind, plain)
+    plain = quantized() if kind == "over 4 bits" else backbone(num_hidden_layers=2)
+    model: Any = mix(kind, plain) if kind == "moe_lora" else adapt(plain, num_blocks=2)
     expected, all_bytes = joint_gradients(model)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     _, checkpointed_bytes = joint_gradients(model)

@@ -22,14 +22,21 @@ NF4 = {
     "class_path": "transformers.BitsAndBytesConfig",
     "init_args": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "float32"},
 }
-BANK = {"instruction_encoder": "backbone", "depth": 0.5, "probe_rows": 4}
+BANK: dict[str, Any] = {"instruction_encoder": "backbone", "depth": 0.5, "probe_rows": 4}
 
 
-@pytest.mark.parametrize(("strategy", "adapter"), [("Sequential", "lora"), ("GrowingBank", "queryable")])
+@pytest.mark.parametrize(
+    ("strategy", "adapter", "chosen"),
+    [("SEQR", "lora", {"calibration_rows": 3}), ("OLoRA", "lora", {}), ("GrowingBank", "queryable", BANK)],
+)
 def test_a_killed_run_goes_on_to_the_same_bytes(
-    strategy: str, adapter: str, configure: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    strategy: str,
+    adapter: str,
+    chosen: dict[str, Any],
+    configure: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    chosen = BANK if strategy == "GrowingBank" else {}
     tree = yaml.safe_load(configure(strategy, adapter, num_stages=3, rows=4, **chosen))
     tree["model"]["backbone"]["init_args"] = {"hidden_size": 64, "num_layers": 2, "quantization": NF4}
     whole, cut = tmp_path / "whole", tmp_path / "cut"
