@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import types
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.fx.experimental._config
 from peft import PeftModel
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 _NUM_GRAPHS = 128
 """Variants that the layers' code may have: a handful at a time, and as many again where a stage adds an adapter."""
@@ -40,11 +42,19 @@ def compile_layers(model: PeftModel) -> None:
 
 
 def _forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    training = layer.training and torch.is_grad_enabled()
-    function = _compiled(type(layer)) if training else type(layer).forward
-    return cast(Any, function)(layer, *args, **kwargs)
+    plain: Any = type(layer).forward
+    if not (layer.training and torch.is_grad_enabled()):
+        return plain(layer, *args, **kwargs)
+    if not (isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing):
+        return _compiled(plain)(layer, *args, **kwargs)
+    # Checkpointing, which transformers puts into ``forward``, stays around what is compiled: the layer writes routes
+    # where later layers find them, and a compiler takes no such writing inside of what is to be computed twice.
+    # Recomputing would fill a cache twice, so there is none, as in transformers' own.
+    uncached = kwargs | dict.fromkeys(kwargs.keys() & {"past_key_values", "layer_past"})
+    checkpointed: Any = layer._gradient_checkpointing_func
+    return checkpointed(functools.partial(_compiled(plain.__wrapped__), layer, **uncached), *args)
 
 
 @functools.cache
-def _compiled(layer_type: type[nn.Module]) -> Any:
-    return torch.compile(layer_type.forward, dynamic=True)
+def _compiled(forward: Callable[..., Any]) -> Any:
+    return torch.compile(forward, dynamic=True)

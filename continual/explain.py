@@ -16,6 +16,11 @@ _KEY = re.compile(r'Parser key "([^"]+)"')
 _CLASS = re.compile(r"Problem with given class_path '([^']+)'")
 _OPTION = re.compile(r"(?:Group '([^']+)' does not accept option|Option) '([^']+)'(?: is not accepted)?")
 _UNION = re.compile(r"Subtypes: \[(.*?)\]\s*Errors:.*Given value: (.*?)(?:\. Got value: .*)?$", re.DOTALL)
+_OPTIONAL = re.compile(  # a class or null, given by a class_path
+    r"Subtypes: \[<class '[^']+'>, <class 'NoneType'>\]\s*Errors:\s*- (.*?)\s*"
+    r"- Expected a <class 'NoneType'>.*class_path",
+    re.DOTALL,
+)
 _PLAIN = re.compile(r"Expected a <class '([^']+)'>\. Got value: (.*)", re.DOTALL)
 _NOT_SUBCLASS = re.compile(r"Not a valid subclass of (\w+)\. Got value: \{")
 _NO_DOT = re.compile(r"Expected a dot import path string: (\S+)")
@@ -60,6 +65,8 @@ def _what(text: str, classes: list[str]) -> str:
         module, name = found.groups()
         names = [n for n in dir(importlib.import_module(module)) if not n.startswith("_")]
         return f"there is no class {name!r} in {module}{near(name, names)}"
+    if found := _OPTIONAL.search(text):
+        return _what(found.group(1), [])
     if found := _UNION.search(text):
         kinds = re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1", found.group(1)).replace("NoneType", "null")
         kinds = re.sub(r"typing\.Literal\[(.*?)\]", r"\1", kinds)

@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from continual import devices
 from continual.adapters import QueryableLoraConfig, QueryableLoraModel, RoutedTuner
 from continual.backbones import Backbone, CausalLM, SentenceEncoder
+from continual.backbones.quantized import num_weights
 from continual.batches import IGNORED, RowInputs
 from continual.compiled import compile_layers
 from continual.errors import ConfigError, RunError, one_line
@@ -151,8 +152,8 @@ class ContinualModule(L.LightningModule):
         return isinstance(self.adapter, QueryableLoraConfig) and self.adapter.uses_prior
 
     def parameter_counts(self) -> dict[str, int]:
-        """Return the number of trainable parameters and of all parameters."""
-        sizes = [(p.numel(), p.requires_grad) for p in self.parameters()]
+        """Return the number of trainable parameters and of all; a packed weight counts as what it stands for."""
+        sizes = [(num_weights(p), p.requires_grad) for p in self.parameters()]
         return {
             "trainable_parameters": sum(size for size, trains in sizes if trains),
             "total_parameters": sum(size for size, _ in sizes),
@@ -291,5 +292,11 @@ class ContinualModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the frozen backbone out of Lightning's checkpoints."""
         named = self.named_parameters(remove_duplicate=False)  # a head that is tied to the embeddings has two names
-        frozen = {name for name, parameter in named if not parameter.requires_grad}
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
+        frozen = tuple(name for name, parameter in named if not parameter.requires_grad)
+        # A quantised weight's scales stand below its own name.
+        below = tuple(f"{name}." for name in frozen)
+        checkpoint["state_dict"] = {
+            key: value
+            for key, value in checkpoint["state_dict"].items()
+            if key not in frozen and not key.startswith(below)
+        }

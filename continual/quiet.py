@@ -15,6 +15,7 @@ def quieten() -> None:
     # By their own names too: Lightning sets the level of its packages when they are imported.
     for name in ("pytorch", "fabric", "pytorch.utilities.rank_zero", "fabric.utilities.distributed", _SIGNALS):
         logging.getLogger(f"lightning.{name}").setLevel(logging.WARNING)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on some CPUs it asks for a package that is not needed
     warnings.filterwarnings("ignore", category=FutureWarning)
     for message in (
         ".*does not have many workers.*",

@@ -12,6 +12,7 @@ turn of the tokenizer's chat template, and the answer follows the generation pro
 """
 
 import difflib
+import tempfile
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any, Literal
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from continual.backbones.base import Backbone
 from continual.backbones.model_files import (
@@ -26,8 +28,10 @@ from continual.backbones.model_files import (
     hub_options,
     looks_like_path,
     quiet_transformers,
+    random_model,
     unpack_gguf,
 )
+from continual.backbones.quantized import method_name, prepare_quantized, quantizing
 from continual.errors import ConfigError, one_line
 
 PACKAGED_MODEL = "smollm2-135m-instruct"
@@ -69,6 +73,7 @@ class CausalLM(Backbone):
         prompt_format: Literal["plain", "chat"] = "plain",
         cache_dir: str | None = None,
         random_init: bool = False,
+        quantization: QuantizationConfigMixin | None = None,
     ) -> None:
         """Keeps its arguments; nothing is read before `build` or `tokenizer`.
 
@@ -82,6 +87,9 @@ class CausalLM(Backbone):
             cache_dir: where a GGUF file is unpacked; $CONTINUAL_CACHE or ~/.cache/continual unless given.
             random_init: random weights (always the same) in the model's shape, to measure speed and memory. The
                 packaged model needs no file for that.
+            quantization: how the linear layers' frozen weights are kept in fewer bits: a configuration of
+                transformers, such as BitsAndBytesConfig (`continual.backbones.quantized` shows one). The weights of
+                a GGUF file are unpacked first, so that what its own packing lost stays lost.
         """
         self.model = model
         self.dtype = dtype
@@ -90,25 +98,33 @@ class CausalLM(Backbone):
         self.prompt_format = prompt_format
         self.cache_dir = cache_dir
         self.random_init = random_init
+        self.quantization = quantization
 
     @property
     def name(self) -> str:
-        """The model's name in reports: the Hub id's last part, the folder's name, or the GGUF file's stem."""
+        """The model's name in reports: the Hub id's last part, the folder's name, or the GGUF file's stem.
+
+        Where it is quantised, how follows: `SmolLM2-135M-Instruct, nf4`.
+        """
         if self.model == PACKAGED_MODEL:
-            return _PACKAGED_NAME
-        if looks_like_path(self.model):
-            return Path(self.model).expanduser().resolve().name.removesuffix(".gguf")
-        return self.model.rsplit("/", 1)[-1]
+            name = _PACKAGED_NAME
+        elif looks_like_path(self.model):
+            name = Path(self.model).expanduser().resolve().name.removesuffix(".gguf")
+        else:
+            name = self.model.rsplit("/", 1)[-1]
+        return name if self.quantization is None else f"{name}, {method_name(self.quantization)}"
 
     def build(self) -> PreTrainedModel:
         """Loads the model onto the CPU, in evaluation mode.
 
         Raises:
-            ConfigError: the model is not installed, not on the Hub, damaged, or has weights missing.
+            ConfigError: the model is not installed, not on the Hub, damaged, or has weights missing; or it cannot be
+                quantised as asked.
         """
         try:
             with quiet_transformers():
-                model = (self._random_model() if self.random_init else self._pretrained_model()).eval()
+                model = (self._random() if self.random_init else self._read(*self._files)).eval()
+            prepare_quantized(model, self.model)
         except ConfigError:
             raise
         except Exception as error:  # transformers raises anything from OSError to SafetensorError for a bad folder
@@ -249,8 +265,19 @@ class CausalLM(Backbone):
     def _gguf_dtype(self) -> torch.dtype:
         return torch.float32 if self.dtype == "float32" else torch.bfloat16
 
-    def _pretrained_model(self) -> PreTrainedModel:
-        source, options = self._files
+    def _random(self) -> PreTrainedModel:
+        """Returns random weights; transformers quantises what it reads alone, so they go through a folder then."""
+        model = self._random_model()
+        if self.quantization is None:
+            return model
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            return self._read(folder, {"local_files_only": True})
+
+    def _read(self, source: str, options: dict[str, Any]) -> PreTrainedModel:
+        if self.quantization is not None:
+            stored = getattr(AutoConfig.from_pretrained(source, **options), "quantization_config", None)
+            options = options | quantizing(self.quantization, self.model, stored)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             dtype="auto" if self.dtype == "auto" else getattr(torch, self.dtype),
@@ -280,10 +307,3 @@ class CausalLM(Backbone):
 
 def _contiguous(module: torch.nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
     return (args[0].contiguous(),)
-
-
-def random_model(config: Any, dtype: torch.dtype, attn_implementation: str, seed: int) -> PreTrainedModel:
-    """Builds a model of random weights that depend on `seed` alone, leaving torch's own generator as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn_implementation)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 from huggingface_hub import HfApi, try_to_load_from_cache
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from continual.errors import ConfigError, one_line
@@ -94,6 +94,13 @@ def cache_root(cache_dir: str | None = None) -> Path:
     if chosen := cache_dir or os.environ.get("CONTINUAL_CACHE"):
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "continual"
+
+
+def random_model(config: Any, dtype: torch.dtype, attn_implementation: str, seed: int) -> PreTrainedModel:
+    """Builds a model of random weights that depend on `seed` alone, leaving torch's own generator as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
 
 
 def unpack_gguf(gguf: Path, dtype: torch.dtype, cache_dir: str | None = None) -> Path:

@@ -5,8 +5,10 @@ from typing import Any, Literal
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from continual.backbones.causal_lm import CausalLM, random_model
+from continual.backbones.causal_lm import CausalLM
+from continual.backbones.model_files import random_model
 
 _SPECIAL_TOKENS = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
 _CHAT_TEMPLATE = (
@@ -31,9 +33,17 @@ class TinyCausalLM(CausalLM):
         dtype: Literal["float32", "bfloat16"] = "float32",
         attn_implementation: Literal["sdpa", "eager"] = "sdpa",
         prompt_format: Literal["plain", "chat"] = "plain",
+        quantization: QuantizationConfigMixin | None = None,
     ) -> None:
         """Keeps its arguments. The weights depend on `seed` and the sizes alone."""
-        super().__init__("tiny-random", dtype, attn_implementation, prompt_format=prompt_format, random_init=True)
+        super().__init__(
+            "tiny-random",
+            dtype,
+            attn_implementation,
+            prompt_format=prompt_format,
+            random_init=True,
+            quantization=quantization,
+        )
         self.seed = seed
         self.hidden_size = hidden_size
         self.num_layers = num_layers

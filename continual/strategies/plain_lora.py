@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from peft import LoraConfig
 from peft.tuners import lora
+from torch import nn
 
 from continual.errors import ConfigError
 
@@ -26,7 +27,7 @@ def check_plain_lora(module: ContinualModule, method: str) -> None:
     if config.init_lora_weights is not True:
         raise ConfigError(f"model.strategy: {method} needs updates that start at 0: leave init_lora_weights out")
     for part in module.modules():
-        if isinstance(part, lora.LoraLayer) and not isinstance(part, lora.Linear):
+        if isinstance(part, lora.LoraLayer) and not _is_linear(part):
             raise ConfigError(
                 f"model.strategy: {method} adapts linear layers alone, not {type(part.base_layer).__name__}"
             )
@@ -34,4 +35,11 @@ def check_plain_lora(module: ContinualModule, method: str) -> None:
 
 def lora_layers(module: ContinualModule) -> dict[str, Any]:
     """Return the adapted layers by name, in the order that the model registers them."""
-    return {name: part for name, part in module.named_modules() if isinstance(part, lora.Linear)}
+    return {name: part for name, part in module.named_modules() if _is_linear(part)}
+
+
+def _is_linear(part: nn.Module) -> bool:
+    # Over quantised weights PEFT has classes of its own, with the same pairs.
+    return isinstance(part, lora.Linear) or (
+        isinstance(part, lora.LoraLayer) and isinstance(part.get_base_layer(), nn.Linear)
+    )

@@ -8,10 +8,11 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from transformers import BitsAndBytesConfig
 
 from continual import compiled
 from continual.adapters import QueryableLoraConfig
-from continual.backbones import MLPRegressor
+from continual.backbones import MLPRegressor, TinyCausalLM
 from continual.errors import ConfigError
 from continual.module import ContinualModule
 
@@ -54,6 +55,29 @@ def gradients(model: PeftModel, shape: tuple[int, int]) -> dict[str, Tensor]:
     model.train().zero_grad()
     model(input_ids=ids, labels=ids, use_cache=False, **keywords).loss.backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def joint_gradients(model: PeftModel) -> tuple[dict[str, Tensor], int]:
+    """Return the gradients of one backward pass through two passes of equal shape, and the bytes kept for it."""
+    kept: list[int] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor.numel() * tensor.element_size())
+        return tensor
+
+    ids = torch.randint(3, 97, (2, *SHAPES[0]), generator=torch.Generator().manual_seed(5))
+    model.train().zero_grad()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        losses = [model(input_ids=part, labels=part, use_cache=False).loss for part in ids]
+        num_bytes = sum(kept)
+        (losses[0] + 2 * losses[1]).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}, num_bytes
+
+
+def quantized() -> nn.Module:
+    pytest.importorskip("bitsandbytes")
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    return TinyCausalLM(hidden_size=64, num_layers=2, quantization=nf4).build()
 
 
 def is_ours(model: PeftModel) -> bool:
@@ -117,16 +141,24 @@ def test_a_copy_has_layers_of_its_own(backbone: Callable[..., Any], adapt: Calla
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["queryable", "moe_lora", "over 4 bits"])
 def test_checkpointing_and_compiling_give_the_plain_gradients(
-    backbone: Callable[..., Any], adapt: Callable[..., PeftModel], monkeypatch: pytest.MonkeyPatch
+    backbone: Callable[..., Any], adapt: Callable[..., PeftModel], mix: Callable[..., PeftModel], kind: str
 ) -> None:
-    monkeypatch.setitem(OPTIONS, "fullgraph", False)  # transformers' checkpointing is a break of its own
-    model = adapt(backbone(), num_blocks=3)
-    expected = gradients(model, SHAPES[0])
+    """Whole graphs still; two passes before one backward pass, whose routes must not be mistaken for each other's."""
+    plain = quantized() if kind == "over 4 bits" else backbone(num_hidden_layers=2)
+    model: Any = mix(kind, plain) if kind == "moe_lora" else adapt(plain, num_blocks=2)
+    expected, all_bytes = joint_gradients(model)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    _, checkpointed_bytes = joint_gradients(model)
     compiled.compile_layers(model)
-    for name, value in gradients(model, SHAPES[0]).items():
-        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+    found, num_bytes = joint_gradients(model)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5, msg=name)
+    assert 0 < num_graphs() <= 3
+    assert num_bytes <= checkpointed_bytes < all_bytes / 2  # kept for the backward pass: little but the layers' inputs
 
 
 def test_a_backbone_without_decoder_layers_is_refused() -> None:

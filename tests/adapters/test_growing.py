@@ -234,3 +234,24 @@ def test_generation_with_a_cache_is_that_without(grown, num_beams: int) -> None:
         one = slice(row, row + 1)
         assert torch.equal(model.generate(input_ids=prompts[one], text_ids=text[one], **options)[0], cached[row])
     assert len({tuple(row) for row in cached[:, 7:].tolist()}) > 1
+
+
+def test_checkpointing_gives_every_slice_the_same_gradients(grown) -> None:
+    """Rows of several stages in one batch, and a pass over other rows before the backward pass recomputes."""
+    found = []
+    for checkpointed in (False, True):
+        model, _ = grown([["default"], ["default", "stage02"], ["stage03"]])
+        model.train()
+        if checkpointed:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.enable_input_require_grads()
+        rows, ids = mixed()
+        losses = [
+            model(ids.roll(turn, 0), text_ids=rows.roll(3 * turn, 0), labels=ids, use_cache=False).loss
+            for turn in (0, 1)
+        ]
+        (losses[0] + 2 * losses[1]).backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert {name.split(".")[-1] for name in found[0] if "queryable_B" in name} == {"default", "stage02", "stage03"}
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[1][name], gradient) for name, gradient in found[0].items())
