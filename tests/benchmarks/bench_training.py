@@ -1,0 +1,149 @@
+"""A training step of the queryable adapter against PEFT LoRA's of the same rank, targets and dtype, in turn."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+
+from continual.adapters import QueryableLoraModel
+from continual.adapters.gate import StageGate
+from continual.adapters.growing import GrowingBank
+from continual.compiled import compile_layers
+from measuring import Result, Setting, Stand
+from subjects import bare_model, lora, queryable
+
+MODES: dict[str, Callable[[PeftModel], None]] = {"eager": lambda model: None, "compiled": compile_layers}
+"""Ways to train, by what makes a model ready for it."""
+
+Dtype = Literal["bfloat16", "float32"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison.
+
+    Attributes:
+        shape: The backbone's shape; its weights are bfloat16.
+        rows: Rows a batch.
+        tokens: Tokens a row.
+        dtype: Of the adapters' weights.
+        variant: "base", "all-linear" (every linear layer is targeted), "64 atoms" or "10 slices" (the last of ten).
+        modes: Of ``MODES``.
+    """
+
+    shape: str
+    rows: int
+    tokens: int
+    dtype: Dtype = "float32"
+    variant: Literal["base", "all-linear", "64 atoms", "10 slices"] = "base"
+    modes: tuple[str, ...] = ("eager", "compiled")
+
+    @property
+    def title(self) -> str:
+        """The case in few words."""
+        return f"{self.shape} {self.rows}x{self.tokens} {self.dtype} {self.variant}"
+
+
+def cases(setting: Setting) -> list[Case]:
+    """Return what is compared on a setting's device."""
+    if setting.tiny:
+        variants = [Case("tiny", 2, 16, "float32", v, ("eager",)) for v in ("base", "all-linear", "64 atoms", "10 slices")]
+        return [*variants, Case("tiny", 2, 16, "bfloat16", "base", ("eager",))]
+    shapes = setting.pick(
+        [("qwen2.5-0.5b", 8, 512), ("qwen2.5-0.5b", 16, 128), ("smollm2-135m", 16, 256)], [("smollm2-short", 8, 64)], None
+    )
+    dtypes: tuple[Dtype, ...] = ("bfloat16", "float32")
+    found = [Case(*each, dtype) for each in shapes for dtype in dtypes]
+    modes = setting.pick(("eager", "compiled"), ("eager",), None)
+    return found + [
+        Case(*shapes[0], dtype, variant, modes)
+        for variant in ("all-linear", "64 atoms", "10 slices")
+        for dtype in dtypes
+    ]
+
+
+def run(setting: Setting) -> Iterator[Result]:
+    """Time every case."""
+    for case in cases(setting):
+        if setting.wants(case.title):
+            yield from compare(case, setting)
+
+
+def compare(case: Case, setting: Setting) -> Iterator[Result]:
+    """Time both adapters in every mode of a case, all in turn."""
+    stand = Stand(setting.device)
+    for mode in case.modes:
+        for name, config in (("ours", _ours(case)), ("lora", _lora(case))):
+            stand.add(f"{name} {mode}", lambda: stepper(case, config, mode, setting), warm_up=setting.pick(3, 2, 1))  # noqa: B023
+    timings = stand.run(setting.num_rounds(15), repeats=setting.pick(5, 1, 1))
+    detail = {"rows": case.rows, "tokens": case.tokens, "backbone": case.shape, "backbone_dtype": "bfloat16"}
+    detail |= {"adapter_dtype": case.dtype, "variant": case.variant} | timings.detail()
+    usual = "<= 1.10" if case.variant == "base" else "<= 1.25"
+
+    def result(measure: str, first: str, second: str, goal: str | None) -> Result:
+        return Result("training", case.title, measure, **timings.ratio(first, second), goal=goal, detail=detail)
+
+    for mode in case.modes:
+        eager_on_gpu = setting.cuda and mode == "eager" and case.variant == "base"
+        yield result(f"{mode}: seconds / LoRA's", f"ours {mode}", f"lora {mode}", "<= 1.15" if eager_on_gpu else usual)
+        if setting.cuda:
+            peak = timings.peak_bytes[f"ours {mode}"] / timings.peak_bytes[f"lora {mode}"]
+            yield Result("training", case.title, f"{mode}: peak memory / LoRA's", peak, goal="<= 1.00", detail=detail)
+        if mode != "eager" and "eager" in case.modes:
+            goal = "<= 0.45" if setting.cuda and case.variant == "base" else None
+            yield result(f"{mode}: seconds / eager LoRA's", f"ours {mode}", "lora eager", goal)
+
+
+def stepper(case: Case, config: PeftConfig, mode: str, setting: Setting) -> Callable[[], None]:
+    """Return a function that makes one training step: forward, backward, AdamW."""
+    torch.manual_seed(setting.seed)
+    backbone = bare_model(case.shape, setting, torch.bfloat16)
+    # PEFT's default is float32 adapters on a bfloat16 backbone.
+    model = cast(PeftModel, get_peft_model(backbone, config, autocast_adapter_dtype=case.dtype == "float32"))
+    model.to(setting.device)
+    if case.variant == "10 slices" and isinstance(model.base_model, QueryableLoraModel):
+        grow(model, 10)
+    model.train()
+    MODES[mode](model)
+    ids = torch.randint(0, backbone.config.vocab_size, (case.rows, case.tokens), device=setting.device)
+    batch: dict[str, Any] = {"input_ids": ids, "labels": ids, "use_cache": False}
+    if isinstance(model.base_model, QueryableLoraModel):
+        batch["instruction_ids"] = ids[:, :12]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert {parameter.dtype for parameter in trainable} == {getattr(torch, case.dtype)}
+    optimizer = torch.optim.AdamW(trainable, lr=1e-4, weight_decay=0.0)
+
+    def step() -> None:
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def grow(model: PeftModel, num_slices: int) -> None:
+    """Make the adapter the last slice of a growing bank, the earlier ones frozen, as in training's last stage."""
+    tuner = cast(QueryableLoraModel, model.base_model)
+    width = cast(Any, tuner.model).config.hidden_size
+    tuner.growing = bank = GrowingBank(tuner, StageGate(width, width), depth=1)
+    casts = next(p.dtype for p in model.parameters() if p.requires_grad) == torch.float32
+    for index in range(2, num_slices + 1):
+        config = copy.deepcopy(model.peft_config["default"])
+        model.add_adapter(f"stage{index:02d}", config, autocast_adapter_dtype=casts)
+    tuner.set_adapter(bank.names)
+    bank.train_only(bank.names[-1])
+    bank.in_use = bank.names[-1:]
+
+
+def _ours(case: Case) -> PeftConfig:
+    fields: dict[str, Any] = {"num_atoms": 64} if case.variant == "64 atoms" else {}
+    return queryable(**fields | ({"target_modules": "all-linear"} if case.variant == "all-linear" else {}))
+
+
+def _lora(case: Case) -> PeftConfig:
+    return lora(**({"target_modules": "all-linear"} if case.variant == "all-linear" else {}))
