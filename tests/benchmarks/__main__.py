@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 results.append(result)
                 for stream in (sys.stdout, out):
                     print(result.line(setting), file=stream, flush=True)
-    print(table(results))
+    print(table(results, setting))
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -55,7 +56,7 @@ def cases(setting: Setting) -> list[Case]:
         variants = [Case("tiny", 2, 16, "float32", v, ("eager",)) for v in ("base", "all-linear", "64 atoms", "10 slices")]
         return [*variants, Case("tiny", 2, 16, "bfloat16", "base", ("eager",))]
     shapes = setting.pick(
-        [("qwen2.5-0.5b", 8, 512), ("qwen2.5-0.5b", 16, 128), ("smollm2-135m", 16, 256)], [("smollm2-short", 8, 64)], None
+        [("qwen2.5-0.5b", 8, 512), ("qwen2.5-0.5b", 16, 128), ("smollm2-135m", 16, 256)], [("smollm2-short", 4, 64)], None
     )
     dtypes: tuple[Dtype, ...] = ("bfloat16", "float32")
     found = [Case(*each, dtype) for each in shapes for dtype in dtypes]
@@ -79,7 +80,9 @@ def compare(case: Case, setting: Setting) -> Iterator[Result]:
     stand = Stand(setting.device)
     for mode in case.modes:
         for name, config in (("ours", _ours(case)), ("lora", _lora(case))):
-            stand.add(f"{name} {mode}", lambda: stepper(case, config, mode, setting), warm_up=setting.pick(3, 2, 1))  # noqa: B023
+            prepare = partial(_prepare, case, mode)
+            build = partial(step_of, case, config, setting, prepare)
+            stand.add(f"{name} {mode}", build, warm_up=setting.pick(3, 2, 1))
     timings = stand.run(setting.num_rounds(15), repeats=setting.pick(5, 1, 1))
     detail = {"rows": case.rows, "tokens": case.tokens, "backbone": case.shape, "backbone_dtype": "bfloat16"}
     detail |= {"adapter_dtype": case.dtype, "variant": case.variant} | timings.detail()
@@ -99,17 +102,25 @@ def compare(case: Case, setting: Setting) -> Iterator[Result]:
             yield result(f"{mode}: seconds / eager LoRA's", f"ours {mode}", "lora eager", goal)
 
 
-def stepper(case: Case, config: PeftConfig, mode: str, setting: Setting) -> Callable[[], None]:
-    """Return a function that makes one training step: forward, backward, AdamW."""
+def step_of(
+    case: Case, config: PeftConfig, setting: Setting, prepare: Callable[[PeftModel], None] | None = None
+) -> Callable[[], None]:
+    """Return a function that makes one training step: forward, backward, AdamW.
+
+    Args:
+        case: The backbone, the batch and the adapter's dtype.
+        config: The adapter.
+        setting: Device and seed.
+        prepare: Makes the adapted model ready.
+    """
     torch.manual_seed(setting.seed)
     backbone = bare_model(case.shape, setting, torch.bfloat16)
     # PEFT's default is float32 adapters on a bfloat16 backbone.
     model = cast(PeftModel, get_peft_model(backbone, config, autocast_adapter_dtype=case.dtype == "float32"))
     model.to(setting.device)
-    if case.variant == "10 slices" and isinstance(model.base_model, QueryableLoraModel):
-        grow(model, 10)
     model.train()
-    MODES[mode](model)
+    if prepare is not None:
+        prepare(model)
     ids = torch.randint(0, backbone.config.vocab_size, (case.rows, case.tokens), device=setting.device)
     batch: dict[str, Any] = {"input_ids": ids, "labels": ids, "use_cache": False}
     if isinstance(model.base_model, QueryableLoraModel):
@@ -138,6 +149,12 @@ def grow(model: PeftModel, num_slices: int) -> None:
     tuner.set_adapter(bank.names)
     bank.train_only(bank.names[-1])
     bank.in_use = bank.names[-1:]
+
+
+def _prepare(case: Case, mode: str, model: PeftModel) -> None:
+    if case.variant == "10 slices" and isinstance(model.base_model, QueryableLoraModel):
+        grow(model, 10)
+    MODES[mode](model)
 
 
 def _ours(case: Case) -> PeftConfig:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import random
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -11,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig
 from transformers import LlamaConfig, PreTrainedModel, Qwen2Config
 
 from continual.adapters import QueryableLoraConfig
@@ -27,13 +26,18 @@ from tasks.base import Split, text_rows
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 RANK = 8
 
+_SHORT = {"num_hidden_layers": 6, "vocab_size": 4096}
+
 TEXT_LENGTHS = (19, 21, 23, 24, 26, 28, 29, 32, 35, 39, 43, 48, 53, 59, 66, 72, 79, 90, 130, 256)
 """Tokens of prompt and answer of the text suite 'mixed' (eight tasks, 12,000 training rows, cut at 256), by SmolLM2's
 tokenizer: at the percentiles 2.5, 7.5 ... 97.5, so that each value stands for a twentieth of the rows."""
 
 
 def shape(name: Literal["qwen2.5-0.5b", "smollm2-135m", "smollm2-short", "tiny"]) -> Any:
-    """Return the configuration of a model: real widths and vocabularies; the short one has 6 of 30 layers."""
+    """Return the configuration of a model: real widths; the short one has 6 of 30 layers and a small vocabulary.
+
+    The head costs all subjects the same, so that a small one makes ratios worse, not better.
+    """
     if name == "qwen2.5-0.5b":
         return Qwen2Config(
             vocab_size=151936,
@@ -47,7 +51,7 @@ def shape(name: Literal["qwen2.5-0.5b", "smollm2-135m", "smollm2-short", "tiny"]
     if name == "tiny":
         sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6}
         return LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **sizes)
-    return LlamaConfig(**_PACKAGED_SHAPE | ({"num_hidden_layers": 6} if name == "smollm2-short" else {}))
+    return LlamaConfig(**_PACKAGED_SHAPE | (_SHORT if name == "smollm2-short" else {}))
 
 
 def queryable(**fields: Any) -> QueryableLoraConfig:
@@ -67,6 +71,11 @@ def bare_model(name: Any, setting: Setting, dtype: torch.dtype) -> PreTrainedMod
     return random_model(shape(name), dtype, "sdpa", setting.seed).to(setting.device)  # type: ignore[arg-type]
 
 
+def backbone_dtype(setting: Setting) -> Literal["float32", "bfloat16"]:
+    """Return the dtype of the product's backbones: bfloat16 on a GPU, float32 on a CPU."""
+    return "bfloat16" if setting.cuda else "float32"
+
+
 class ShapedLM(TinyCausalLM):
     """A language model of a real shape and random weights, with a tokenizer of single bytes: a byte is a token."""
 
@@ -81,32 +90,33 @@ class ShapedLM(TinyCausalLM):
 
 
 class RandomText(Task):
-    """Rows of random letters: as many questions as ``lengths``, of so many tokens each.
+    """Rows of random letters.
 
     Args:
-        lengths: Tokens of each row's question.
+        lengths: Tokens of each row's prompt.
         labels: The labels; without them answers are free, of ``answer_length`` letters.
         answer_length: Letters of a free answer.
         seed: Decides the letters.
     """
 
     def __init__(
-        self, lengths: Sequence[int], labels: list[str] | None = None, answer_length: int = 4, seed: int = 0
+        self, lengths: Sequence[int], labels: list[str] | None = None, answer_length: int = 1, seed: int = 0
     ) -> None:
         self.kind = "labels" if labels else "free"
-        self.labels, self.instruction = labels, "Answer with what fits."
+        self.labels, self.instruction = labels, "Go."
         self.lengths, self.answer_length, self.seed = lengths, answer_length, seed
 
     def _build(self) -> dict[Split, Dataset]:
-        generator = random.Random(self.seed)
-        letters = "abcdefghijklmnopqrstuvwxyz "
-
-        def text(length: int) -> str:
-            return "".join(generator.choices(letters, k=length))
-
-        answers = self.labels or [text(self.answer_length).strip() or "a" for _ in self.lengths]
-        rows = [("", text(n), answers[index % len(answers)], index) for index, n in enumerate(self.lengths)]
+        generator, rows = random.Random(self.seed), []
+        for index, length in enumerate(self.lengths):
+            question = _letters(generator, max(1, length - len("Go.\n\nAnswer:")))
+            answer = self.labels[index % len(self.labels)] if self.labels else _letters(generator, self.answer_length)
+            rows.append(("", question, answer, index))
         return {"train": text_rows(rows), "test": text_rows(rows)}
+
+
+def _letters(generator: random.Random, count: int) -> str:
+    return "".join(generator.choices("abcdefghijklmnopqrstuvwxyz", k=count))
 
 
 def sequence(
@@ -124,8 +134,3 @@ def sequence(
     with redirect_stdout(None):
         made.prepare()
     return made
-
-
-def module_of(backbone: ShapedLM, adapter: PeftConfig, **fields: Any) -> ContinualModule:
-    """Return the product's module, not yet loaded."""
-    return ContinualModule(backbone, dataclasses.replace(adapter), **fields)
