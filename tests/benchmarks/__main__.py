@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from measuring import Result, Setting, table
 
 from continual.quiet import quieten
-from measuring import Result, Setting, table
 
 SUITES = ("training", "stage", "scoring", "growth")
 
@@ -26,7 +26,9 @@ SUITES = ("training", "stage", "scoring", "growth")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the suites asked for; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python tests/benchmarks", description=str(__doc__).splitlines()[0])
-    parser.add_argument("suites", nargs="*", choices=[*SUITES, []], metavar="SUITE", help=f"of {', '.join(SUITES)}; all")
+    parser.add_argument(
+        "suites", nargs="*", choices=[*SUITES, []], metavar="SUITE", help=f"of {', '.join(SUITES)}; all"
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--tiny", action="store_true", help="sizes that take seconds")
     parser.add_argument("--seed", type=int, default=0, help="decides weights, rows and tokens")

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
+from measuring import Result, Setting, Stand
 from peft import PeftConfig
+from subjects import TEXT_LENGTHS, RandomText, ShapedLM, backbone_dtype, lora, queryable, sequence
 from torch import Tensor
 
 from continual import evaluate
@@ -17,8 +19,6 @@ from continual.batches import Candidates, Row, token_batches
 from continual.evaluate import label_log_likelihoods, score_batch
 from continual.module import ContinualModule
 from continual.sequence import Sequence as StageSequence
-from measuring import Result, Setting, Stand
-from subjects import TEXT_LENGTHS, RandomText, ShapedLM, backbone_dtype, lora, queryable, sequence
 from tasks import Task
 
 LABELS = ["a", "on", "cat", "sky", "to", "green", "it", "up", "moon", "be", "salt", "we", "iron", "no"]
@@ -95,9 +95,7 @@ def labels(setting: Setting, folder: Path, shape: str) -> Iterator[Result]:
     yield Result("scoring", case, "log-likelihoods apart, float32", apart, "nats", goal="<= 0.001", detail=detail)
 
 
-def _one_by_one(
-    model: Any, rows: list[Row], answers: list[list[int]], instruction: Tensor, all_logits: bool
-) -> Tensor:
+def _one_by_one(model: Any, rows: list[Row], answers: list[list[int]], instruction: Tensor, all_logits: bool) -> Tensor:
     """Return each row's log p(label | prompt), (rows, labels), by a full pass over prompt and label for each label.
 
     As lm-eval does it: all requests sorted by length and padded on the right, in batches of as many tokens as ours.
@@ -207,7 +205,12 @@ def free_answers(setting: Setting, folder: Path, shape: str) -> Iterator[Result]
     stand.add("ours", lambda: answer, warm_up=1)
     stand.add("lora", lambda: generate, warm_up=1)
     timings = stand.run(setting.num_rounds(9))
-    detail = {"shape": shape, "rows": len(task.lengths), "new_tokens": new_tokens, "backbone_dtype": backbone_dtype(setting)}
+    detail = {
+        "shape": shape,
+        "rows": len(task.lengths),
+        "new_tokens": new_tokens,
+        "backbone_dtype": backbone_dtype(setting),
+    }
     detail |= timings.detail()
     case = f"{shape} free answers"
     ratio = timings.ratio("lora", "ours")

@@ -9,7 +9,9 @@ from typing import Any
 
 import lightning as L
 import torch
+from measuring import Result, Setting, Stand, Timings, spread
 from peft import get_peft_model
+from subjects import TEXT_LENGTHS, RandomText, ShapedLM, backbone_dtype, lora, queryable, sequence
 from torch.nn.utils import clip_grad_norm_
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
@@ -18,8 +20,6 @@ from continual.batches import IGNORED, Row
 from continual.module import ContinualModule
 from continual.sequence import Sequence as StageSequence
 from continual.stage_data import StageData
-from measuring import Result, Setting, Stand, Timings, spread
-from subjects import TEXT_LENGTHS, RandomText, ShapedLM, backbone_dtype, lora, queryable, sequence
 
 BATCH_SIZE = 8
 
@@ -28,7 +28,7 @@ def run(setting: Setting) -> Iterator[Result]:
     """Measure what Lightning and our callbacks cost a step, and what the product gains over a naive recipe."""
     with tempfile.TemporaryDirectory() as folder:
         shape = setting.pick("qwen2.5-0.5b", "smollm2-short", "tiny")
-        steps = setting.pick(100, 12, 3)
+        steps = setting.pick(100, 6, 3)
         for compiles in setting.pick((False, True), (False,), (False,)):
             title = f"{shape} {'compiled' if compiles else 'eager'}"
             if setting.wants(f"{title} through Lightning"):
@@ -39,9 +39,7 @@ def run(setting: Setting) -> Iterator[Result]:
             yield from against_naive(setting, Path(folder) / "naive", shape, steps)
 
 
-def through_lightning(
-    setting: Setting, folder: Path, shape: str, steps: int, compiles: bool
-) -> Iterator[Result]:
+def through_lightning(setting: Setting, folder: Path, shape: str, steps: int, compiles: bool) -> Iterator[Result]:
     """Time the product's stage and a bare loop over the same batches; the trained weights have to be the same."""
     made: list[ContinualModule] = []
 
@@ -60,7 +58,7 @@ def through_lightning(
     stand.add("bare", bare, warm_up=1)
     weights = [[p.detach().cpu() for p in module.parameters() if p.requires_grad] for module in made]
     apart = max((a - b).abs().max().item() for a, b in zip(*weights, strict=True))
-    timings = stand.run(setting.num_rounds(9))
+    timings = stand.run(setting.num_rounds(7))
     detail = {"shape": shape, "steps": steps, "rows": BATCH_SIZE, "compiled": compiles, "weights_apart": apart}
     detail |= {"adapter": "ours, float32", "backbone_dtype": backbone_dtype(setting)} | timings.detail()
     case = f"{shape} {'compiled' if compiles else 'eager'} through Lightning"
@@ -162,9 +160,17 @@ def against_naive(setting: Setting, folder: Path, shape: str, steps: int) -> Ite
     stand = Stand(setting.device)
     stand.add("naive", naive, warm_up=1)
     stand.add("product", product, warm_up=1)
-    timings = stand.run(setting.num_rounds(7))
-    detail = {"shape": shape, "steps": steps, "rows": BATCH_SIZE, "compiled": setting.cuda, "backbone_dtype": backbone_dtype(setting)} | timings.detail()
+    timings = stand.run(setting.num_rounds(5))
+    detail = {
+        "shape": shape,
+        "steps": steps,
+        "rows": BATCH_SIZE,
+        "compiled": setting.cuda,
+        "backbone_dtype": backbone_dtype(setting),
+    } | timings.detail()
     detail["tokens_a_second"] = {name: tokens / timings.median(name) for name in ("product", "naive")}
     case = f"{shape} against a naive recipe"
     goal = ">= 3" if setting.cuda else None
-    yield Result("stage", case, "tokens a second / naive's", **timings.ratio("naive", "product"), goal=goal, detail=detail)
+    yield Result(
+        "stage", case, "tokens a second / naive's", **timings.ratio("naive", "product"), goal=goal, detail=detail
+    )

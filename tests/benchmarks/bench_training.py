@@ -9,17 +9,24 @@ from functools import partial
 from typing import Any, Literal, cast
 
 import torch
+from measuring import Result, Setting, Stand
 from peft import PeftConfig, PeftModel, get_peft_model
+from subjects import ShapedLM, lora, queryable
 
 from continual.adapters import QueryableLoraModel
 from continual.adapters.gate import StageGate
 from continual.adapters.growing import GrowingBank
 from continual.compiled import compile_layers
-from measuring import Result, Setting, Stand
-from subjects import bare_model, lora, queryable
+from continual.graphed import GraphedPasses
+from continual.module import ContinualModule
 
-MODES: dict[str, Callable[[PeftModel], None]] = {"eager": lambda model: None, "compiled": compile_layers}
-"""Ways to train, by what makes a model ready for it."""
+MODES = {
+    "eager": (),
+    "compiled": ("compile",),
+    "graphs": ("cuda_graphs",),
+    "compiled graphs": ("compile", "cuda_graphs"),
+}
+"""Ways to train, by the arguments of ContinualModule that they set."""
 
 Dtype = Literal["bfloat16", "float32"]
 
@@ -42,7 +49,7 @@ class Case:
     tokens: int
     dtype: Dtype = "float32"
     variant: Literal["base", "all-linear", "64 atoms", "10 slices"] = "base"
-    modes: tuple[str, ...] = ("eager", "compiled")
+    modes: tuple[str, ...] = ("eager",)
 
     @property
     def title(self) -> str:
@@ -53,14 +60,17 @@ class Case:
 def cases(setting: Setting) -> list[Case]:
     """Return what is compared on a setting's device."""
     if setting.tiny:
-        variants = [Case("tiny", 2, 16, "float32", v, ("eager",)) for v in ("base", "all-linear", "64 atoms", "10 slices")]
-        return [*variants, Case("tiny", 2, 16, "bfloat16", "base", ("eager",))]
+        variants = [Case("tiny", 2, 16, "float32", v) for v in ("base", "all-linear", "64 atoms", "10 slices")]
+        return [*variants, Case("tiny", 2, 16, "bfloat16")]
     shapes = setting.pick(
-        [("qwen2.5-0.5b", 8, 512), ("qwen2.5-0.5b", 16, 128), ("smollm2-135m", 16, 256)], [("smollm2-short", 4, 64)], None
+        [("qwen2.5-0.5b", 8, 512), ("qwen2.5-0.5b", 16, 128), ("smollm2-135m", 16, 256)],
+        [("smollm2-short", 4, 64)],
+        None,
     )
     dtypes: tuple[Dtype, ...] = ("bfloat16", "float32")
-    found = [Case(*each, dtype) for each in shapes for dtype in dtypes]
-    modes = setting.pick(("eager", "compiled"), ("eager",), None)
+    base_modes = setting.pick(tuple(MODES), ("eager", "compiled"), None)
+    found = [Case(*each, dtype, "base", base_modes) for each in shapes for dtype in dtypes]
+    modes = setting.pick(tuple(MODES), ("eager",), None)
     return found + [
         Case(*shapes[0], dtype, variant, modes)
         for variant in ("all-linear", "64 atoms", "10 slices")
@@ -80,8 +90,8 @@ def compare(case: Case, setting: Setting) -> Iterator[Result]:
     stand = Stand(setting.device)
     for mode in case.modes:
         for name, config in (("ours", _ours(case)), ("lora", _lora(case))):
-            prepare = partial(_prepare, case, mode)
-            build = partial(step_of, case, config, setting, prepare)
+            prepare = partial(grow, num_slices=10) if (name, case.variant) == ("ours", "10 slices") else None
+            build = partial(step_of, case, config, setting, mode, prepare)
             stand.add(f"{name} {mode}", build, warm_up=setting.pick(3, 2, 1))
     timings = stand.run(setting.num_rounds(15), repeats=setting.pick(5, 1, 1))
     detail = {"rows": case.rows, "tokens": case.tokens, "backbone": case.shape, "backbone_dtype": "bfloat16"}
@@ -94,7 +104,7 @@ def compare(case: Case, setting: Setting) -> Iterator[Result]:
     for mode in case.modes:
         eager_on_gpu = setting.cuda and mode == "eager" and case.variant == "base"
         yield result(f"{mode}: seconds / LoRA's", f"ours {mode}", f"lora {mode}", "<= 1.15" if eager_on_gpu else usual)
-        if setting.cuda:
+        if setting.cuda and "graphs" not in mode:  # a graph's memory is a pool of its own
             peak = timings.peak_bytes[f"ours {mode}"] / timings.peak_bytes[f"lora {mode}"]
             yield Result("training", case.title, f"{mode}: peak memory / LoRA's", peak, goal="<= 1.00", detail=detail)
         if mode != "eager" and "eager" in case.modes:
@@ -103,38 +113,51 @@ def compare(case: Case, setting: Setting) -> Iterator[Result]:
 
 
 def step_of(
-    case: Case, config: PeftConfig, setting: Setting, prepare: Callable[[PeftModel], None] | None = None
+    case: Case,
+    config: PeftConfig,
+    setting: Setting,
+    mode: str = "eager",
+    prepare: Callable[[PeftModel], None] | None = None,
 ) -> Callable[[], None]:
-    """Return a function that makes one training step: forward, backward, AdamW.
+    """Return a function that makes one training step of the product's module: forward, backward, AdamW.
 
     Args:
         case: The backbone, the batch and the adapter's dtype.
         config: The adapter.
         setting: Device and seed.
+        mode: One of ``MODES``.
         prepare: Makes the adapted model ready.
     """
     torch.manual_seed(setting.seed)
-    backbone = bare_model(case.shape, setting, torch.bfloat16)
+    backbone = ShapedLM(case.shape, setting.seed, "bfloat16")
+    module = ContinualModule(backbone, config)
     # PEFT's default is float32 adapters on a bfloat16 backbone.
-    model = cast(PeftModel, get_peft_model(backbone, config, autocast_adapter_dtype=case.dtype == "float32"))
-    model.to(setting.device)
-    model.train()
+    casts = case.dtype == "float32"
+    module.model = model = cast(PeftModel, get_peft_model(backbone.build(), config, autocast_adapter_dtype=casts))
     if prepare is not None:
         prepare(model)
-    ids = torch.randint(0, backbone.config.vocab_size, (case.rows, case.tokens), device=setting.device)
-    batch: dict[str, Any] = {"input_ids": ids, "labels": ids, "use_cache": False}
-    if isinstance(model.base_model, QueryableLoraModel):
-        batch["instruction_ids"] = ids[:, :12]
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if "compile" in MODES[mode]:
+        compile_layers(model)
+    module.to(setting.device).train()
+    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     assert {parameter.dtype for parameter in trainable} == {getattr(torch, case.dtype)}
     optimizer = torch.optim.AdamW(trainable, lr=1e-4, weight_decay=0.0)
+    batch = _batch(case, setting, isinstance(model.base_model, QueryableLoraModel))
+    passes = GraphedPasses(module) if "cuda_graphs" in MODES[mode] else module.training_pass
 
     def step() -> None:
-        model(**batch).loss.backward()
+        passes(batch)[0].backward()
         optimizer.step()
         optimizer.zero_grad()
 
     return step
+
+
+def _batch(case: Case, setting: Setting, instructed: bool) -> dict[str, Any]:
+    """Return a batch of random tokens, each of which has to be predicted."""
+    ids = torch.randint(0, 256, (case.rows, case.tokens), device=setting.device)
+    forward = {"input_ids": ids} | ({"instruction_ids": ids[:, :12]} if instructed else {})
+    return {"forward": forward, "labels": ids[:, 1:]}
 
 
 def grow(model: PeftModel, num_slices: int) -> None:
@@ -149,12 +172,6 @@ def grow(model: PeftModel, num_slices: int) -> None:
     tuner.set_adapter(bank.names)
     bank.train_only(bank.names[-1])
     bank.in_use = bank.names[-1:]
-
-
-def _prepare(case: Case, mode: str, model: PeftModel) -> None:
-    if case.variant == "10 slices" and isinstance(model.base_model, QueryableLoraModel):
-        grow(model, 10)
-    MODES[mode](model)
 
 
 def _ours(case: Case) -> PeftConfig:

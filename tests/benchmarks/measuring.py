@@ -1,4 +1,4 @@
-"""What all benchmarks share: timing subjects in turn, ratios of what lies side by side, and results as JSON and a table."""
+"""What all benchmarks share: subjects timed in turn, ratios of what lies side by side, results as JSON and a table."""
 
 from __future__ import annotations
 

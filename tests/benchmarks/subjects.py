@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from datasets import Dataset
+from measuring import Setting
 from peft import LoraConfig
 from transformers import LlamaConfig, PreTrainedModel, Qwen2Config
 
@@ -19,7 +20,6 @@ from continual.backbones.causal_lm import _PACKAGED_SHAPE, random_model
 from continual.experiment import TRAINER_DEFAULTS, Experiment, Stage
 from continual.module import ContinualModule
 from continual.sequence import Sequence as StageSequence
-from measuring import Setting
 from tasks import Task
 from tasks.base import Split, text_rows
 
@@ -64,11 +64,6 @@ def lora(**fields: Any) -> LoraConfig:
     """Return PEFT's LoRA of the same rank and targets."""
     defaults: dict[str, Any] = {"r": RANK, "lora_alpha": 16, "target_modules": ATTENTION, "task_type": "CAUSAL_LM"}
     return LoraConfig(**defaults | fields)
-
-
-def bare_model(name: Any, setting: Setting, dtype: torch.dtype) -> PreTrainedModel:
-    """Return a language model of random weights on the device, the same at every call."""
-    return random_model(shape(name), dtype, "sdpa", setting.seed).to(setting.device)  # type: ignore[arg-type]
 
 
 def backbone_dtype(setting: Setting) -> Literal["float32", "bfloat16"]:
