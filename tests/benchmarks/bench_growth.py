@@ -109,7 +109,7 @@ def _python(*arguments: str) -> str:
 def report(setting: Setting) -> Iterator[Result]:
     """Time the report of a sweep of 50 runs of ten tasks."""
     write = runpy.run_path(str(ROOT / "tests" / "analysis" / "sweep_files.py"))["plausible_sweep"]
-    tasks, rows, orders = (3, 10, 1) if setting.tiny else (10, 100, 10)
+    tasks, rows, orders = (3, 10, 1) if setting.tiny else (10, 500, 10)
     methods = ("growing", "replay", "ewc", "sequential", "joint")
     with tempfile.TemporaryDirectory() as folder:
         sweep = write(

@@ -146,7 +146,7 @@ def against_naive(setting: Setting, folder: Path, shape: str, steps: int) -> Ite
         rows = _sequence(setting, folder.with_name("rows"), shape, steps, compiles=False).data[0].train_rows
         module = NaiveModule(ShapedLM(shape, setting.seed, backbone_dtype(setting)))
         # Lightning's defaults but for files and the bar's own output: what these cost would count against it.
-        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
         device = "gpu" if setting.cuda else "cpu"
 
         def stage() -> None:

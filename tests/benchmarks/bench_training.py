@@ -62,17 +62,18 @@ def cases(setting: Setting) -> list[Case]:
     if setting.tiny:
         variants = [Case("tiny", 2, 16, "float32", v) for v in ("base", "all-linear", "64 atoms", "10 slices")]
         return [*variants, Case("tiny", 2, 16, "bfloat16")]
-    shapes = setting.pick(
+    shapes: Any = setting.pick(
         [("qwen2.5-0.5b", 8, 512), ("qwen2.5-0.5b", 16, 128), ("smollm2-135m", 16, 256)],
         [("smollm2-short", 4, 64)],
         None,
     )
     dtypes: tuple[Dtype, ...] = ("bfloat16", "float32")
     base_modes = setting.pick(tuple(MODES), ("eager", "compiled"), None)
-    found = [Case(*each, dtype, "base", base_modes) for each in shapes for dtype in dtypes]
+    found = [Case(s, rows, tokens, d, "base", base_modes) for s, rows, tokens in shapes for d in dtypes]
     modes = setting.pick(tuple(MODES), ("eager",), None)
+    shape, rows, tokens = shapes[0]
     return found + [
-        Case(*shapes[0], dtype, variant, modes)
+        Case(shape, rows, tokens, dtype, variant, modes)
         for variant in ("all-linear", "64 atoms", "10 slices")
         for dtype in dtypes
     ]

@@ -202,7 +202,7 @@ def _processor() -> str:
 def table(results: Sequence[Result], setting: Setting) -> str:
     """Return results as lines of text, one each, under a heading; figures of tiny sizes are not judged."""
     heading = ("suite", "case", "measure", "value", "quartiles", "goal", "")
-    rows = [heading]
+    rows: list[tuple[str, ...]] = [heading]
     for result in results:
         between = "" if result.low is None else f"{result.low:.4g} to {result.high:.4g}"
         verdict = {None: "", True: "met", False: "MISSED"}[None if setting.tiny else result.met]

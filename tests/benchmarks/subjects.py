@@ -26,7 +26,7 @@ from tasks.base import Split, text_rows
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 RANK = 8
 
-_SHORT = {"num_hidden_layers": 6, "vocab_size": 4096}
+_SHORT: dict[str, Any] = {"num_hidden_layers": 6, "vocab_size": 4096}
 
 TEXT_LENGTHS = (19, 21, 23, 24, 26, 28, 29, 32, 35, 39, 43, 48, 53, 59, 66, 72, 79, 90, 130, 256)
 """Tokens of prompt and answer of the text suite 'mixed' (eight tasks, 12,000 training rows, cut at 256), by SmolLM2's
@@ -49,7 +49,7 @@ def shape(name: Literal["qwen2.5-0.5b", "smollm2-135m", "smollm2-short", "tiny"]
             tie_word_embeddings=True,
         )
     if name == "tiny":
-        sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6}
+        sizes: dict[str, Any] = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6}
         return LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **sizes)
     return LlamaConfig(**_PACKAGED_SHAPE | (_SHORT if name == "smollm2-short" else {}))
 
