@@ -64,7 +64,7 @@ def cases(setting: Setting) -> list[Case]:
         return [*variants, Case("tiny", 2, 16, "bfloat16")]
     shapes: Any = setting.pick(
         [("qwen2.5-0.5b", 8, 512), ("qwen2.5-0.5b", 16, 128), ("smollm2-135m", 16, 256)],
-        [("smollm2-short", 4, 64)],
+        [("smollm2-short", 8, 64)],
         None,
     )
     dtypes: tuple[Dtype, ...] = ("bfloat16", "float32")
@@ -93,8 +93,8 @@ def compare(case: Case, setting: Setting) -> Iterator[Result]:
         for name, config in (("ours", _ours(case)), ("lora", _lora(case))):
             prepare = partial(grow, num_slices=10) if (name, case.variant) == ("ours", "10 slices") else None
             build = partial(step_of, case, config, setting, mode, prepare)
-            stand.add(f"{name} {mode}", build, warm_up=setting.pick(3, 2, 1))
-    timings = stand.run(setting.num_rounds(15), repeats=setting.pick(5, 1, 1))
+            stand.add(f"{name} {mode}", build, warm_up=setting.pick(3, 1, 1))
+    timings = stand.run(setting.num_rounds(setting.pick(15, 9, 1)), repeats=setting.pick(5, 1, 1))
     detail = {"rows": case.rows, "tokens": case.tokens, "backbone": case.shape, "backbone_dtype": "bfloat16"}
     detail |= {"adapter_dtype": case.dtype, "variant": case.variant} | timings.detail()
     usual = "<= 1.10" if case.variant == "base" else "<= 1.25"
