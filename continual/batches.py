@@ -286,6 +286,9 @@ class LengthBatches(Sampler[list[int]]):
 def token_batches(lengths: Sequence[int], extra: int, max_tokens: int) -> list[list[int]]:
     """Return batches of row indices, longest rows first, of at most ``max_tokens`` padded tokens (at least one row).
 
+    A batch a quarter full ends where the next row is less than two thirds as wide: few rows of very different lengths
+    would else be padding for the most part.
+
     Args:
         lengths: Prompt tokens of every row.
         extra: Columns that scoring adds to every row (its labels' tokens).
@@ -293,9 +296,12 @@ def token_batches(lengths: Sequence[int], extra: int, max_tokens: int) -> list[l
     """
     order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
     batches: list[list[int]] = []
+    width = 0
     for row in order:
-        if batches and (len(batches[-1]) + 1) * (lengths[batches[-1][0]] + extra) <= max_tokens:
-            batches[-1].append(row)
-        else:
-            batches.append([row])
+        full = len(batches[-1]) * width if batches else max_tokens
+        narrow = 4 * full >= max_tokens and 3 * (lengths[row] + extra) < 2 * width
+        if full + width > max_tokens or narrow or not batches:
+            batches.append([])
+            width = lengths[row] + extra
+        batches[-1].append(row)
     return batches

@@ -30,7 +30,9 @@ clock = time.process_time if sys.argv[4] == "cpu" else lambda: time.time() - beg
 marks = {}
 from pathlib import Path
 from continual.quiet import quieten
+from continual.run import import_engine
 quieten()
+import_engine()
 from continual import experiment
 from continual.sequence import Sequence
 marks["imports"] = clock()
@@ -129,7 +131,7 @@ def scoring_share(setting: Setting) -> Iterator[Result]:
 
     Ten stages, 1,000 training rows and 500 test rows each, one epoch; the text suite's lengths and four labels a task.
     """
-    shape, count = setting.pick("qwen2.5-0.5b", "smollm2-short", "tiny"), setting.pick(400, 40, 4)
+    shape, count = setting.pick("qwen2.5-0.5b", "smollm2-short", "tiny"), setting.pick(500, 60, 4)
     lengths = [TEXT_LENGTHS[index % len(TEXT_LENGTHS)] for index in range(count)]
     task = RandomText(lengths, ["yes", "no", "so", "may"], seed=setting.seed)
     module = ContinualModule(ShapedLM(shape, setting.seed, backbone_dtype(setting)), queryable(), compile=setting.cuda)
