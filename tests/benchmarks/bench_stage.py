@@ -34,7 +34,7 @@ def run(setting: Setting) -> Iterator[Result]:
             if setting.wants(f"{title} through Lightning"):
                 yield from through_lightning(setting, Path(folder) / title, shape, steps, compiles)
         if not setting.tiny and setting.wants("tiny eager through Lightning"):  # steps so short that the rest shows
-            yield from through_lightning(setting, Path(folder) / "tiny", "tiny", setting.pick(200, 100, 0), False)
+            yield from through_lightning(setting, Path(folder) / "tiny", "tiny", setting.pick(200, 50, 0), False)
         if setting.wants(f"{shape} against a naive recipe"):
             yield from against_naive(setting, Path(folder) / "naive", shape, steps)
 
