@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -19,6 +20,7 @@ from continual.graphed import GraphedPasses
 from continual.module import ContinualModule
 from continual.stage_data import StageData
 
+BANK = {"GrowingBank": {"background_rows": 0}}
 Recorded = Callable[..., tuple[Tensor, ...]]
 
 
@@ -168,6 +170,40 @@ def test_a_growing_bank_is_recorded_too(
     padded, _ = graphed._padded(batch)
     with capturing(), NoWaiting():
         gradients(module, module.training_pass(padded)[0])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("strategy", ["Sequential", "LwF", "GrowingBank"])
+@pytest.mark.parametrize("adapter", ["lora", "queryable", "experts", "regressor"])
+def test_a_cuda_graph_gives_the_plain_losses_and_gradients(
+    prepared: Callable[..., tuple[ContinualModule, list[StageData]]],
+    monkeypatch: pytest.MonkeyPatch,
+    adapter: str,
+    strategy: str,
+) -> None:
+    if strategy == "GrowingBank" and adapter != "queryable":
+        pytest.skip("it grows our own bank alone")
+    monkeypatch.setattr(graphed, "_SIGHTINGS", 2)
+    module, (data, *_) = prepared(strategy, adapter, rows=64, **BANK.get(strategy, {}))
+    module.cuda()
+    if strategy == "GrowingBank":
+        module.strategy.start(module, data, 1)
+        module.strategy.on_train_start(Trainer(logger=False, accelerator="gpu", devices=1), module)
+    spread(module)
+    passes = GraphedPasses(module)
+    for batch in batches(data, [4, 3, 4, 3, 4, 3, 3, 4, 4, 3]):  # two shapes in turn share their memory
+        batch = move_data_to_device(batch, module.device)
+        loss, _ = module.training_pass(batch)
+        expected = gradients(module, loss)
+        replayed, _ = passes(batch)
+        torch.testing.assert_close(replayed, loss)
+        for mine, plain in zip(gradients(module, replayed), expected, strict=True):
+            torch.testing.assert_close(mine, plain, rtol=1e-3, atol=1e-5)
+        with torch.no_grad():
+            for parameter, gradient in zip((p for p in module.parameters() if p.requires_grad), expected, strict=True):
+                if gradient is not None:
+                    parameter.sub_(gradient, alpha=0.05)
+    assert len(passes._passes) == 2
 
 
 def test_stages_record_anew_and_learn_the_same(sequence: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
