@@ -299,6 +299,9 @@ class LengthBatches(Sampler[list[int]]):
 def token_batches(lengths: Sequence[int], extra: int, max_tokens: int, least: int = 1) -> list[list[int]]:
     """Return batches of row indices, longest rows first, of at most ``max_tokens`` padded tokens (at least one row).
 
+    A batch a quarter full ends where the next row is less than two thirds as wide: few rows of very different lengths
+    would else be padding for the most part.
+
     Args:
         lengths: Prompt tokens of every row.
         extra: Columns that scoring adds to every row (its labels' tokens).
@@ -307,10 +310,13 @@ def token_batches(lengths: Sequence[int], extra: int, max_tokens: int, least: in
     """
     order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
     batches: list[list[int]] = []
+    width = 0
     for row in order:
-        num_rows = len(batches[-1]) + 1 if batches else 0
-        if 0 < num_rows <= len(order) // least and num_rows * (lengths[batches[-1][0]] + extra) <= max_tokens:
-            batches[-1].append(row)
-        else:
-            batches.append([row])
+        full = len(batches[-1]) * width if batches else max_tokens
+        narrow = 4 * full >= max_tokens and 3 * (lengths[row] + extra) < 2 * width
+        shared = batches and len(batches[-1]) >= max(1, len(order) // least)
+        if full + width > max_tokens or narrow or shared or not batches:
+            batches.append([])
+            width = lengths[row] + extra
+        batches[-1].append(row)
     return batches

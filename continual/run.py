@@ -10,6 +10,7 @@ The last line on standard output is the run's directory. Exit status: 0 done; 2 
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 from collections.abc import Callable, Sequence
 from datetime import datetime
@@ -75,7 +76,7 @@ def run(
     if resume is not None:
         return _go_on(resume, report)
     assert config is not None
-    # Imported here: neither a misspelt option nor a run that is finished should have to wait for torch.
+    import_engine()
     from continual import experiment
 
     run_dir = _new_dir(out, Path(config).stem)
@@ -84,10 +85,27 @@ def run(
 
 def run_text(text: str, stem: str, out: Path | None = None) -> Path:
     """Run a configuration given as text; see ``run``."""
+    import_engine()
     from continual import experiment
 
     run_dir = _new_dir(out, stem)
     return _start(experiment.parse(text, stem), run_dir)
+
+
+def import_engine() -> None:
+    """Import what a run needs, once there is a run: a misspelt option or a finished run need not wait for torch.
+
+    The garbage collector waits until all is there and then leaves it alone for good: it would look through the modules'
+    million objects again and again, which is a quarter of the time until the first step.
+    """
+    if "continual.sequence" in sys.modules:
+        return
+    gc.disable()
+    try:
+        import continual.sequence  # noqa: F401
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _new_dir(out: Path | None, stem: str) -> Path:
@@ -124,6 +142,7 @@ def _go_on(run_dir: Path, report: bool) -> Path:
             print(f"There is no report yet: python -m analysis.report {run_dir}")
         return run_dir
 
+    import_engine()
     from continual import experiment
     from continual.sequence import Sequence as StageSequence
 

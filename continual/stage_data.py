@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import lightning as L
+import torch
 from torch.utils.data import DataLoader
 
 from continual import devices
@@ -19,7 +20,17 @@ from continual.wordings import TRAINING, Wording, opening, varied
 from tasks import Task
 
 
-class StageData(L.LightningDataModule):
+class _Rows(L.LightningDataModule):
+    """Data whose batches hold their rows as they were read, beside tensors."""
+
+    def transfer_batch_to_device(self, batch: dict[str, Any], device: torch.device, dataloader_idx: int) -> Any:
+        """Lightning's hook: move the tensors, and search the rows' texts and numbers for none."""
+        texts = {name: batch[name] for name in ("rows", "instructions")}
+        tensors = {name: value for name, value in batch.items() if name not in texts}
+        return super().transfer_batch_to_device(tensors, device, dataloader_idx) | texts
+
+
+class StageData(_Rows):
     """The rows that one stage trains on, and those that its task is scored on.
 
     Args:
@@ -213,7 +224,7 @@ class StageData(L.LightningDataModule):
         )
 
 
-class AllTasks(L.LightningDataModule):
+class AllTasks(_Rows):
     """The test rows of every stage, one loader each; of several processes each gets its share of the batches."""
 
     def __init__(self, stages: list[StageData]) -> None:

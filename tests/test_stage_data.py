@@ -252,9 +252,18 @@ def test_token_batches_keep_to_their_bound(lengths: list[int], extra: int, most:
     assert all(size <= most or len(batch) == 1 for size, batch in zip(sizes, batches, strict=True))
     flat = [lengths[row] for batch in batches for row in batch]
     assert flat == sorted(flat, reverse=True)
-    for before, after in zip(batches, batches[1:], strict=False):  # no batch ends before it has to
-        assert (len(before) + 1) * (lengths[before[0]] + extra) > most
-        assert after
+    for before, after in zip(batches, batches[1:], strict=False):  # no batch ends before it has to, or should
+        width, next_width = (lengths[batch[0]] + extra for batch in (before, after))
+        narrow = next_width / width < 2 / 3 and len(before) * width >= most / 4
+        assert (len(before) + 1) * width > most or narrow
+    for batch, size in zip(batches, sizes, strict=True):  # a batch that is full enough is not padding for the most part
+        width = lengths[batch[0]] + extra
+        assert all(lengths[row] + extra >= width * 2 / 3 for row in batch[-(-most // (4 * width)) :]), size
+
+
+def test_rows_of_two_lengths_share_no_large_batch() -> None:
+    assert token_batches([5] * 4 + [30] * 4, 0, 400) == [[4, 5, 6, 7], [0, 1, 2, 3]]
+    assert len(token_batches([5] * 4 + [30] * 4, 0, 4000)) == 1  # so few rows that another pass would cost more
 
 
 def test_scoring_batches_count_the_labels_columns() -> None:

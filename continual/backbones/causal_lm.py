@@ -55,6 +55,9 @@ _PACKAGED_SHAPE: dict[str, Any] = {
     "tie_word_embeddings": True,
 }
 
+_LONGEST_KNOWN, _MOST_KNOWN = 500, 1000
+"""Letters of a text whose tokens are kept, and how many such texts."""
+
 _MARK = "THE-TEXT-OF-THE-USER"
 """Stands for the user's text while a chat template is rendered."""
 
@@ -201,10 +204,25 @@ class CausalLM(Backbone):
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
 
     def _encode(self, text: str) -> list[int]:
-        """Tokenises text as it stands: nothing added, and special tokens in it are only text."""
+        """Tokenises text as it stands: nothing added, and special tokens in it are only text.
+
+        Short texts are kept: instructions and labels come with every row and every batch.
+        """
         if not text:
             return []
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        if text not in self._known:
+            ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+            if len(text) > _LONGEST_KNOWN:
+                return ids
+            if len(self._known) >= _MOST_KNOWN:
+                self._known.clear()
+            self._known[text] = ids
+        return self._known[text].copy()
+
+    @cached_property
+    def _known(self) -> dict[str, list[int]]:
+        """Texts that were tokenised lately."""
+        return {}
 
     @cached_property
     def _frame(self) -> tuple[list[int], list[int]]:

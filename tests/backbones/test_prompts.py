@@ -132,3 +132,23 @@ def test_a_tokenizer_without_padding_pads_with_its_end_mark(tiny_lm_dir: Path, t
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="no end-of-text token"):
         _ = CausalLM(str(tmp_path)).tokenizer
+
+
+def test_a_text_that_comes_again_is_tokenised_once_and_is_nobodys_to_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone, asked = TinyCausalLM(), []
+    tokenizer = backbone.tokenizer
+
+    def counting(text: str, **options: bool) -> dict[str, list[int]]:
+        asked.append(text)
+        return tokenizer(text, **options)
+
+    monkeypatch.setitem(backbone.__dict__, "tokenizer", counting)
+    first = backbone.encode_instruction("Say yes.")
+    first.append(7)
+    assert backbone.encode_instruction("Say yes.") == tokenizer("Say yes.")["input_ids"]
+    assert asked == ["Say yes."]
+    texts = [f"row {index}" for index in range(3000)]
+    assert [backbone.encode_text(text) for text in texts] == [tokenizer(text)["input_ids"] for text in texts]
+    assert len(backbone._known) <= 1000  # memory does not grow with the rows
+    backbone.encode_text("long " * 200)
+    assert all(len(text) < 500 for text in backbone._known)

@@ -1,0 +1,25 @@
+"""What a run imports is collected once: the garbage collector is as it was before, but for what is there for good."""
+
+import gc
+import sys
+
+import pytest
+
+import continual
+from continual.run import import_engine
+
+
+def test_the_collector_leaves_imports_alone_and_works_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    sequence = __import__("continual.sequence", fromlist=["Sequence"])
+    monkeypatch.setattr(continual, "sequence", sequence)  # put back with the module itself
+    monkeypatch.delitem(sys.modules, "continual.sequence")
+    before = gc.get_freeze_count()
+    try:
+        import_engine()
+        assert gc.isenabled()
+        assert (frozen := gc.get_freeze_count()) > before
+        kept = [{} for _ in range(100)]
+        import_engine()  # another run of the same process: what it leaves behind has to be collected
+        assert kept and gc.get_freeze_count() == frozen
+    finally:
+        gc.unfreeze()
