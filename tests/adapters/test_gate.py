@@ -68,6 +68,42 @@ def test_a_row_like_the_background_is_no_stage_s() -> None:
     )
 
 
+def test_text_that_comes_without_an_instruction_is_the_sooner_left_to_the_backbone() -> None:
+    centres = torch.stack([torch.zeros(5), 6.0 * torch.eye(5)[0]])
+    stage, background = blobs(centres)
+    rows = torch.cat(blobs(centres, seed=1))
+    given = unit(0).expand(len(rows), -1)
+    stages_rows = {}
+    for name, own, margin in (("told", unit(0), 0.0), ("told", unit(0), 4.0), ("untold", torch.zeros(4), 4.0)):
+        gate = StageGate(5, 4, untold_margin=margin)
+        gate.set_background(background, lengths(background), torch.zeros(len(background)))
+        gate.add("a", stage, lengths(stage), torch.zeros(len(stage)), own)
+        stages_rows[name, margin] = gate.choose(rows, lengths(rows)) == 0
+        scores = gate._scores(rows, lengths(rows), None)
+        within = scores[:, 1] > -gate.stages["a"].radius / (2 * gate.temperature)
+        least = scores[:, 0] + (margin if name == "told" else 0.0)
+        assert torch.equal(stages_rows[name, margin], within & (scores[:, 1] > least))
+        if name == "told":  # with its instruction nothing is asked of a row besides
+            least = torch.maximum(scores[:, :1], -gate._prepared(rows.device)[-1] / (2 * gate.temperature))
+            least = least + gate.abstain_cosine / gate.prior_temperature
+            expected = (scores[:, 1:] + 1 / gate.prior_temperature > least).squeeze(1)
+            assert torch.equal(gate.choose(rows, lengths(rows), given) == 0, expected)
+    assert stages_rows["told", 4.0].sum() < stages_rows["told", 0.0].sum()
+    assert torch.equal(stages_rows["untold", 4.0], stages_rows["told", 0.0])
+
+
+def test_a_stage_of_few_rows_keeps_its_own_beside_one_of_many() -> None:
+    centres = torch.stack([torch.zeros(60), 0.5 * torch.ones(60)])
+    gate = StageGate(60, 4)
+    for name, num_rows, centre in zip("ab", (2000, 12), centres, strict=True):
+        rows = centre + torch.randn(num_rows, 60, generator=torch.Generator().manual_seed(num_rows))
+        gate.add(name, rows, lengths(rows), torch.arange(num_rows) % 4, torch.zeros(4))
+    for stage, centre in enumerate(centres):  # means of three rows as they are would send home 56 % of the few's
+        rows = centre + torch.randn(400, 60, generator=torch.Generator().manual_seed(7))
+        scores = gate._scores(rows, lengths(rows), None)[:, 1:]
+        assert (scores.argmax(dim=1) == stage).float().mean() > 0.9
+
+
 def test_whether_rows_are_told_apart_is_judged_on_rows_left_out() -> None:
     """Two stages of one kind cannot be told apart, however few rows and many features there are."""
     gate, size = StageGate(200, 4), 200
@@ -82,7 +118,9 @@ def test_whether_rows_are_told_apart_is_judged_on_rows_left_out() -> None:
 
 @settings(deadline=None, max_examples=30)
 @given(st.integers(0, 10_000), st.integers(2, 5), st.integers(2, 6))
-def test_choice_is_the_posterior_argmax_of_a_linear_discriminant(seed: int, num_stages: int, size: int) -> None:
+def test_choice_is_the_argmax_of_a_linear_discriminant_s_predictive_density(
+    seed: int, num_stages: int, size: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     gate, groups = StageGate(size, 4, shrinkage=0.1), []
     for stage in range(num_stages):
@@ -91,10 +129,12 @@ def test_choice_is_the_posterior_argmax_of_a_linear_discriminant(seed: int, num_
         groups.append(rows.double().numpy())
     means = np.stack([rows.mean(axis=0) for rows in groups])
     covariance = sum((rows - rows.mean(axis=0)).T @ (rows - rows.mean(axis=0)) for rows in groups) / (30 * num_stages)
-    covariance = 0.9 * covariance + 0.1 * np.eye(size) * np.trace(covariance) / size
+    shrunk = 0.9 * covariance + 0.1 * np.eye(size) * np.trace(covariance) / size
+    num_dimensions = np.trace(covariance @ np.linalg.inv(shrunk))
     points = 3 * torch.randn(50, size, generator=generator)
     difference = points.double().numpy()[:, None] - means
-    squared = np.einsum("nsf,fg,nsg->ns", difference, np.linalg.inv(covariance), difference)
+    squared = np.einsum("nsf,fg,nsg->ns", difference, np.linalg.inv(shrunk), difference)
+    squared = squared / (1 + 1 / 30) + num_dimensions * np.log(1 + 1 / 30)  # the mean of 30 rows is uncertain itself
     torch.testing.assert_close(gate.distances(points, lengths(points)).double().numpy(), squared, rtol=1e-3, atol=1e-3)
     for anchors in gate.stages.values():
         anchors.radius = math.inf  # no row is outside
@@ -108,17 +148,37 @@ def test_choice_is_the_posterior_argmax_of_a_linear_discriminant(seed: int, num_
 
 def test_a_short_row_is_less_certain() -> None:
     gate = learnt(far_apart())
+    for anchors in gate.stages.values():
+        anchors.rows_C = torch.full((1,), math.inf)  # the centroids are certain
+    gate._ready = None
     rows = blobs(far_apart())[0][:20]
     long, short = (gate.distances(rows, lengths(rows, tokens)) for tokens in (LONG, 20))
     torch.testing.assert_close(short, long / (1 + gate.length_scale / 20), rtol=1e-4, atol=0)
 
 
 def test_centroids_weigh_rows_by_their_length() -> None:
-    gate, rows = StageGate(2, 4), torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 5.0]])
+    gate, rows = StageGate(2, 4, pooling=0.0), torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 5.0]])
     gate.add("a", rows, torch.tensor([20, LONG, 7]), torch.tensor([3, 3, 8]), torch.zeros(4))
     weights = torch.tensor([1 / 2, 1 / (1 + 20 / LONG)])
     expected = torch.stack([(weights[:, None] * rows[:2]).sum(dim=0) / weights.sum(), rows[2]])
     torch.testing.assert_close(gate.stages["a"].centroids_CF, expected)
+    torch.testing.assert_close(gate.stages["a"].rows_C, torch.tensor([float(weights.sum()), 1 / (1 + 20 / 7)]))
+
+
+def test_a_centroid_leans_towards_its_stage_as_if_more_rows_lay_there() -> None:
+    rows = torch.cat([torch.tensor([[6.0, 0.0]]), torch.tensor([[0.0, 9.0]]).expand(20, -1)])
+    groups = torch.tensor([0] + [1] * 20)
+    pooled, plain, one = (StageGate(2, 4, pooling=pooling) for pooling in (4.0, 0.0, 4.0))
+    for gate in (pooled, plain):
+        gate.add("a", rows, lengths(rows), groups, torch.zeros(4))
+    one.add("a", rows, lengths(rows), torch.zeros(21), torch.zeros(4))
+    mean = rows.mean(dim=0)
+    joined = torch.stack([torch.cat([rows[groups == group], mean.expand(4, -1)]).mean(dim=0) for group in (0, 1)])
+    torch.testing.assert_close(pooled.stages["a"].centroids_CF, joined, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(pooled.stages["a"].rows_C, torch.tensor([5.0, 24.0]), rtol=1e-4, atol=0)
+    assert torch.equal(pooled.scatter_FF, plain.scatter_FF)  # what rows vary by is about their own mean
+    torch.testing.assert_close(one.stages["a"].centroids_CF, mean.unsqueeze(0), rtol=1e-4, atol=0)
+    torch.testing.assert_close(one.stages["a"].rows_C, torch.tensor([21.0]), rtol=1e-4, atol=0)
 
 
 def test_one_more_stage_far_away_changes_no_choice() -> None:
@@ -143,7 +203,7 @@ def test_ninety_nine_of_a_hundred_own_rows_lie_within_the_radius(num_groups: int
     gate.add("a", rows, lengths(rows, 30), groups, torch.zeros(4))
     assert len(gate.stages["a"].centroids_CF) == num_groups
     at_home = (gate.choose(rows, lengths(rows, 30)) == 0).float().mean().item()
-    assert at_home == pytest.approx(0.99, abs=0.005)
+    assert at_home == pytest.approx(0.99, abs=0.007)
 
 
 @pytest.mark.parametrize("num_rows", [40, 300])
@@ -250,7 +310,7 @@ def test_it_keeps_no_rows() -> None:
     gate = learnt(far_apart())
     assert gate.num_numbers == sum(tensor.numel() for tensor in gate.tensors().values()) - 1  # the count of rows
     gate.add("big", torch.randn(5000, 5), torch.full((5000,), 9), torch.arange(5000) % 3, torch.zeros(4))
-    assert gate.num_numbers == 3 * (5 + 4 + 1) + (3 * 5 + 4 + 1) + 5 * 6 // 2
+    assert gate.num_numbers == 3 * (5 + 1 + 4 + 1) + (3 * 5 + 3 + 4 + 1) + 5 * 6 // 2
 
 
 @settings(deadline=None, max_examples=60)
