@@ -188,7 +188,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     """Return hardware, versions and threads."""
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     machine = {"hardware": hardware, "cores": os.cpu_count(), "platform": platform.platform()}
-    return manifest.environment(str(device)) | machine
+    return manifest.environment(str(device), 1) | machine
 
 
 def _processor() -> str:
