@@ -135,7 +135,8 @@ class Sweep:
     # -- cells --------------------------------------------------------------------------------------------------------
 
     def _cell(self, index: int, place: str, config: str) -> Cell:
-        asked = (yaml.safe_load(config).get("trainer") or {}).get("devices", 1)  # a cell of several sees all of them
+        trainer = yaml.safe_load(config).get("trainer") or {}
+        asked = trainer.get("devices", 1)  # a cell of several devices sees all of them
         device = self.devices[index % len(self.devices)] if len(self.devices) > 1 and asked == 1 else None
         sweep_pid = os.getpid() if self.engine == "loky" else None
         return Cell(self.sweep_dir.absolute(), place, config, Path.cwd(), device, sweep_pid)

@@ -459,7 +459,8 @@ def test_cells_take_the_visible_devices_in_turn(
     for visible, wanted in (("2,5", ["2", "5", "2"]), ("2", [None] * 3), ("", [None] * 3)):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         loop = Sweep(plan, tmp_path, "loky", 1)
-        assert [loop._cell(index, "a", "").device for index in range(3)] == wanted
+        assert [loop._cell(index, "a", "trainer: {}").device for index in range(3)] == wanted
+        assert loop._cell(0, "a", "trainer: {devices: 2}").device is None
 
 
 @pytest.mark.parametrize("visible, cores, jobs", [("", 2, 1), ("", 3, 1), ("", 4, 2), ("", 16, 8), ("0,1", 16, 2)])
