@@ -117,6 +117,7 @@ class Collator:
         answers: Whether the answers follow the prompts (training) or prompts stand alone (scoring).
         candidates: Labels to score, for a task that has them.
         encoder: Encodes instructions for a backbone without words.
+        task_id: What to tell an adapter that has to be told the task of its rows; None for any other.
     """
 
     def __init__(
@@ -126,7 +127,9 @@ class Collator:
         answers: bool,
         candidates: Candidates | None = None,
         encoder: Any = None,
+        task_id: int | None = None,
     ) -> None:
+        self.task_id = task_id
         self.backbone: Any = backbone
         self.with_instructions, self.answers = with_instructions, answers
         self.candidates, self.encoder = candidates, encoder
@@ -137,6 +140,8 @@ class Collator:
         batch["rows"] = [row.source for row in rows]
         batch["instructions"] = [row.instruction for row in rows]
         batch["forward"] |= self._instructions(batch["instructions"])
+        if self.task_id is not None:
+            batch["forward"]["task_ids"] = torch.full((len(rows),), self.task_id)
         return batch
 
     def _text(self, rows: Sequence[Row]) -> dict[str, Any]:

@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from jsonargparse.typing import lazy_instance
 from lightning.pytorch.cli import OptimizerCallable
-from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, PolyConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.func import functional_call
 from torch.optim.lr_scheduler import LambdaLR
 
-from continual.adapters import QueryableLoraConfig, QueryableLoraModel
+from continual.adapters import QueryableLoraConfig, QueryableLoraModel, adalora
 from continual.backbones import Backbone, CausalLM, SentenceEncoder
 from continual.batches import IGNORED
 from continual.errors import ConfigError, RunError, one_line
@@ -80,6 +80,8 @@ class ContinualModule(L.LightningModule):
         """
         if self.model is not None:
             return
+        if self.takes_task_ids and self.backbone.kind == "regressor":
+            raise ConfigError("model.adapter: PolyConfig serves language models alone, not a regressor")
         backbone = self.backbone.build()
         config = copy.deepcopy(self.adapter)  # get_peft_model writes into its configuration
         if self.backbone.kind == "causal_lm" and config.task_type is None:
@@ -127,6 +129,11 @@ class ContinualModule(L.LightningModule):
         """Whether the adapter has an instruction prior to feed."""
         return isinstance(self.adapter, QueryableLoraConfig) and self.adapter.uses_prior
 
+    @property
+    def takes_task_ids(self) -> bool:
+        """Whether the adapter's forward pass has to be told which task its rows are of."""
+        return isinstance(self.adapter, PolyConfig)
+
     def parameter_counts(self) -> dict[str, int]:
         """Return the number of trainable parameters and of all parameters."""
         sizes = [(p.numel(), p.requires_grad) for p in self.parameters()]
@@ -164,11 +171,26 @@ class ContinualModule(L.LightningModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Lightning's hook."""
         outputs = self.outputs(batch)
-        loss, penalty = self.loss(batch, outputs), self.strategy.penalty(self, batch, outputs)
-        if penalty is not None:
-            loss = loss + penalty
+        loss = self.loss(batch, outputs)
+        for penalty in (self.strategy.penalty(self, batch, outputs), adalora.penalty(self.model)):
+            loss = loss if penalty is None else loss + penalty
         self.log("loss", loss, prog_bar=True, logger=False, batch_size=len(batch["rows"]))
         return loss
+
+    def on_train_start(self) -> None:
+        """Lightning's hook."""
+        adalora.begin(self.model, int(self.trainer.estimated_stepping_batches))
+        self._steps_done = 0
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Lightning's hook."""
+        if self.trainer.global_step > self._steps_done:  # not while gradients are still added up
+            self._steps_done = self.trainer.global_step
+            adalora.allocate(self.model, self._steps_done)
+
+    def on_train_end(self) -> None:
+        """Lightning's hook."""
+        adalora.end(self.model)
 
     def configure_optimizers(self) -> Any:
         """Return a fresh optimizer and a schedule: linear warm-up, then linear decay to ``final_lr_fraction``.
@@ -233,9 +255,13 @@ class ContinualModule(L.LightningModule):
             result = set_peft_model_state_dict(self.model, tensors)
         except Exception as error:  # safetensors raises its own type for a damaged file
             raise RunError(f"cannot read the adapter {path}: {one_line(error)}") from error
-        trainable = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        names: dict[Tensor, set[str]] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):  # VB-LoRA's bank has many names
+            if parameter.requires_grad:
+                names.setdefault(parameter, set()).add(name)
+        missing = {min(own) for own in names.values() if own <= set(result.missing_keys)}
         saved = set(get_peft_model_state_dict(self.model, save_embedding_layers=False))
-        if lost := saved - set(tensors) or trainable & set(result.missing_keys):
+        if lost := saved - set(tensors) or missing:
             raise RunError(f"the adapter {path} lacks {len(lost)} tensors, such as {sorted(lost)[0]}")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

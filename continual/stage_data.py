@@ -59,6 +59,7 @@ class StageData(L.LightningDataModule):
         self.num_workers, self.seed, self.score_seen_labels = num_workers, seed, score_seen_labels
         self.generates = task.kind == "free" or (task.kind == "labels" and generate_labels)
         self.name: str = type(task).__name__
+        self.index: int = 0  # its place among the stages
         self.seen_labels: list[str] = []
         self._encoded: dict[str, EncodedTask] = {}
 
@@ -142,5 +143,7 @@ class StageData(L.LightningDataModule):
         return max(len(row.answer_ids) for row in self._encoded["train"].rows)
 
     def _collator(self, answers: bool, candidates: Candidates | None = None) -> Collator:
-        module = self._module
-        return Collator(module.backbone, module.uses_instructions, answers, candidates, module.instruction_encoder)
+        module, encoder = self._module, self._module.instruction_encoder
+        # More stages than the adapter has tasks: the last ones share its last.
+        task_id = min(self.index, module.adapter.n_tasks - 1) if module.takes_task_ids else None
+        return Collator(module.backbone, module.uses_instructions, answers, candidates, encoder, task_id)

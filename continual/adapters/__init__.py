@@ -1,6 +1,7 @@
-"""Adapters: the atom bank with its router, as a PEFT method. Every other adapter comes from peft by class path."""
+"""Adapters: the atom bank with its router, and full fine-tuning, as PEFT methods; all others come from peft itself."""
 
 from continual.adapters.config import QueryableLoraConfig
+from continual.adapters.full import FullFineTuningConfig, FullFineTuningModel
 from continual.adapters.queryable import QueryableLoraModel
 
-__all__ = ["QueryableLoraConfig", "QueryableLoraModel"]
+__all__ = ["FullFineTuningConfig", "FullFineTuningModel", "QueryableLoraConfig", "QueryableLoraModel"]

@@ -13,19 +13,19 @@ QuerySource = Literal["state", "frozen_random", "instruction_only", "uniform"]
 AtomStart = Literal["orthogonal", "noise", "identity"]
 
 
-def _extend_peft_types() -> None:
-    """Add our method to PEFT's closed enum of methods; plain strings break its mixed models and native integration."""
-    if PEFT_NAME in PeftType.__members__:
+def extend_peft_types(name: str) -> None:
+    """Add a method to PEFT's closed enum of methods; plain strings break its mixed models and native integration."""
+    if name in PeftType.__members__:
         return
-    member = str.__new__(PeftType, PEFT_NAME)
-    member._name_, member._value_ = PEFT_NAME, PEFT_NAME
-    PeftType._member_names_.append(PEFT_NAME)
-    PeftType._member_map_[PEFT_NAME] = member
-    PeftType._value2member_map_[PEFT_NAME] = member
-    type.__setattr__(PeftType, PEFT_NAME, member)  # Python 3.12 looks members up as plain attributes
+    member = str.__new__(PeftType, name)
+    member._name_, member._value_ = name, name
+    PeftType._member_names_.append(name)
+    PeftType._member_map_[name] = member
+    PeftType._value2member_map_[name] = member
+    type.__setattr__(PeftType, name, member)  # Python 3.12 looks members up as plain attributes
 
 
-_extend_peft_types()
+extend_peft_types(PEFT_NAME)
 
 
 @dataclass
