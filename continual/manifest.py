@@ -36,7 +36,7 @@ class Manifest:
         stage_seconds: Wall-clock seconds of each finished stage, training and scoring.
         stored_bytes: Bytes on disk that the strategy keeps for later stages, after each finished stage.
         stored_parameters: Numbers that are kept to answer all tasks so far, the backbone's apart, after each stage.
-        serving_parameters: How many of them a forward pass reads for one row, at most.
+        serving_parameters: How many of them a forward pass reads for one token.
         bounds: Names of the bounds that are set beside the run.
         format: Version of this layout.
     """

@@ -2,10 +2,12 @@
 
 from continual.strategies.agem import AGEM
 from continual.strategies.base import Sequential, Strategy
+from continual.strategies.clora import CLoRA
 from continual.strategies.ewc import EWC, OnlineEWC
 from continual.strategies.joint import Joint
 from continual.strategies.library import PerInstructionLookup, PerTask
 from continual.strategies.lwf import LwF
+from continual.strategies.nlora import NLoRA
 from continual.strategies.olora import OLoRA
 from continual.strategies.replay import DERPlusPlus, ExperienceReplay
 from continual.strategies.seqr import SEQR
@@ -14,10 +16,12 @@ __all__ = [
     "AGEM",
     "EWC",
     "SEQR",
+    "CLoRA",
     "DERPlusPlus",
     "ExperienceReplay",
     "Joint",
     "LwF",
+    "NLoRA",
     "OLoRA",
     "OnlineEWC",
     "PerInstructionLookup",

@@ -102,7 +102,7 @@ class Strategy(L.Callback):
         return sum(parameter.numel() for parameter in trainable(module))
 
     def serving_parameters(self, module: ContinualModule) -> int:
-        """Return how many of ``stored_parameters`` a forward pass reads for one row, at most."""
+        """Return how many of ``stored_parameters`` a forward pass reads for one token."""
         return self.stored_parameters(module)
 
     # -- what the engine calls ----------------------------------------------------------------------------------------

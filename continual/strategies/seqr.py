@@ -133,6 +133,16 @@ class SEQR(Strategy):
             handle.remove()
         return {name: torch.cat(parts) for name, parts in states.items()}
 
+    def stored_parameters(self, module: ContinualModule) -> int:
+        """Return the numbers of A and of all stages' B and R, with their norms' scale."""
+        library = sum(tensor.numel() for each in self.libraries.values() for tensor in vars(each).values())
+        return library + sum(layer.lora_A[_PAIR].weight.numel() for layer in lora_layers(module).values())
+
+    def serving_parameters(self, module: ContinualModule) -> int:
+        """Return the numbers of A, of all R with their norms' scale, and of the one B that is chosen."""
+        others = sum(each.B[1:].numel() for each in self.libraries.values())
+        return self.stored_parameters(module) - others
+
     # -- scoring ------------------------------------------------------------------------------------------------------
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
