@@ -57,7 +57,11 @@ class MemoryTask(Task):
 def stub(backbone: Any = BACKBONE, uses_instructions: bool = False) -> Any:
     """Return what StageData asks of a module."""
     return SimpleNamespace(
-        backbone=backbone, uses_instructions=uses_instructions, instruction_encoder=None, strategy=Sequential()
+        backbone=backbone,
+        uses_instructions=uses_instructions,
+        takes_task_ids=False,
+        instruction_encoder=None,
+        strategy=Sequential(),
     )
 
 
