@@ -45,7 +45,9 @@ def begin(model: Any, total_steps: int) -> None:
 
 def allocate(model: Any, step: int) -> None:
     """Hand out the ranks after optimizer step ``step`` (from 1), while its gradients are still there."""
-    if (tuner := tuner_of(model)) is not None:
+    tuner = tuner_of(model)
+    # Where the ranks are to stay as they are, PEFT would look for the best 0 to drop, and fail.
+    if tuner is not None and tuner.rankallocator.target_bgt < tuner.rankallocator.init_bgt:
         tuner.update_and_allocate(step)
 
 
