@@ -177,6 +177,7 @@ class Collator:
         encoder: Encodes instructions for a backbone without words.
         row_inputs: What a gate reads of the rows, where there is one.
         share: Which of a batch's rows are this process's; all of them by default.
+        task_id: What to tell an adapter that has to be told the task of its rows; None for any other.
     """
 
     def __init__(
@@ -188,7 +189,9 @@ class Collator:
         encoder: Any = None,
         row_inputs: RowInputs | None = None,
         share: slice = slice(None),
+        task_id: int | None = None,
     ) -> None:
+        self.task_id = task_id
         self.backbone: Any = backbone
         self.with_instructions, self.answers = with_instructions, answers
         self.candidates, self.encoder, self.row_inputs, self.share = candidates, encoder, row_inputs, share
@@ -209,6 +212,8 @@ class Collator:
         batch["forward"] |= self._instructions(batch["instructions"])
         if self.row_inputs is not None:
             batch["forward"] |= self.row_inputs(rows)
+        if self.task_id is not None:
+            batch["forward"]["task_ids"] = torch.full((len(rows),), self.task_id)
         return batch
 
     def _size(self, rows: Sequence[Row]) -> int:

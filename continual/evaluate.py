@@ -90,7 +90,7 @@ def label_log_likelihoods(model: Any, forward: dict[str, Tensor], candidates: Ca
         candidates: The labels.
     """
     ids, prompt_mask, positions = (forward[name] for name in ("input_ids", "attention_mask", "position_ids"))
-    rest = {name: value for name, value in forward.items() if name in ROUTING_KEYWORDS}
+    rest = {name: value for name, value in forward.items() if name in (*ROUTING_KEYWORDS, "task_ids")}
     device, num_rows = ids.device, len(ids)
     label_ids, segment, offset = (t.to(device) for t in (candidates.ids_L, candidates.segment_L, candidates.offset_L))
     num_label = len(label_ids)

@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from jsonargparse.typing import lazy_instance
 from lightning.pytorch.cli import OptimizerCallable
-from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, PolyConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.func import functional_call
 from torch.optim.lr_scheduler import LambdaLR
 
 from continual import devices
-from continual.adapters import QueryableLoraConfig, QueryableLoraModel, RoutedTuner
+from continual.adapters import QueryableLoraConfig, QueryableLoraModel, RoutedTuner, adalora
 from continual.backbones import Backbone, CausalLM, SentenceEncoder
 from continual.backbones.quantized import num_weights
 from continual.batches import IGNORED, RowInputs
@@ -100,6 +100,8 @@ class ContinualModule(L.LightningModule):
             devices.shard(self)
 
     def _build(self) -> None:
+        if self.takes_task_ids and self.backbone.kind == "regressor":
+            raise ConfigError("model.adapter: PolyConfig serves language models alone, not a regressor")
         backbone = self.backbone.build()
         config = copy.deepcopy(self.adapter)  # get_peft_model writes into its configuration
         if self.backbone.kind == "causal_lm" and config.task_type is None:
@@ -152,6 +154,11 @@ class ContinualModule(L.LightningModule):
         """Whether the adapter has an instruction prior to feed."""
         return isinstance(self.adapter, QueryableLoraConfig) and self.adapter.uses_prior
 
+    @property
+    def takes_task_ids(self) -> bool:
+        """Whether the adapter's forward pass has to be told which task its rows are of."""
+        return isinstance(self.adapter, PolyConfig)
+
     def parameter_counts(self) -> dict[str, int]:
         """Return the number of trainable parameters and of all; a packed weight counts as what it stands for."""
         sizes = [(num_weights(p), p.requires_grad) for p in self.parameters()]
@@ -192,7 +199,9 @@ class ContinualModule(L.LightningModule):
         # Asked for at once: it is about the last pass, and a penalty may make passes of its own.
         auxiliary = self.tuner.auxiliary_loss() if self.tuner is not None else None
         loss = self.loss(batch, outputs)
-        return loss if auxiliary is None else loss + auxiliary, outputs if self.strategy.has_penalty else None
+        for addend in (auxiliary, adalora.penalty(self.model)):
+            loss = loss if addend is None else loss + addend
+        return loss, outputs if self.strategy.has_penalty else None
 
     def on_train_start(self) -> None:
         """Lightning's hook: what was recorded holds for one stage, and so does who watches the loss."""
@@ -204,9 +213,19 @@ class ContinualModule(L.LightningModule):
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
         self._logs_loss = any(not type(callback).__module__.startswith("continual.") for callback in callbacks)
 
+        adalora.begin(self.model, int(self.trainer.estimated_stepping_batches))
+        self._steps_done = 0
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Lightning's hook."""
+        if self.trainer.global_step > self._steps_done:  # not while gradients are still added up
+            self._steps_done = self.trainer.global_step
+            adalora.allocate(self.model, self._steps_done)
+
     def on_train_end(self) -> None:
         """Lightning's hook."""
         self._graphed = None
+        adalora.end(self.model)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Lightning's hook."""
@@ -289,9 +308,13 @@ class ContinualModule(L.LightningModule):
             result = set_peft_model_state_dict(self.model, tensors)
         except Exception as error:  # safetensors raises its own type for a damaged file
             raise RunError(f"cannot read the adapter {path}: {one_line(error)}") from error
-        trainable = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        names: dict[Tensor, set[str]] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):  # VB-LoRA's bank has many names
+            if parameter.requires_grad:
+                names.setdefault(parameter, set()).add(name)
+        missing = {min(own) for own in names.values() if own <= set(result.missing_keys)}
         saved = set(get_peft_model_state_dict(self.model, save_embedding_layers=False))
-        if lost := saved - set(tensors) or trainable & set(result.missing_keys):
+        if lost := saved - set(tensors) or missing:
             raise RunError(f"the adapter {path} lacks {len(lost)} tensors, such as {sorted(lost)[0]}")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -72,7 +72,7 @@ class Sequence:
             with _named(stage.name):
                 stage.task.prepare()
                 data = StageData(stage.task, seed=self._seed(index), **experiment.data)
-            data.name = stage.name
+            data.name, data.index = stage.name, index - 1
             self.data.append(data)
         self.module.configure_model()
         for data in self.data:

@@ -87,6 +87,7 @@ class StageData(_Rows):
         self.options: Literal["none", "listed"] = options
         self.generates = task.kind == "free" or (task.kind == "labels" and generate_labels)
         self.name: str = type(task).__name__
+        self.index: int = 0  # its place among the stages
         self.seen_labels: list[str] = []
         self._encoded: dict[str, EncodedTask] = {}
 
@@ -213,6 +214,8 @@ class StageData(_Rows):
 
     def _collator(self, answers: bool, candidates: Candidates | None = None, share: slice = slice(None)) -> Collator:
         module = self._module
+        # More stages than the adapter has tasks: the last ones share its last.
+        task_id = min(self.index, module.adapter.n_tasks - 1) if module.takes_task_ids else None
         return Collator(
             module.backbone,
             module.uses_instructions,
@@ -221,6 +224,7 @@ class StageData(_Rows):
             module.instruction_encoder,
             module.row_inputs,
             share,
+            task_id,
         )
 
 

@@ -60,6 +60,7 @@ def stub(backbone: Any = BACKBONE, uses_instructions: bool = False) -> Any:
     return SimpleNamespace(
         backbone=backbone,
         uses_instructions=uses_instructions,
+        takes_task_ids=False,
         instruction_encoder=None,
         row_inputs=None,
         strategy=Sequential(),

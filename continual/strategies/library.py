@@ -38,7 +38,7 @@ class AdapterLibrary(Strategy):
     The adapter's folder of each stage is that stage's own adapter.
 
     Attributes:
-        adapters: The tensors of each finished stage's adapter, on the CPU.
+        adapters: The tensors of each finished stage's adapter, on the CPU; later ones without what equals the first's.
     """
 
     def __init__(self) -> None:
@@ -53,7 +53,10 @@ class AdapterLibrary(Strategy):
     def end_stage(self, module: ContinualModule, data: StageData, stage: int) -> None:
         """Keep the stage's adapter."""
         # A second copy: on the CPU, .cpu() would return the parameter's own memory.
-        self.adapters.append({name: tensor.cpu().clone() for name, tensor in adapter_tensors(module).items()})
+        new = {name: tensor.cpu().clone() for name, tensor in adapter_tensors(module).items()}
+        if self.adapters:  # what never trains (VeRA's projections) is kept once
+            new = {name: tensor for name, tensor in new.items() if not torch.equal(tensor, self.adapters[0][name])}
+        self.adapters.append(new)
 
     def choose(self, module: ContinualModule, data: StageData, batch: dict[str, Any]) -> int | None:
         """Return the index of the adapter that answers a batch of ``data``'s rows, None for the bare backbone."""
@@ -93,8 +96,9 @@ class AdapterLibrary(Strategy):
             if index is None:
                 self._disabled.enter_context(module.model.disable_adapter())
             else:
+                own = self.adapters[0] | self.adapters[index]
                 for name, tensor in adapter_tensors(module).items():
-                    tensor.copy_(self.adapters[index][name])
+                    tensor.copy_(own[name])
         self._chosen = index
 
     def stored_parameters(self, module: ContinualModule) -> int:
@@ -103,7 +107,9 @@ class AdapterLibrary(Strategy):
 
     def serving_parameters(self, module: ContinualModule) -> int:
         """Return the numbers of one adapter."""
-        return sum(tensor.numel() for tensor in self.adapters[-1].values()) if self.adapters else 0
+        if not self.adapters:
+            return 0
+        return sum(tensor.numel() for tensor in (self.adapters[0] | self.adapters[-1]).values())
 
     # -- on disk ------------------------------------------------------------------------------------------------------
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from continual.module import ContinualModule
     from continual.stage_data import StageData
 
-_ALL, _NEW = "default", "new"  # adapters: all earlier pairs, and the one being trained
+ALL, NEW = "default", "new"  # adapters: all earlier pairs, and the one being trained
 
 
 class OLoRA(Strategy):
@@ -45,6 +45,8 @@ class OLoRA(Strategy):
         weight: Weight of the orthogonality penalty, at least 0.
     """
 
+    method = "OLoRA"
+
     def __init__(self, weight: float = 0.5) -> None:
         require_at_least(0, weight=weight)
         self.weight = weight
@@ -53,20 +55,20 @@ class OLoRA(Strategy):
 
     def check(self, module: ContinualModule, stages: Sequence[StageData]) -> None:
         """Raise ConfigError for any adapter but plain LoRA on linear layers."""
-        check_plain_lora(module, "OLoRA")
+        check_plain_lora(module, self.method)
 
     def begin_stage(self, module: ContinualModule, data: StageData, stage: int) -> None:
         """Freeze the pairs so far and add a new one; the first stage trains the adapter's own."""
         if stage == 1:
             return
         model: PeftModel = module.model  # type: ignore[assignment]
-        config = copy.deepcopy(model.peft_config[_ALL])
+        config = copy.deepcopy(model.peft_config[ALL])
         config.r, config.lora_alpha = module.adapter.r, module.adapter.lora_alpha  # type: ignore[attr-defined]
-        model.add_adapter(_NEW, config)
-        model.base_model.set_adapter([_ALL, _NEW])  # type: ignore[operator]
-        for layer in _layers(module):
-            layer.lora_A[_ALL].requires_grad_(False)
-            layer.lora_B[_ALL].requires_grad_(False)
+        model.add_adapter(NEW, config)
+        model.base_model.set_adapter([ALL, NEW])  # type: ignore[operator]
+        for layer in layers(module):
+            layer.lora_A[ALL].requires_grad_(False)
+            layer.lora_B[ALL].requires_grad_(False)
 
     def penalty(self, module: ContinualModule, batch: dict[str, Any], outputs: Tensor) -> Tensor | None:
         """Return the squared overlap of the new pairs' inputs with all earlier ones."""
@@ -76,7 +78,7 @@ class OLoRA(Strategy):
     def overlaps(self, module: ContinualModule) -> list[Tensor]:
         """Return A_old A_new^T, (r (t - 1), r), of every adapted projection; none outside of stages 2 and later."""
         return [
-            layer.lora_A[_ALL].weight @ layer.lora_A[_NEW].weight.T for layer in _layers(module) if _NEW in layer.lora_A
+            layer.lora_A[ALL].weight @ layer.lora_A[NEW].weight.T for layer in layers(module) if NEW in layer.lora_A
         ]
 
     def end_stage(self, module: ContinualModule, data: StageData, stage: int) -> None:
@@ -84,32 +86,32 @@ class OLoRA(Strategy):
         model: PeftModel = module.model  # type: ignore[assignment]
         self.num_pairs = stage
         if stage > 1:
-            pairs = [(layer.lora_A[_NEW].weight, layer.lora_B[_NEW].weight) for layer in _layers(module)]
-            model.base_model.set_adapter(_ALL)  # type: ignore[operator]
-            model.delete_adapter(_NEW)
-            old = [(layer.lora_A[_ALL].weight, layer.lora_B[_ALL].weight) for layer in _layers(module)]
+            pairs = [(layer.lora_A[NEW].weight, layer.lora_B[NEW].weight) for layer in layers(module)]
+            model.base_model.set_adapter(ALL)  # type: ignore[operator]
+            model.delete_adapter(NEW)
+            old = [(layer.lora_A[ALL].weight, layer.lora_B[ALL].weight) for layer in layers(module)]
             self._grow(module)
             with torch.no_grad():
-                for layer, (old_A, old_B), (new_A, new_B) in zip(_layers(module), old, pairs, strict=True):
-                    layer.lora_A[_ALL].weight.copy_(torch.cat([old_A, new_A]))
-                    layer.lora_B[_ALL].weight.copy_(torch.cat([old_B, new_B], dim=1))
-        weights = [pair[_ALL].weight for layer in _layers(module) for pair in (layer.lora_A, layer.lora_B)]
+                for layer, (old_A, old_B), (new_A, new_B) in zip(layers(module), old, pairs, strict=True):
+                    layer.lora_A[ALL].weight.copy_(torch.cat([old_A, new_A]))
+                    layer.lora_B[ALL].weight.copy_(torch.cat([old_B, new_B], dim=1))
+        weights = [pair[ALL].weight for layer in layers(module) for pair in (layer.lora_A, layer.lora_B)]
         self._pair_bytes = sum(weight.numel() * weight.element_size() for weight in weights)
 
     def _grow(self, module: ContinualModule) -> None:
         """Make room for ``num_pairs`` pairs; the weights are whatever they are."""
         model: PeftModel = module.model  # type: ignore[assignment]
         rank, alpha = module.adapter.r, module.adapter.lora_alpha  # type: ignore[attr-defined]
-        config: Any = model.peft_config[_ALL]
+        config: Any = model.peft_config[ALL]
         config.r = rank * self.num_pairs
         factor = math.sqrt(self.num_pairs) if config.use_rslora else self.num_pairs  # lora_alpha / r, or / sqrt(r)
         config.lora_alpha = alpha * factor
-        for layer in _layers(module):
-            like = layer.lora_A[_ALL].weight
+        for layer in layers(module):
+            like = layer.lora_A[ALL].weight
             place = {"bias": False, "device": like.device, "dtype": like.dtype}
-            layer.lora_A[_ALL] = nn.Linear(layer.in_features, config.r, **place)
-            layer.lora_B[_ALL] = nn.Linear(config.r, layer.out_features, **place)
-            layer.r[_ALL], layer.lora_alpha[_ALL] = config.r, config.lora_alpha
+            layer.lora_A[ALL] = nn.Linear(layer.in_features, config.r, **place)
+            layer.lora_B[ALL] = nn.Linear(config.r, layer.out_features, **place)
+            layer.r[ALL], layer.lora_alpha[ALL] = config.r, config.lora_alpha
 
     def stored_bytes(self) -> int:
         """Return the bytes of all pairs, in the adapter's folder, and of the note on how many there are."""
@@ -128,5 +130,6 @@ class OLoRA(Strategy):
             self._grow(module)
 
 
-def _layers(module: ContinualModule) -> list[Any]:
+def layers(module: ContinualModule) -> list[Any]:
+    """Return the adapted layers."""
     return list(lora_layers(module).values())

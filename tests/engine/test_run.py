@@ -148,7 +148,7 @@ def test_a_report_that_fails_does_not_undo_the_run(
 
 PEFT_METHODS = {
     "LoraConfig": {"r": 2, "target_modules": ["q_proj"]},
-    # PEFT's trainers call update_and_allocate; here AdaLoRA keeps its first ranks.
+    # Ranks that are to stay as they are.
     "AdaLoraConfig": {"init_r": 2, "target_r": 2, "total_step": 10, "target_modules": ["q_proj"]},
     "LilyConfig": {"r": 2, "target_modules": ["q_proj"]},
     "VBLoRAConfig": {"r": 2, "num_vectors": 8, "vector_length": 8, "topk": 2, "target_modules": ["q_proj"]},

@@ -40,11 +40,12 @@ def test_no_task_is_forgotten(strategy: str, adapter: str, sequence: Callable[..
     kept = [load_file(folder) for folder in folders]
     library = run.module.strategy
     assert isinstance(library, (PerTask, PerInstructionLookup)) and len(library.adapters) == 3
-    for own, adapter_tensors_ in zip(kept, library.adapters, strict=True):
-        saved = {name.replace(".default", ""): tensor for name, tensor in adapter_tensors_.items()}
+    for own, tensors in zip(kept, library.adapters, strict=True):
+        saved = {name.replace(".default", ""): tensor for name, tensor in (library.adapters[0] | tensors).items()}
         assert all(torch.equal(saved[name], tensor) for name, tensor in own.items())
     sizes = run.manifest.stored_parameters
-    assert sizes["3"] == 3 * sizes["1"] and run.manifest.serving_parameters["3"] < sizes["3"]
+    assert sizes["3"] - sizes["2"] == sizes["2"] - sizes["1"] <= sizes["1"]
+    assert run.manifest.serving_parameters["3"] < sizes["3"]
 
 
 def test_untrained_tasks_are_answered_by_the_bare_backbone(sequence: Callable[..., Sequence]) -> None:

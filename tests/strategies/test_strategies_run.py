@@ -25,6 +25,8 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "LwF": {},
     "OLoRA": {},
     "SEQR": {"calibration_rows": 3},
+    "NLoRA": {},
+    "CLoRA": {},
     "PerTask": {},
     "PerInstructionLookup": {},
     "Joint": {},
@@ -34,7 +36,7 @@ ROUTED_ONLY = {"GrowingBank": ("queryable", "queryable_regressor")}
 CASES = [
     (name, adapter) for name in STRATEGIES for adapter in ROUTED_ONLY.get(name, ("lora", "queryable", "regressor"))
 ]
-LORA_ONLY = [("OLoRA", "queryable"), ("SEQR", "queryable")]
+LORA_ONLY = [(name, "queryable") for name in ("OLoRA", "NLoRA", "CLoRA", "SEQR")]
 
 
 def _copy_at(patch: pytest.MonkeyPatch, moment: str, run_dir: Path, copy: Path) -> None:
@@ -95,7 +97,7 @@ def test_killed_run_goes_on_to_the_same_scores(
     facts = json.loads((cut / "manifest.json").read_text())
     assert facts["model"]["strategy"] == strategy
     kept = size_bytes(whole / "strategy")
-    if strategy == "OLoRA":
+    if strategy in ("OLoRA", "NLoRA"):
         kept += run.module.strategy._pair_bytes  # type: ignore[attr-defined]
         assert 0 < (whole / last).stat().st_size - run.module.strategy._pair_bytes < 4096  # type: ignore[attr-defined]
     assert facts["stored_bytes"]["3"] == kept
