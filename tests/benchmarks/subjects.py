@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import random
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -79,9 +81,15 @@ class ShapedLM(TinyCausalLM):
         self.shape_name = shape_name
 
     def _random_model(self) -> PreTrainedModel:
-        config = shape(self.shape_name)
-        config.eos_token_id = self.tokenizer.eos_token_id
-        return random_model(config, getattr(torch, self.dtype), self.attn_implementation, self.seed)
+        return copy.deepcopy(_built(self.shape_name, self.dtype, self.seed, self.tokenizer.eos_token_id))
+
+
+@functools.lru_cache(maxsize=1)
+def _built(shape_name: Any, dtype: str, seed: int, end_mark: int) -> PreTrainedModel:
+    """Return a model to copy: to draw half a billion weights takes longer than most of what is measured with them."""
+    config = shape(shape_name)
+    config.eos_token_id = end_mark
+    return random_model(config, getattr(torch, dtype), "sdpa", seed)
 
 
 class RandomText(Task):
