@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import random
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -33,7 +35,7 @@ TEXT_LENGTHS = (19, 21, 23, 24, 26, 28, 29, 32, 35, 39, 43, 48, 53, 59, 66, 72, 
 tokenizer: at the percentiles 2.5, 7.5 ... 97.5, so that each value stands for a twentieth of the rows."""
 
 
-def shape(name: Literal["qwen2.5-0.5b", "smollm2-135m", "smollm2-short", "tiny"]) -> Any:
+def shape(name: Literal["qwen2.5-0.5b", "smollm2-135m", "smollm2-short", "tiny", "one-layer"]) -> Any:
     """Return the configuration of a model: real widths; the short one has 6 of 30 layers and a small vocabulary.
 
     The head costs all subjects the same, so that a small one makes ratios worse, not better.
@@ -48,8 +50,9 @@ def shape(name: Literal["qwen2.5-0.5b", "smollm2-135m", "smollm2-short", "tiny"]
             num_key_value_heads=2,
             tie_word_embeddings=True,
         )
-    if name == "tiny":
-        sizes: dict[str, Any] = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6}
+    if name in ("tiny", "one-layer"):
+        sizes: dict[str, Any] = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48}
+        sizes["num_hidden_layers"] = 6 if name == "tiny" else 1
         return LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **sizes)
     return LlamaConfig(**_PACKAGED_SHAPE | (_SHORT if name == "smollm2-short" else {}))
 
@@ -79,9 +82,15 @@ class ShapedLM(TinyCausalLM):
         self.shape_name = shape_name
 
     def _random_model(self) -> PreTrainedModel:
-        config = shape(self.shape_name)
-        config.eos_token_id = self.tokenizer.eos_token_id
-        return random_model(config, getattr(torch, self.dtype), self.attn_implementation, self.seed)
+        return copy.deepcopy(_built(self.shape_name, self.dtype, self.seed, self.tokenizer.eos_token_id))
+
+
+@functools.lru_cache(maxsize=1)
+def _built(shape_name: Any, dtype: str, seed: int, end_mark: int) -> PreTrainedModel:
+    """Return a model to copy: to draw half a billion weights takes longer than most of what is measured with them."""
+    config = shape(shape_name)
+    config.eos_token_id = end_mark
+    return random_model(config, getattr(torch, dtype), "sdpa", seed)
 
 
 class RandomText(Task):
