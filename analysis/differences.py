@@ -19,6 +19,7 @@ from analysis.sweeps import ABOVE, BELOW, EVEN, Sweep
 
 Array = NDArray[np.float64]
 Pair = tuple[Cell, Cell]
+Drawn = dict[str, tuple[NDArray[np.int64], Array]]
 
 COLUMNS = ["method", "baseline", "measure", "tasks", "cells", "difference", "low", "high", "verdict", "rough"]
 HEADLINE, ALL = "headline", "all"
@@ -40,7 +41,7 @@ def paired_differences(sweep: Sweep, baseline: str) -> Frame:
         high, verdict ("above", "below", "not told apart"), rough (five cells or fewer). A method without a common cell
         has no row.
     """
-    counts: dict[str, tuple[NDArray[np.int64], Array]] = {}
+    drawn: Drawn = {}
     rows = []
     for method in sweep.measured:
         pairs = _pairs(sweep, method, baseline)
@@ -49,14 +50,15 @@ def paired_differences(sweep: Sweep, baseline: str) -> Frame:
         weights = hierarchy.cell_weights([own.order for own, _ in pairs], np.random.default_rng(0))
         for tasks, names in ((HEADLINE, sweep.headline_names), (ALL, sweep.tasks)):
             for measure, trained in (("average_accuracy", False), ("backward_transfer", True)):
-                found = _difference(sweep, pairs, names, trained, weights, counts)
+                found = _difference(sweep, pairs, names, trained, weights, drawn)
                 if found is not None:
                     place = (method, baseline, measure, tasks, len(pairs))
-                    rows.append([*place, *found, _verdict(*found[1:]), len(pairs) <= hierarchy.FEW_CELLS])
+                    rows.append([*place, *found, verdict(*found[1:]), len(pairs) <= hierarchy.FEW_CELLS])
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def _verdict(low: float, high: float) -> str:
+def verdict(low: float, high: float) -> str:
+    """Return what an interval says of a difference."""
     return ABOVE if low > 0 else BELOW if high < 0 else EVEN
 
 
@@ -76,28 +78,44 @@ def _difference(
     tasks: Sequence[str],
     trained: bool,
     weights: Array,
-    counts: dict[str, tuple[NDArray[np.int64], Array]],
+    drawn: Drawn,
 ) -> tuple[float, float, float] | None:
     """Return the mean difference and its interval; None where a pair lacks it."""
-    rows, drawn, ones = [], [], []
+    values = {}
     for task in tasks:
         if not any(task in own.rows for own, _ in pairs):  # a task of other orders, perhaps without rows at all
             continue
-        if task not in counts:
-            counts[task] = _drawn_rows(sweep, task)
-        every, count = counts[task]
-        values = np.stack([_row_differences(own, other, task, every, trained) for own, other in pairs])
-        if not np.isnan(values).all():
-            rows.append(values)
-            drawn.append(count)
-            ones.append(np.ones((1, len(every))))
-    if not rows or any(all(np.isnan(values[cell]).all() for values in rows) for cell in range(len(pairs))):
+        if task not in drawn:
+            drawn[task] = drawn_rows(sweep, task)
+        every, _ = drawn[task]
+        values[task] = np.stack([_row_differences(own, other, task, every, trained) for own, other in pairs])
+    return mean_over_cells(values, [own.order for own, _ in pairs], weights, drawn)
+
+
+def mean_over_cells(
+    values: Mapping[str, Array], orders: Sequence[str], weights: Array, drawn: Drawn
+) -> tuple[float, float, float] | None:
+    """Return the mean over cells of the mean over tasks of the mean over rows, and its 95 % interval.
+
+    Args:
+        values: For each task, what every row gives in every cell, (cells, rows); NaN where a cell has no such row.
+        orders: Each cell's order.
+        weights: Each cell's weight in each draw (``hierarchy.cell_weights``).
+        drawn: Each task's rows, and how often each draw takes them (``drawn_rows``).
+
+    Returns:
+        None where a cell has no row at all.
+    """
+    tasks = [task for task, rows in values.items() if not np.isnan(rows).all()]
+    rows = [values[task] for task in tasks]
+    if not rows or any(all(np.isnan(one[cell]).all() for one in rows) for cell in range(len(orders))):
         return None
-    mean = hierarchy.means(rows, hierarchy.mean_weights([own.order for own, _ in pairs])[None], ones)[0]
-    return float(mean), *hierarchy.interval(hierarchy.means(rows, weights, drawn))
+    ones, counts = [np.ones((1, one.shape[1])) for one in rows], [drawn[task][1] for task in tasks]
+    mean = hierarchy.means(rows, hierarchy.mean_weights(orders)[None], ones)[0]
+    return float(mean), *hierarchy.interval(hierarchy.means(rows, weights, counts))
 
 
-def _drawn_rows(sweep: Sweep, task: str) -> tuple[NDArray[np.int64], Array]:
+def drawn_rows(sweep: Sweep, task: str) -> tuple[NDArray[np.int64], Array]:
     """Return every test row of a task met in the sweep, and how often each draw takes it, alike for all methods."""
     every = np.unique(np.concatenate([cell.rows[task].rows for cell in sweep.cells if task in cell.rows]))
     generator = np.random.default_rng([1, sweep.tasks.index(task)])

@@ -15,6 +15,7 @@ from analysis.page import Plate
 from analysis.pareto import SIZES, on_front
 from analysis.plots import studies as plots
 from analysis.plots.style import figure_of, number
+from analysis.study_beside import add_routes, add_words
 from analysis.study_parts import Studies
 from analysis.study_training import add_bounds, add_gradients, add_stability
 from analysis.sweep_content import spanned
@@ -25,8 +26,12 @@ _FLIPPED = {ABOVE: BELOW, BELOW: ABOVE, EVEN: EVEN}
 
 def study_parts(sweep: Sweep) -> Studies:
     """Return the studies' figures and tables of a sweep, those that its cells have data for."""
-    cells, problems = studies.load_cells(sweep, ("scores", "gradients", "theory"))
+    cells, problems = studies.load_cells(
+        sweep, ("scores", "gradients", "theory", "wordings", "wording_answers", "general")
+    )
     found = Studies(problems)
+    add_words(sweep, cells, found)
+    add_routes(sweep, cells["scores"], found)
     _ablations(sweep, found)
     _reuse(sweep, found)
     add_stability(sweep, cells, found)

@@ -8,6 +8,8 @@ from analysis.content import Table
 from analysis.page import Plate
 
 SECTIONS = {
+    "words": ("Other words", "What each method keeps where a task is put in words that it was not trained on."),
+    "routes": ("Routes and untouched text", "What stands beside the scores: where rows go, and what moves."),
     "ablations": ("What each part earns", "The whole adapter against itself with one part taken away or changed."),
     "reuse": ("Few rows", "What a task reaches by how many rows it is trained on."),
     "stability": ("Stability", "How much scores depend on the seed, and how much the loss still moves at the end."),

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 from analysis import bounds, forgetting, intervals, routing, tables
@@ -113,6 +114,23 @@ def summarise(run: Run, joint: Sequence[float] | None = None) -> Summary:
     _general_measure(summary)
     _set(summary, "trainable_parameters", run.model.get("trainable_parameters"), "the manifest does not hold it")
     return summary
+
+
+def beside_scores(run: Run) -> dict[str, float | int | None]:
+    """Return what stands beside a run's scores, by the keys of ``ROUTE_MEASURES`` and two more groups.
+
+    general_ability_change; and moved_since_trained with moved_since_trained_null, in nats: the JS distance between a
+    learnt task's usage after the last stage and after its own, and its split-half null, means over blocks and tasks.
+    """
+    summary = Summary(run, pd.DataFrame(), np.empty((0, len(run.stages))))
+    _route_measures(summary)
+    _general_measure(summary)
+    moved = tables.drift(run)
+    moved = moved[
+        (moved["stage"] == run.finished_stage) & (moved["reference"] == "trained") & (moved["metric"] == "js")
+    ]
+    means = {"moved_since_trained": moved["value"].mean(), "moved_since_trained_null": moved["null"].mean()}
+    return summary.values | {key: _plain(float(value)) for key, value in means.items()}
 
 
 def _set(summary: Summary, key: str, value: float | int | None, reason: str) -> None:

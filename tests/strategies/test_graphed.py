@@ -1,0 +1,228 @@
+"""Recorded training passes: what the plain ones give, whatever differs between batches, and nothing a GPU waits for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch import Trainer
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from continual import graphed
+from continual.batches import IGNORED
+from continual.graphed import GraphedPasses
+from continual.module import ContinualModule
+from continual.stage_data import StageData
+
+BANK = {"GrowingBank": {"background_rows": 0}}
+Recorded = Callable[..., tuple[Tensor, ...]]
+
+
+@contextmanager
+def capturing() -> Iterator[None]:
+    """Say that a stream is being captured, as a GPU would: transformers then looks at no value of a tensor."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        yield
+
+
+class Recorder:
+    """Stands in for ``torch.cuda.make_graphed_callables``: a trace repeats tensor operations and runs no Python."""
+
+    def __init__(self) -> None:
+        self.shapes: list[tuple[torch.Size, ...]] = []
+
+    def __call__(self, callable: torch.nn.Module, own: tuple[Tensor, ...]) -> Recorded:
+        self.shapes.append(tuple(tensor.shape for tensor in own))
+        with capturing():
+            trace = make_fx(lambda *tensors: callable(*tensors))(*own)
+
+        def replay(*tensors: Tensor) -> tuple[Tensor, ...]:
+            for static, given in zip(own, tensors, strict=True):
+                assert static.shape == given.shape and static.data_ptr() != given.data_ptr()
+                static.copy_(given)
+            return trace(*own)
+
+        return replay
+
+
+class NoWaiting(TorchDispatchMode):
+    """Raises at what copies between host and device, or makes the host wait for the device."""
+
+    FORBIDDEN = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "lift_fresh", "unique", "_unique2"}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        by_mask = name.startswith("index") and any(
+            isinstance(index, Tensor) and index.dtype == torch.bool
+            for given in args
+            if isinstance(given, list | tuple)
+            for index in given
+        )
+        if name in self.FORBIDDEN or by_mask:
+            raise AssertionError(f"{name} cannot be recorded")
+        return func(*args, **(kwargs or {}))
+
+
+def spread(module: ContinualModule) -> None:
+    """Move the adapter off its start, so that everything has a gradient."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
+def gradients(module: ContinualModule, loss: Tensor) -> list[Tensor | None]:
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    return list(torch.autograd.grad(loss, trained, allow_unused=True))
+
+
+def batches(data: StageData, sizes: list[int]) -> list[dict[str, Any]]:
+    starts = [sum(sizes[:index]) for index in range(len(sizes))]
+    return [data.collate(data.train_rows[start : start + size]) for start, size in zip(starts, sizes, strict=True)]
+
+
+@pytest.mark.parametrize("adapter", ["lora", "queryable", "experts", "regressor"])
+@pytest.mark.parametrize("strategy", ["Sequential", "LwF"])
+def test_a_recording_gives_the_plain_losses_and_gradients(
+    prepared: Callable[..., tuple[ContinualModule, list[StageData]]], adapter: str, strategy: str
+) -> None:
+    module, (data, *_) = prepared(strategy, adapter, rows=24)
+    spread(module)
+    recorder = Recorder()
+    passes = GraphedPasses(module, recorder)
+    for step, batch in enumerate(batches(data, [4] * 6)):
+        loss, outputs = module.training_pass(batch)
+        expected = gradients(module, loss)
+        replayed, found = passes(batch)
+        torch.testing.assert_close(replayed, loss)
+        for mine, plain in zip(gradients(module, replayed), expected, strict=True):
+            torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-6)
+        assert (found is None) == (outputs is None) == (strategy == "Sequential")
+        if outputs is not None:
+            torch.testing.assert_close(found, outputs, rtol=1e-4, atol=1e-5)
+        with torch.no_grad():  # as an optimizer does: in place
+            for parameter, gradient in zip((p for p in module.parameters() if p.requires_grad), expected, strict=True):
+                if gradient is not None:
+                    parameter.sub_(gradient, alpha=0.05)
+        assert len(recorder.shapes) == (step >= 2)  # the third of a shape is recorded, and the only one
+
+
+def test_each_shape_has_a_recording_of_its_own(
+    prepared: Callable[..., tuple[ContinualModule, list[StageData]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphed, "_SIGHTINGS", 1)
+    module, (data, *_) = prepared("Sequential", "queryable", rows=24)
+    recorder = Recorder()
+    passes = GraphedPasses(module, recorder)
+    for batch in batches(data, [4, 3, 4, 3, 2]):
+        passes(batch)
+    assert [shapes[0][0] for shapes in recorder.shapes] == [4, 3, 2]
+
+
+@pytest.mark.parametrize("length", [5, 31, 32, 33, 70])
+def test_padding_leaves_what_is_asked_for_in_place(length: int) -> None:
+    columns = min(length - 1, 7)
+    ids, labels = torch.arange(2 * length).view(2, length), torch.arange(2 * columns).view(2, columns)
+    padded, first = graphed._padded({"forward": {"input_ids": ids}, "labels": labels})
+    wide, kept = padded["forward"]["input_ids"], padded["labels"]
+    assert wide.shape[1] % 32 == 0 and torch.equal(wide[:, :length], ids)
+    assert torch.equal(kept[:, first : first + columns], labels)
+    assert (kept != IGNORED).sum() == labels.numel()
+    assert kept.shape[1] < wide.shape[1]  # a token is predicted from one before it
+    # Counted from the right, each label stands below its token.
+    assert wide.shape[1] - kept.shape[1] + first == length - columns
+
+
+@pytest.mark.parametrize("adapter", ["lora", "queryable", "experts"])
+def test_nothing_in_a_pass_waits_for_the_device(
+    prepared: Callable[..., tuple[ContinualModule, list[StageData]]], adapter: str
+) -> None:
+    module, (data, *_) = prepared("Sequential", adapter, rows=8)
+    spread(module)
+    padded, _ = graphed._padded(data.collate(data.train_rows[:4]))
+    module.train()
+    module.training_pass(padded)  # what is made once, on the first pass, is made outside of a recording too
+    with capturing(), NoWaiting():
+        loss, _ = module.training_pass(padded)
+        assert any(gradient is not None for gradient in gradients(module, loss))
+
+
+def test_a_growing_bank_is_recorded_too(
+    prepared: Callable[..., tuple[ContinualModule, list[StageData]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphed, "_SIGHTINGS", 1)
+    module, (data, *_) = prepared("GrowingBank", "queryable", rows=16, background_rows=0)
+    module.strategy.start(module, data, 1)
+    module.strategy.on_train_start(Trainer(logger=False, accelerator="cpu"), module)
+    spread(module)
+    passes = GraphedPasses(module, Recorder())
+    for batch in batches(data, [4, 4, 4]):
+        loss, _ = module.training_pass(batch)
+        torch.testing.assert_close(passes(batch)[0], loss)
+    padded, _ = graphed._padded(batch)
+    with capturing(), NoWaiting():
+        gradients(module, module.training_pass(padded)[0])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("strategy", ["Sequential", "LwF", "GrowingBank"])
+@pytest.mark.parametrize("adapter", ["lora", "queryable", "experts", "regressor"])
+def test_a_cuda_graph_gives_the_plain_losses_and_gradients(
+    prepared: Callable[..., tuple[ContinualModule, list[StageData]]],
+    monkeypatch: pytest.MonkeyPatch,
+    adapter: str,
+    strategy: str,
+) -> None:
+    if strategy == "GrowingBank" and adapter != "queryable":
+        pytest.skip("it grows our own bank alone")
+    monkeypatch.setattr(graphed, "_SIGHTINGS", 2)
+    module, (data, *_) = prepared(strategy, adapter, rows=64, **BANK.get(strategy, {}))
+    module.cuda()
+    if strategy == "GrowingBank":
+        module.strategy.start(module, data, 1)
+        module.strategy.on_train_start(Trainer(logger=False, accelerator="gpu", devices=1), module)
+    spread(module)
+    passes = GraphedPasses(module)
+    for batch in batches(data, [4, 3, 4, 3, 4, 3, 3, 4, 4, 3]):  # two shapes in turn share their memory
+        batch = move_data_to_device(batch, module.device)
+        loss, _ = module.training_pass(batch)
+        expected = gradients(module, loss)
+        replayed, _ = passes(batch)
+        torch.testing.assert_close(replayed, loss)
+        for mine, plain in zip(gradients(module, replayed), expected, strict=True):
+            torch.testing.assert_close(mine, plain, rtol=1e-3, atol=1e-5)
+        with torch.no_grad():
+            for parameter, gradient in zip((p for p in module.parameters() if p.requires_grad), expected, strict=True):
+                if gradient is not None:
+                    parameter.sub_(gradient, alpha=0.05)
+    assert len(passes._passes) == 2
+
+
+def test_stages_record_anew_and_learn_the_same(sequence: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def scores(run: str) -> list[float]:
+        made = sequence("Sequential", "queryable", rows=16, run=run)
+        made.run()
+        return [row["value"] for row in made.scores.rows]
+
+    expected, recorders = scores("plain"), []
+
+    def start(module: ContinualModule) -> None:
+        recorders.append(Recorder())
+        module._graphed = GraphedPasses(module, recorders[-1])
+
+    monkeypatch.setattr(ContinualModule, "on_train_start", start)
+    assert scores("recorded") == pytest.approx(expected, abs=1e-5)
+    assert len(recorders) == 2 and all(recorder.shapes for recorder in recorders)
+
+
+def test_recomputed_activations_cannot_be_recorded() -> None:
+    with pytest.raises(ValueError, match=r"^model\.cuda_graphs cannot record"):
+        ContinualModule(None, None, cuda_graphs=True, gradient_checkpointing=True)  # type: ignore[arg-type]
