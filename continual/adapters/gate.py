@@ -79,7 +79,7 @@ class StageGate:
         instruction_dim: int,
         temperature: float = 3.0,
         prior_temperature: float = 0.05,
-        abstain_cosine: float = 0.25,
+        abstain_cosine: float = 0.35,
         length_scale: float = 20.0,
         shrinkage: float = 0.05,
         pooling: float = 5.0,

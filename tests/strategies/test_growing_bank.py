@@ -302,7 +302,7 @@ def test_no_training_row_is_kept(sequence: Callable[..., Sequence]) -> None:
     gate = {name: tensor for name, tensor in tensors.items() if name.startswith("gate|")}
     # Two labels a stage and four clusters of the background, features and encodings of 16 numbers, the covariance's
     # half: nothing grows with the rows.
-    assert sum(tensor.numel() for tensor in gate.values()) == 2 * (2 * 16 + 1 + 16) + 4 * 16 + 16 * 17 // 2 + 1
+    assert sum(tensor.numel() for tensor in gate.values()) == 2 * (2 * 17 + 1 + 16) + 4 * 17 + 16 * 17 // 2 + 1
     assert not [name for name, tensor in tensors.items() if rows in tensor.shape]
     assert "red" not in (folder / "bank.json").read_text()
     assert not (run.run_dir / "strategy").exists()
@@ -392,7 +392,7 @@ def test_a_stage_that_gains_nothing_shares_its_slice(
     assert not (tmp_path / "run" / "adapters" / "stage-02" / "stage02.safetensors").exists()
     assert "task1: shares default" in capsys.readouterr().out
     stored = json.loads((tmp_path / "run" / "manifest.json").read_text())["stored_parameters"]
-    assert stored["2"] - stored["1"] == 2 * 16 + 16 + 1  # its anchors alone
+    assert stored["2"] - stored["1"] == 2 * 17 + 16 + 1  # its anchors alone
 
 
 def test_a_stage_like_another_but_for_its_labels_is_reported(
