@@ -5,12 +5,13 @@ VENV := .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 DEMO := runs/demo
+DEVICE ?= cpu
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test clean
+.PHONY: help setup demo test bench clean
 
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' Makefile
@@ -35,6 +36,9 @@ test: $(INSTALLED)  ## lint, check types and run the whole test suite
 	@$(PY) -m pyright
 	@echo "==> Running the tests"
 	@$(PY) -m pytest
+
+bench: $(INSTALLED)  ## measure speed (make bench DEVICE=cuda on a GPU): JSON lines and a table
+	@$(PY) tests/benchmarks --device $(DEVICE)
 
 clean:  ## remove .venv and caches (runs/ stays)
 	@echo "==> Removing .venv and caches"

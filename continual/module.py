@@ -82,6 +82,7 @@ class ContinualModule(L.LightningModule):
         self.instruction_encoder: SentenceEncoder | None = None
         self.row_inputs: RowInputs | None = None  # what the strategy's gate reads, where it has one
         self.strict_loading = False  # Lightning's checkpoints hold the adapter alone
+        self._logs_loss = True
 
     # -- building -----------------------------------------------------------------------------------------------------
 
@@ -188,9 +189,12 @@ class ContinualModule(L.LightningModule):
         return loss if auxiliary is None else loss + auxiliary, outputs if self.strategy.has_penalty else None
 
     def on_train_start(self) -> None:
-        """Lightning's hook: what was recorded holds for one stage."""
+        """Lightning's hook: what was recorded holds for one stage, and so does who watches the loss."""
         records = self.cuda_graphs and self.device.type == "cuda" and self.trainer.accumulate_grad_batches == 1
         self._graphed = GraphedPasses(self) if records else None
+        # Logging costs a step more than our callbacks do together, and they read the loss from the step's output.
+        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        self._logs_loss = any(not type(callback).__module__.startswith("continual.") for callback in callbacks)
 
     def on_train_end(self) -> None:
         """Lightning's hook."""
@@ -201,7 +205,8 @@ class ContinualModule(L.LightningModule):
         loss, outputs = (self._graphed or self.training_pass)(batch)
         penalty = None if outputs is None else self.strategy.penalty(self, batch, outputs)
         loss = loss if penalty is None else loss + penalty
-        self.log("loss", loss, prog_bar=True, logger=False, batch_size=len(batch["rows"]))
+        if self._logs_loss:
+            self.log("loss", loss, prog_bar=True, logger=False, batch_size=len(batch["rows"]))
         return loss
 
     def configure_optimizers(self) -> Any:

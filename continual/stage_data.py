@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import lightning as L
+import torch
 from torch.utils.data import DataLoader
 
 from continual.batches import Candidates, Collator, EncodedTask, LengthBatches, Row, token_batches
@@ -18,7 +19,17 @@ from continual.wordings import TRAINING, Wording, opening, varied
 from tasks import Task
 
 
-class StageData(L.LightningDataModule):
+class _Rows(L.LightningDataModule):
+    """Data whose batches hold their rows as they were read, beside tensors."""
+
+    def transfer_batch_to_device(self, batch: dict[str, Any], device: torch.device, dataloader_idx: int) -> Any:
+        """Lightning's hook: move the tensors, and search the rows' texts and numbers for none."""
+        texts = {name: batch[name] for name in ("rows", "instructions")}
+        tensors = {name: value for name, value in batch.items() if name not in texts}
+        return super().transfer_batch_to_device(tensors, device, dataloader_idx) | texts
+
+
+class StageData(_Rows):
     """The rows that one stage trains on, and those that its task is scored on.
 
     Args:
@@ -201,7 +212,7 @@ class StageData(L.LightningDataModule):
         )
 
 
-class AllTasks(L.LightningDataModule):
+class AllTasks(_Rows):
     """The test rows of every stage, one loader each."""
 
     def __init__(self, stages: list[StageData]) -> None:

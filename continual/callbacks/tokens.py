@@ -38,7 +38,7 @@ class TokenRecorder(L.Callback):
     def start(self, keys: dict[str, Any], tasks: list[Any], trained_stage: dict[str, int]) -> None:
         """Begin scoring ``tasks``; ``trained_stage`` says after which stage each task was learnt."""
         self.keys, self.tasks, self.rows = keys, tasks, []
-        self._kept: dict[str, list[tuple[int, list[dict[str, Any]]]]] = {}
+        self._kept: dict[str, list[tuple[int, tuple[int, int, list[int], NDArray[np.float32]]]]] = {}
         stage, last = keys["stage"], max(trained_stage.values(), default=0)
         self._wanted = [data.name for data in tasks if self.num_tokens and stage in (trained_stage[data.name], last)]
 
@@ -70,38 +70,40 @@ class TokenRecorder(L.Callback):
             chosen = chosen[order[chosen] < kept[-1][0]]
         index = (torch.from_numpy(own[chosen]), torch.from_numpy(column[chosen]))
         routes = torch.stack([route[index].float().cpu() for route in outcome.routes], dim=1).numpy()  # (n, N, M)
-        backbone: Any = pl_module.backbone
-        texts = _Texts(backbone.tokenizer, ids.cpu().tolist(), first.tolist())
+        columns = ids.cpu().tolist()
         for token, weights in zip(chosen, routes, strict=True):
-            where = {"row": outcome.rows[own[token]], "place": int(place[token])}
-            said = texts.of(int(own[token]), int(column[token]))
-            went = [
-                {"block": int(block), "atom": int(atom), "value": float(weights[block, atom])}
-                for block, atom in np.argwhere(weights > 0)
-            ]
-            kept.append((int(order[token]), [self.keys | {"task": name} | where | said | atom for atom in went]))
+            row, last = int(own[token]), int(column[token])
+            seen = columns[row][max(int(first[row]), last - _NUM_BEFORE) : last + 1]
+            kept.append((int(order[token]), (outcome.rows[row], int(place[token]), seen, weights.copy())))
         kept.sort(key=lambda item: item[0])
         del kept[self.num_tokens :]
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Put the sample into rows, by task, row and place."""
-        kept = [row for items in self._kept.values() for _, rows in items for row in rows]
+        """Put the sample into rows, by task, row and place; only now is anything put into words."""
+        backbone: Any = pl_module.backbone
+        kept = [
+            row
+            for name, items in self._kept.items()
+            for _, token in items
+            for row in self._rows(backbone, name, *token)
+        ]
         self.rows = sorted(kept, key=lambda row: (row["task"], row["row"], row["place"], row["block"], row["atom"]))
 
-
-class _Texts:
-    """The texts of a batch's tokens."""
-
-    def __init__(self, tokenizer: Any, ids: list[list[int]], first: list[int]) -> None:
-        self.tokenizer, self.ids, self.first = tokenizer, ids, first
-
-    def of(self, row: int, column: int) -> dict[str, str]:
-        """Return a token and the text just before it; part of a letter as its tokenizer writes it."""
-        start = max(self.first[row], column - _NUM_BEFORE)
-        token = self.tokenizer.decode([self.ids[row][column]])
-        if not token or "\N{REPLACEMENT CHARACTER}" in token:
-            token = str(self.tokenizer.convert_ids_to_tokens(self.ids[row][column]))
-        return {"token": token, "before": self.tokenizer.decode(self.ids[row][start:column])}
+    def _rows(
+        self, backbone: Any, task: str, row: int, place: int, seen: list[int], weights_NM: NDArray[np.float32]
+    ) -> list[dict[str, Any]]:
+        """Return a token's rows, one a block and atom that it went to; ``seen`` are its context's ids and its own."""
+        text = backbone.tokenizer.decode([seen[-1]])
+        if not text or "\N{REPLACEMENT CHARACTER}" in text:  # part of a letter: as its tokenizer writes it
+            text = str(backbone.tokenizer.convert_ids_to_tokens(seen[-1]))
+        token = {"row": row, "place": place, "token": text, "before": backbone.tokenizer.decode(seen[:-1])}
+        return [
+            self.keys
+            | {"task": task}
+            | token
+            | {"block": int(block), "atom": int(atom), "value": float(weights_NM[block, atom])}
+            for block, atom in np.argwhere(weights_NM > 0)
+        ]
 
 
 def hashed(row: NDArray[np.int64], place: NDArray[np.int64]) -> NDArray[np.uint64]:

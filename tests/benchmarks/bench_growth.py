@@ -1,0 +1,175 @@
+"""What grows: start-up, the report of a large sweep, the share of scoring, a step by atoms, rank, blocks and slices."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from bench_training import Case, grow, step_of
+from measuring import Result, Setting, Stand, spread
+from subjects import TEXT_LENGTHS, RandomText, ShapedLM, backbone_dtype, queryable, sequence
+
+from analysis.report import write_report
+from continual.module import ContinualModule
+
+ROOT = Path(__file__).resolve().parents[2]
+
+_READY = """
+import json, sys, time
+began = float(sys.argv[1])
+clock = time.process_time if sys.argv[4] == "cpu" else lambda: time.time() - began
+marks = {}
+from pathlib import Path
+from continual.quiet import quieten
+quieten()
+from continual import experiment
+from continual.sequence import Sequence
+marks["imports"] = clock()
+overrides = ["trainer.max_steps=1", f"trainer.accelerator={sys.argv[4]}"]
+run = Sequence(experiment.load(sys.argv[2], overrides), Path(sys.argv[3]))
+marks["configuration"] = clock()
+run.prepare()
+marks["backbone and rows"] = clock()
+step = run.module.training_step
+def first(batch, batch_idx):
+    marks["first step"] = clock()
+    return step(batch, batch_idx)
+run.module.training_step = first
+run._fit(1)
+marks["first step done"] = clock()
+print(json.dumps(marks))
+"""
+"""A process of its own: a configuration as far as its first training step, without the untrained model's scores."""
+
+
+def run(setting: Setting) -> Iterator[Result]:
+    """Measure all of it."""
+    if setting.wants("import"):
+        yield from imports(setting)
+    if setting.wants("start-up"):
+        yield from start_up(setting)
+    if setting.wants("report"):
+        yield from report(setting)
+    if setting.wants("scoring share"):
+        yield from scoring_share(setting)
+    yield from curves(setting)
+
+
+def imports(setting: Setting) -> Iterator[Result]:
+    """Time ``import continual`` in processes of their own."""
+    code = "import time; t = time.perf_counter(); import continual; print(time.perf_counter() - t)"
+    seconds = [float(_python("-c", code)) for _ in range(setting.num_rounds(7))]
+    yield Result("growth", "import", "import continual", **spread(seconds), unit="s", goal="<= 0.3")
+
+
+def start_up(setting: Setting) -> Iterator[Result]:
+    """Time a process from its start to the first training step, the backbone's files unpacked before.
+
+    By the same clocks as ``Stand``: on a CPU, processor time.
+    """
+    config = ROOT / "configs" / ("smoke.yaml" if setting.tiny else "stages.yaml")
+    rounds = []
+    for _ in range(setting.num_rounds(3) + (not setting.tiny)):  # the first one unpacks the backbone and fills caches
+        with tempfile.TemporaryDirectory() as folder:
+            device = "gpu" if setting.cuda else "cpu"
+            out = _python("-c", _READY, str(time.time()), str(config), f"{folder}/run", device)
+            rounds.append(json.loads(out.splitlines()[-1]))
+    rounds = rounds[not setting.tiny :]
+    detail = {
+        "config": config.name,
+        "seconds_from_start": {name: spread([r[name] for r in rounds])["value"] for name in rounds[0]},
+    }
+    for name, goal in (("first step", "<= 6"), ("first step done", None)):
+        seconds = spread([marks[name] for marks in rounds])
+        yield Result(
+            "growth", f"start-up {config.stem}", f"start to {name}", **seconds, unit="s", goal=goal, detail=detail
+        )
+
+
+def _python(*arguments: str) -> str:
+    """Return what another Python wrote on standard output."""
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    done = subprocess.run(
+        [sys.executable, *arguments], env=os.environ | {"PYTHONPATH": paths}, cwd=ROOT, capture_output=True, text=True
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return done.stdout
+
+
+def report(setting: Setting) -> Iterator[Result]:
+    """Time the report of a sweep of 50 runs of ten tasks."""
+    write = runpy.run_path(str(ROOT / "tests" / "analysis" / "sweep_files.py"))["plausible_sweep"]
+    tasks, rows, orders = (3, 10, 1) if setting.tiny else (10, 500, 10)
+    methods = ("growing", "replay", "ewc", "sequential", "joint")
+    with tempfile.TemporaryDirectory() as folder:
+        sweep = write(
+            Path(folder) / "sweep", methods, tasks, [f"order{index}" for index in range(orders)], num_rows=rows
+        )
+        clock = time.perf_counter if setting.cuda else time.process_time
+        began = clock()
+        write_report(sweep)
+        seconds = clock() - began
+    detail = {"runs": orders * len(methods), "tasks": tasks, "test_rows": rows}
+    case = f"report of {orders * len(methods)} runs"
+    yield Result("growth", case, "analysis.report", seconds, "s", goal="<= 60", detail=detail)
+
+
+def scoring_share(setting: Setting) -> Iterator[Result]:
+    """Compute the share of a run's time that scoring takes, from the time a row of each kind takes.
+
+    Ten stages, 1,000 training rows and 500 test rows each, one epoch; the text suite's lengths and four labels a task.
+    """
+    shape, count = setting.pick("qwen2.5-0.5b", "smollm2-short", "tiny"), setting.pick(400, 40, 4)
+    lengths = [TEXT_LENGTHS[index % len(TEXT_LENGTHS)] for index in range(count)]
+    task = RandomText(lengths, ["yes", "no", "so", "may"], seed=setting.seed)
+    module = ContinualModule(ShapedLM(shape, setting.seed, backbone_dtype(setting)), queryable(), compile=setting.cuda)
+    with tempfile.TemporaryDirectory() as folder:
+        stages = sequence(setting, Path(folder) / "run", module, [task], {"batch_size": setting.pick(32, 8, 2)})
+        trainers = [stages._fit(1)]
+        stand = Stand(setting.device)
+        stand.add("train", lambda: lambda: trainers.append(stages._fit(1)), warm_up=0)
+        stand.add("score", lambda: lambda: stages._score(1, trainers[-1]), warm_up=1)
+        timings = stand.run(setting.num_rounds(3))
+    train, score = timings.median("train") / count, timings.median("score") / count
+    tasks, test_rows, trained = 10, 500, 10 * 1000
+    scored = {"all": 11 * tasks, "seen": tasks + sum(range(1, tasks + 1)), "final": 2 * tasks + tasks - 1}
+    for scoring, times in scored.items():
+        share = times * test_rows * score / (times * test_rows * score + trained * train)
+        detail = {"train_seconds_a_row": train, "score_seconds_a_row": score, "scored_rows": times * test_rows}
+        detail |= {"trained_rows": trained, "shape": shape, "epochs": 1} | timings.detail()
+        case = f"{shape} scoring share, scoring={scoring}"
+        yield Result("growth", case, "scoring / (scoring + training)", share, goal="<= 0.25", detail=detail)
+
+
+def curves(setting: Setting) -> Iterator[Result]:
+    """Time a training step by the number of atoms, the rank, the number of blocks and of slices, one at a time."""
+    axes = {"num_atoms": (4, 16, 64, 256), "r": (4, 8, 16, 32), "num_blocks": (1, 2, 3, 6), "slices": (1, 4, 10)}
+    size = setting.pick((("qwen2.5-0.5b", 8, 512)), ("smollm2-short", 4, 64), ("tiny", 2, 16))
+    for axis, values in axes.items():
+        if not setting.wants(f"curve {axis}"):
+            continue
+        stand, names = Stand(setting.device), []
+        for value in [values[0], values[-1]] if setting.tiny else values:
+            names.append(f"{axis}={value}")
+            stand.add(names[-1], partial(_point, setting, size, axis, value))
+        timings = stand.run(setting.num_rounds(7), repeats=setting.pick(5, 1, 1))
+        for name in names:
+            detail = {"shape": size[0], "rows": size[1], "tokens": size[2], "against": names[0]} | timings.detail()
+            ratio = timings.ratio(name, names[0])
+            yield Result("growth", f"{size[0]} curve {axis}", f"step at {name} / at {names[0]}", **ratio, detail=detail)
+
+
+def _point(setting: Setting, size: tuple[str, int, int], axis: str, value: int) -> Any:
+    config = queryable(**({} if axis == "slices" else {axis: value}))
+    prepare = partial(grow, num_slices=value) if axis == "slices" else None
+    return step_of(Case(*size), config, setting, prepare=prepare)

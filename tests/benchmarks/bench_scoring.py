@@ -1,0 +1,229 @@
+"""Scoring test rows: all labels from one pass against a pass a label, what recording routes costs, and generation."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from measuring import Result, Setting, Stand
+from peft import PeftConfig
+from subjects import TEXT_LENGTHS, RandomText, ShapedLM, backbone_dtype, lora, queryable, sequence
+from torch import Tensor
+
+from continual import evaluate
+from continual.batches import Candidates, Row, token_batches
+from continual.evaluate import label_log_likelihoods, score_batch
+from continual.module import ContinualModule
+from continual.sequence import Sequence as StageSequence
+from tasks import Task
+
+LABELS = ["a", "on", "cat", "sky", "to", "green", "it", "up", "moon", "be", "salt", "we", "iron", "no"]
+EVAL_TOKENS = 8192  # the product's default
+
+
+def run(setting: Setting) -> Iterator[Result]:
+    """Measure all of it."""
+    shape = setting.pick("qwen2.5-0.5b", "smollm2-short", "tiny")
+    with tempfile.TemporaryDirectory() as folder:
+        if setting.wants(f"{shape} {len(LABELS)} labels"):
+            yield from labels(setting, Path(folder), shape)
+        if setting.wants(f"{shape} recording routes"):
+            yield from recording(setting, Path(folder), shape)
+        if setting.wants(f"{shape} free answers"):
+            yield from free_answers(setting, Path(folder), shape)
+
+
+def _scoring(
+    setting: Setting, folder: Path, shape: str, adapter: PeftConfig, task: Task, dtype: Any = None
+) -> tuple[StageSequence, list[dict[str, Any]]]:
+    """Return a run of the product on one task, ready to score, and the task's batches on the device."""
+    backbone = ShapedLM(shape, setting.seed, dtype or backbone_dtype(setting))
+    stages = sequence(setting, folder, ContinualModule(backbone, adapter), [task], {"eval_batch_tokens": EVAL_TOKENS})
+    stages.module.to(setting.device).eval()
+    batches = list(stages.data[0].test_dataloader())
+    return stages, [move_data_to_device(batch, setting.device) for batch in batches]
+
+
+def _lengths(setting: Setting, usual: int) -> list[int]:
+    count = setting.pick(20 * usual, usual, 3)
+    return [TEXT_LENGTHS[(7 * index) % len(TEXT_LENGTHS)] for index in range(count)]  # 7: long and short in any few
+
+
+# -- labels -----------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def labels(setting: Setting, folder: Path, shape: str) -> Iterator[Result]:
+    """Time all labels from one pass against a full forward a label, and compare their scores in float32."""
+    task = RandomText(_lengths(setting, 6), LABELS, seed=setting.seed)
+    stages, batches = _scoring(setting, folder / "labels", shape, queryable(), task)
+    model, rows = cast(Any, stages.module.model), stages.data[0]._encoded["test"].rows
+    instruction = _instruction(stages.module, task)
+    candidates: Candidates = batches[0]["candidates"]
+    answers = [candidates.ids_L[candidates.segment_L == index].tolist() for index in range(len(LABELS))]
+
+    def tree() -> dict[int, Tensor]:
+        found = [label_log_likelihoods(model, batch["forward"], candidates) for batch in batches]
+        places = [row["row"] for batch in batches for row in batch["rows"]]
+        return dict(zip(places, torch.cat(found), strict=True))
+
+    def one_by_one(all_logits: bool) -> Callable[[], Tensor]:
+        return lambda: _one_by_one(model, rows, answers, instruction, all_logits)
+
+    apart = _apart(setting, folder, shape, task)
+    stand = Stand(setting.device)
+    stand.add("ours", lambda: tree, warm_up=1)
+    stand.add("forward a label", lambda: one_by_one(all_logits=True), warm_up=1)
+    stand.add("forward a label, its logits alone", lambda: one_by_one(all_logits=False), warm_up=1)
+    timings = stand.run(setting.num_rounds(5))
+    counted: list[int] = []
+    handle = model.get_base_model().register_forward_pre_hook(_counter(counted), with_kwargs=True)
+    tree()
+    handle.remove()
+    prompt_tokens, columns = sum(len(row.prompt_ids) for row in rows), len(candidates.ids_L)
+    computed = sum(len(b["rows"]) * (b["forward"]["input_ids"].shape[1] + columns) for b in batches)
+    detail = {"shape": shape, "rows": len(rows), "labels": len(LABELS), "label_tokens": columns}
+    detail |= {"backbone_dtype": backbone_dtype(setting), "adapter": "ours", "prompt_tokens": prompt_tokens}
+    detail |= {"tokens_computed": computed} | timings.detail()
+    case = f"{shape} {len(LABELS)} labels"
+    for name, goal in (("forward a label", ">= 6"), ("forward a label, its logits alone", None)):
+        ratio = timings.ratio(name, "ours")
+        yield Result("scoring", case, f"rows a second / {name}", **ratio, goal=goal, detail=detail)
+    passes = sum(counted) / len(rows)
+    yield Result("scoring", case, "passes over a row's prompt", passes, goal="<= 1.3", detail=detail)
+    yield Result("scoring", case, "log-likelihoods apart, float32", apart, "nats", goal="<= 0.001", detail=detail)
+
+
+def _instruction(module: ContinualModule, task: Task) -> Tensor:
+    return torch.tensor(cast(Any, module.backbone).encode_instruction(task.instruction), device=module.device)
+
+
+def _counter(counted: list[int]) -> Callable[..., None]:
+    """Return a hook that notes how many rows each forward pass has."""
+    return lambda module, args, kwargs: counted.append(len(kwargs["input_ids"]))
+
+
+def _one_by_one(model: Any, rows: list[Row], answers: list[list[int]], instruction: Tensor, all_logits: bool) -> Tensor:
+    """Return each row's log p(label | prompt), (rows, labels), by a full pass over prompt and label for each label.
+
+    As lm-eval does it: all requests sorted by length and padded on the right, in batches of as many tokens as ours.
+    ``all_logits``: of every token, as lm-eval computes them, and not of the label's alone.
+    """
+    requests = [(row, label) for row in range(len(rows)) for label in range(len(answers))]
+    lengths = [len(rows[row].prompt_ids) + len(answers[label]) - 1 for row, label in requests]
+    scores = torch.zeros(len(rows), len(answers), dtype=torch.float64)
+    for batch in token_batches(lengths, 0, EVAL_TOKENS):
+        width, most = max(lengths[index] for index in batch), max(len(answers[requests[index][1]]) for index in batch)
+        ids = torch.zeros(len(batch), width, dtype=torch.long)
+        for place, index in enumerate(batch):
+            row, label = requests[index]
+            ids[place, : lengths[index]] = torch.tensor((rows[row].prompt_ids + answers[label])[:-1])
+        keep = 0 if all_logits else width - min(lengths[index] for index in batch) + most
+        given = instruction.expand(len(batch), -1)
+        logits = model(
+            input_ids=ids.to(instruction.device), instruction_ids=given, logits_to_keep=keep, use_cache=False
+        ).logits
+        first = width - logits.shape[1]
+        for place, index in enumerate(batch):
+            row, label = requests[index]
+            end = lengths[index] - first
+            own = logits[place, end - len(answers[label]) : end].float().log_softmax(dim=-1)
+            tokens = torch.tensor(answers[label], device=own.device).unsqueeze(1)
+            scores[row, label] = own.gather(1, tokens).double().sum().item()
+    return scores
+
+
+def _apart(setting: Setting, folder: Path, shape: str, task: Task) -> float:
+    """Return the largest difference between the two ways' scores in float32, the adapter's update not zero."""
+    stages, batches = _scoring(setting, folder / "float32", shape, queryable(), task, "float32")
+    module, rows = stages.module, stages.data[0]._encoded["test"].rows
+    for name, parameter in module.named_parameters():
+        if "queryable_B" in name:
+            parameter.normal_(std=0.02)
+    instruction = _instruction(module, task)
+    candidates: Candidates = batches[0]["candidates"]
+    answers = [candidates.ids_L[candidates.segment_L == index].tolist() for index in range(len(LABELS))]
+    expected = _one_by_one(module.model, rows, answers, instruction, all_logits=False)
+    apart = 0.0
+    for batch in batches:
+        found = label_log_likelihoods(module.model, batch["forward"], candidates)
+        places = [row["row"] for row in batch["rows"]]
+        apart = max(apart, (found - expected[places]).abs().max().item())
+    return apart
+
+
+# -- routes -----------------------------------------------------------------------------------------------------------
+
+
+def recording(setting: Setting, folder: Path, shape: str) -> Iterator[Result]:
+    """Time scoring with routes recorded and summed up, as in every run, against scoring alone."""
+    task = RandomText(_lengths(setting, 12), LABELS[:4], seed=setting.seed)
+    stages, batches = _scoring(setting, folder / "routes", shape, queryable(), task)
+    module, keys, trained = stages.module, stages._keys(1), {stages.data[0].name: 1}
+
+    def on() -> None:
+        stages.routes.start(keys, stages.data, trained)
+        stages.tokens.start(keys, stages.data, trained)
+        for index, batch in enumerate(batches):
+            outcome = score_batch(module, task, batch)
+            for recorder in (stages.routes, stages.tokens):
+                recorder.on_test_batch_end(None, module, outcome, batch, index)  # type: ignore[arg-type]
+
+    @torch.inference_mode()
+    def off() -> None:
+        for batch in batches:
+            evaluate._rank_labels(module, task, batch)
+
+    stand = Stand(setting.device)
+    stand.add("on", lambda: on, warm_up=1)
+    stand.add("off", lambda: off, warm_up=1)
+    timings = stand.run(setting.num_rounds(11))
+    detail = {"shape": shape, "rows": len(task.lengths), "labels": 4, "backbone_dtype": backbone_dtype(setting)}
+    detail |= timings.detail()
+    yield Result(
+        "scoring", f"{shape} recording routes", "seconds / without", **timings.ratio("on", "off"), goal="<= 1.03",
+        detail=detail,
+    )  # fmt: skip
+
+
+# -- free answers -----------------------------------------------------------------------------------------------------
+
+
+def free_answers(setting: Setting, folder: Path, shape: str) -> Iterator[Result]:
+    """Time our free answers against transformers' generate on the same prompts with plain LoRA."""
+    new_tokens = setting.pick(64, 16, 3)
+    task = RandomText(_lengths(setting, 4), answer_length=new_tokens - 2, seed=setting.seed)  # a space, an end mark
+    ours, batches = _scoring(setting, folder / "ours", shape, queryable(), task)
+    theirs, _ = _scoring(setting, folder / "theirs", shape, lora(), task)
+    made = {"ours": 0, "lora": 0}
+
+    def answer() -> None:
+        outcomes = [score_batch(ours.module, task, batch, new_tokens) for batch in batches]
+        made["ours"] = sum(len(outcome.rows) for outcome in outcomes)
+
+    @torch.inference_mode()
+    def generate() -> None:
+        model: Any = theirs.module.model
+        for batch in batches:
+            inputs = {name: batch["forward"][name] for name in ("input_ids", "attention_mask")}
+            output = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, pad_token_id=0)
+            made["lora"] = output.shape[1] - inputs["input_ids"].shape[1]
+
+    stand = Stand(setting.device)
+    stand.add("ours", lambda: answer, warm_up=1)
+    stand.add("lora", lambda: generate, warm_up=1)
+    timings = stand.run(setting.num_rounds(9))
+    detail = {
+        "shape": shape,
+        "rows": len(task.lengths),
+        "new_tokens": new_tokens,
+        "backbone_dtype": backbone_dtype(setting),
+    }
+    detail |= timings.detail()
+    case = f"{shape} free answers"
+    ratio = timings.ratio("lora", "ours")
+    yield Result("scoring", case, "tokens a second / generate with LoRA", **ratio, goal=">= 0.9", detail=detail)
