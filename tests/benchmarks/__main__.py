@@ -20,7 +20,7 @@ from measuring import Result, Setting, table
 
 from continual.quiet import quieten
 
-SUITES = ("training", "stage", "scoring", "growth")
+SUITES = ("training", "stage", "scoring", "growth", "quantized")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

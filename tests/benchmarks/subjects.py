@@ -15,10 +15,12 @@ from datasets import Dataset
 from measuring import Setting
 from peft import LoraConfig
 from transformers import LlamaConfig, PreTrainedModel, Qwen2Config
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from continual.adapters import QueryableLoraConfig
 from continual.backbones import TinyCausalLM
-from continual.backbones.causal_lm import _PACKAGED_SHAPE, random_model
+from continual.backbones.causal_lm import _PACKAGED_SHAPE
+from continual.backbones.model_files import random_model
 from continual.experiment import TRAINER_DEFAULTS, Experiment, Stage
 from continual.module import ContinualModule
 from continual.sequence import Sequence as StageSequence
@@ -77,8 +79,14 @@ def backbone_dtype(setting: Setting) -> Literal["float32", "bfloat16"]:
 class ShapedLM(TinyCausalLM):
     """A language model of a real shape and random weights, with a tokenizer of single bytes: a byte is a token."""
 
-    def __init__(self, shape_name: Any, seed: int, dtype: Literal["float32", "bfloat16"] = "float32") -> None:
-        super().__init__(seed, dtype=dtype)
+    def __init__(
+        self,
+        shape_name: Any,
+        seed: int,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        quantization: QuantizationConfigMixin | None = None,
+    ) -> None:
+        super().__init__(seed, dtype=dtype, quantization=quantization)
         self.shape_name = shape_name
 
     def _random_model(self) -> PreTrainedModel:
