@@ -1,4 +1,4 @@
-# The two commands of the README are `make demo` and `make test`; both set up .venv on their first call.
+# The commands of the README are `make demo`, `make test` and `make bench`; all set up .venv on their first call.
 
 PYTHON ?= python3
 VENV := .venv
