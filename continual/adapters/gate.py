@@ -45,7 +45,8 @@ class Anchors:
     Attributes:
         centroids_CF: Means of the stage's rows, one a label (or a cluster), (C, F).
         rows_C: How many rows each is the mean of, counted as rows of many tokens, those of ``pooling`` with them, (C,).
-        radius: Distance to the stage, -2 T times the state's part, that 99 of 100 of its own rows stay within.
+        radius: Distance to the stage, -2 T times the state's part, that 99 of 100 of its own rows stay within; it moves
+            with the covariance, by as much as rows known before do on average.
         instruction_E: The instruction's encoding, (E,), of unit length; zeros for none.
         adapters: Names of the adapters that answer the stage's rows together, its own last.
     """
@@ -129,7 +130,12 @@ class StageGate:
             states.append(self._state(features[out], lengths[out])[:, -1])
             best[out] = self._scores(features[out], lengths[out], encoding.expand(int(out.sum()), -1))[:, 1:].argmax(1)
             self.scatter_FF, self.num_rows = before[0].clone(), before[1]
+        known, shrunk = self._covariances()
         self._learn(name, features, lengths, groups, encoding)
+        # Under the covariance as it is now, rows of earlier stages lie further off, or nearer: their edges move along.
+        moved = _mean_distance(known, self._covariances()[1]) / max(_mean_distance(known, shrunk), 1e-12)
+        for anchors in [anchors for other, anchors in self.stages.items() if other != name]:
+            anchors.radius *= moved
         own = torch.cat(states) if states else self._state(features, lengths)[:, -1]
         self.stages[name].radius = (-2 * self.temperature * own).quantile(0.99).item()
         self._ready = None
@@ -229,6 +235,12 @@ class StageGate:
         sizes = [len(anchors.centroids_CF) for anchors in self.stages.values()]
         return torch.arange(-1, len(sizes)).repeat_interleave(torch.tensor([len(self.background_CF), *sizes]))
 
+    def _covariances(self) -> tuple[Tensor, Tensor]:
+        """Return the covariance of rows about their centroids, as it is and shrunk, (F, F)."""
+        covariance = self.scatter_FF / max(1, self.num_rows)
+        scale = covariance.diagonal().mean().clamp_min(1e-12)
+        return covariance, (1 - self.shrinkage) * covariance + self.shrinkage * scale * torch.eye(len(covariance))
+
     def _prepared(self, device: torch.device) -> tuple[Tensor, ...]:
         """Return what scoring takes, on a device.
 
@@ -236,9 +248,7 @@ class StageGate:
         instructions and the radii.
         """
         if self._ready is None or self._ready[0] != device:
-            covariance = self.scatter_FF / max(1, self.num_rows)
-            scale = covariance.diagonal().mean().clamp_min(1e-12)
-            shrunk = (1 - self.shrinkage) * covariance + self.shrinkage * scale * torch.eye(len(covariance))
+            covariance, shrunk = self._covariances()
             whiten = torch.linalg.inv(torch.linalg.cholesky(shrunk)).T
             stages = self.stages.values()
             centroids = torch.cat([self.background_CF, *[anchors.centroids_CF for anchors in stages]]).double()
@@ -248,7 +258,7 @@ class StageGate:
                 centre.float(),
                 ((centroids - centre) @ whiten).float(),
                 torch.cat([self.background_rows_C, *[anchors.rows_C for anchors in stages]]),
-                (whiten * (covariance @ whiten)).sum().float(),
+                torch.tensor(_mean_distance(covariance, shrunk)),
                 torch.stack([anchors.instruction_E for anchors in stages]),
                 torch.tensor([anchors.radius for anchors in stages]),
             )
@@ -302,6 +312,11 @@ class StageGate:
             )
             for name, own in adapters.items()
         }
+
+
+def _mean_distance(covariance_FF: Tensor, metric_FF: Tensor) -> float:
+    """Return the mean squared Mahalanobis distance, under one covariance, of rows that vary by another."""
+    return torch.linalg.solve(metric_FF, covariance_FF).trace().item()
 
 
 def _given(instruction_BE: Tensor) -> Tensor:

@@ -216,6 +216,16 @@ def test_rows_never_seen_lie_within_the_radius_too(num_rows: int) -> None:
         assert (gate.choose(others, lengths(others, 30)) == "ab".index(name)).float().mean() > 0.95
 
 
+def test_rows_of_an_early_stage_stay_within_its_radius_as_the_covariance_narrows() -> None:
+    centres = 100.0 * torch.eye(12)[:6]
+    gate = StageGate(12, 4)
+    for stage, centre in enumerate(centres):  # rows of all stages but the first hardly vary
+        rows = centre + (blobs(torch.zeros(1, 12), 300, seed=stage)[0] * (1.0 if stage == 0 else 0.05))
+        gate.add(str(stage), rows, lengths(rows), torch.zeros(300), torch.zeros(4))
+    rows = blobs(centres[:1], 300, seed=9)[0]
+    assert (gate.choose(rows, lengths(rows)) == 0).float().mean() > 0.95
+
+
 def test_a_row_outside_of_every_radius_goes_nowhere() -> None:
     gate = learnt(torch.tensor([[0.0, 0.0, 0.0], [4.0, 0.0, 0.0]]))
     points = 12 * torch.rand(400, 3) - 5
