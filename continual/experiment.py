@@ -127,7 +127,7 @@ class Experiment:
         if stage is not None:
             arguments["max_epochs"] = self.epochs(stage)
         arguments |= {"default_root_dir": str(run_dir), "limit_val_batches": 0, "callbacks": [*own, *callbacks]}
-        if isinstance(arguments["strategy"], ModelParallelStrategy):
+        if isinstance(arguments.get("strategy"), ModelParallelStrategy):
             arguments["inference_mode"] = False  # layers that are put together in scoring are written to in training
         try:
             return L.Trainer(**arguments)
