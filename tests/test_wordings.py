@@ -39,7 +39,8 @@ class WordsTask(Task):
 class Stub:
     """What StageData asks of a module."""
 
-    backbone, uses_instructions, instruction_encoder, row_inputs = BACKBONE, True, None, None
+    backbone, uses_instructions, takes_task_ids = BACKBONE, True, False
+    instruction_encoder, row_inputs = None, None
 
 
 def encode(wording: Wording = TRAINING, options: Any = "listed", task: Task | None = None) -> EncodedTask:

@@ -89,7 +89,7 @@ def test_the_auxiliary_loss_is_added_to_the_step_and_not_to_the_datas_loss(
     monkeypatch.setattr(module, "log", lambda *args, **kwargs: None)
     ids = torch.randint(1, 90, (2, 6))
     labels = ids[:, 3:]
-    batch = {"forward": {"input_ids": ids}, "labels": labels, "rows": [0, 1]}
+    batch = {"forward": {"input_ids": ids}, "labels": labels, "rows": [0, 1], "weight": 1.0}
     tuner = module.tuner
     assert isinstance(tuner, ExpertTuner)
     data = module.loss(batch, module.outputs(batch))

@@ -214,7 +214,10 @@ def test_stages_record_anew_and_learn_the_same(sequence: Callable[..., Any], mon
 
     expected, recorders = scores("plain"), []
 
+    plain_start = ContinualModule.on_train_start
+
     def start(module: ContinualModule) -> None:
+        plain_start(module)
         recorders.append(Recorder())
         module._graphed = GraphedPasses(module, recorders[-1])
 
