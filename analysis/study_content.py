@@ -26,9 +26,7 @@ _FLIPPED = {ABOVE: BELOW, BELOW: ABOVE, EVEN: EVEN}
 
 def study_parts(sweep: Sweep) -> Studies:
     """Return the studies' figures and tables of a sweep, those that its cells have data for."""
-    cells, problems = studies.load_cells(
-        sweep, ("scores", "gradients", "theory", "wordings", "wording_answers", "general")
-    )
+    cells, problems = studies.load_cells(sweep, ("scores", "gradients", "theory", "wordings", "wording_answers"))
     found = Studies(problems)
     add_words(sweep, cells, found)
     add_routes(sweep, cells["scores"], found)

@@ -212,7 +212,6 @@ class ContinualModule(L.LightningModule):
         # Logging costs a step more than our callbacks do together, and they read the loss from the step's output.
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
         self._logs_loss = any(not type(callback).__module__.startswith("continual.") for callback in callbacks)
-
         adalora.begin(self.model, int(self.trainer.estimated_stepping_batches))
         self._steps_done = 0
 

@@ -84,6 +84,23 @@ def gradients(module: ContinualModule, loss: Tensor) -> list[Tensor | None]:
     return list(torch.autograd.grad(loss, trained, allow_unused=True))
 
 
+def agree_and_step(
+    module: ContinualModule, passes: GraphedPasses, batch: dict[str, Any], rtol: float, atol: float
+) -> tuple[Tensor | None, Tensor | None]:
+    """Hold a batch's loss and gradients to the plain ones, then step; returns the plain outputs and those found."""
+    loss, outputs = module.training_pass(batch)
+    expected = gradients(module, loss)
+    replayed, found = passes(batch)
+    torch.testing.assert_close(replayed, loss)
+    for mine, plain in zip(gradients(module, replayed), expected, strict=True):
+        torch.testing.assert_close(mine, plain, rtol=rtol, atol=atol)
+    with torch.no_grad():  # as an optimizer does: in place
+        for parameter, gradient in zip((p for p in module.parameters() if p.requires_grad), expected, strict=True):
+            if gradient is not None:
+                parameter.sub_(gradient, alpha=0.05)
+    return outputs, found
+
+
 def batches(data: StageData, sizes: list[int]) -> list[dict[str, Any]]:
     starts = [sum(sizes[:index]) for index in range(len(sizes))]
     return [data.collate(data.train_rows[start : start + size]) for start, size in zip(starts, sizes, strict=True)]
@@ -99,19 +116,10 @@ def test_a_recording_gives_the_plain_losses_and_gradients(
     recorder = Recorder()
     passes = GraphedPasses(module, recorder)
     for step, batch in enumerate(batches(data, [4] * 6)):
-        loss, outputs = module.training_pass(batch)
-        expected = gradients(module, loss)
-        replayed, found = passes(batch)
-        torch.testing.assert_close(replayed, loss)
-        for mine, plain in zip(gradients(module, replayed), expected, strict=True):
-            torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-6)
+        outputs, found = agree_and_step(module, passes, batch, rtol=1e-4, atol=1e-6)
         assert (found is None) == (outputs is None) == (strategy == "Sequential")
         if outputs is not None:
             torch.testing.assert_close(found, outputs, rtol=1e-4, atol=1e-5)
-        with torch.no_grad():  # as an optimizer does: in place
-            for parameter, gradient in zip((p for p in module.parameters() if p.requires_grad), expected, strict=True):
-                if gradient is not None:
-                    parameter.sub_(gradient, alpha=0.05)
         assert len(recorder.shapes) == (step >= 2)  # the third of a shape is recorded, and the only one
 
 
@@ -192,17 +200,7 @@ def test_a_cuda_graph_gives_the_plain_losses_and_gradients(
     spread(module)
     passes = GraphedPasses(module)
     for batch in batches(data, [4, 3, 4, 3, 4, 3, 3, 4, 4, 3]):  # two shapes in turn share their memory
-        batch = move_data_to_device(batch, module.device)
-        loss, _ = module.training_pass(batch)
-        expected = gradients(module, loss)
-        replayed, _ = passes(batch)
-        torch.testing.assert_close(replayed, loss)
-        for mine, plain in zip(gradients(module, replayed), expected, strict=True):
-            torch.testing.assert_close(mine, plain, rtol=1e-3, atol=1e-5)
-        with torch.no_grad():
-            for parameter, gradient in zip((p for p in module.parameters() if p.requires_grad), expected, strict=True):
-                if gradient is not None:
-                    parameter.sub_(gradient, alpha=0.05)
+        agree_and_step(module, passes, move_data_to_device(batch, module.device), rtol=1e-3, atol=1e-5)
     assert len(passes._passes) == 2
 
 
