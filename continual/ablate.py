@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from continual import manifest, records
 from continual.errors import ConfigError
+from continual.quiet import quieten
 from continual.run import OneLineParser, guarded
 
 if TYPE_CHECKING:
@@ -35,11 +36,10 @@ def ablate(run_dir: Path) -> None:
         ConfigError: There is no run, it is not finished, or its adapter has no atoms of which one could go.
     """
     state, text = manifest.read_finished(run_dir)
+    quieten()
     from continual import experiment  # here: the error above should not have to wait for torch
     from continual.atom_scores import AtomScores
-    from continual.quiet import quieten
 
-    quieten()
     made = experiment.parse(text, state.run, where=str(run_dir / manifest.CONFIG_NAME))
     _check(made, run_dir)
     made.wordings, made.general_ability, made.token_sample = None, False, 0

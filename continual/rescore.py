@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import get_args
 
 from continual import manifest, records
+from continual.quiet import quieten
 from continual.run import OneLineParser, finish, guarded
 from continual.wordings import Options, Where
 
@@ -43,12 +44,11 @@ def _work(argv: Sequence[str]) -> Path:
     if not (arguments.wordings or arguments.none or arguments.wrong):
         parser.error("nothing to score: give --wordings FILE, or leave --no-none or --no-wrong away")
     state, text = manifest.read_finished(arguments.run)
+    quieten()
     from continual import experiment  # here: neither of the errors above should have to wait for torch
     from continual.other_words import OtherWords
-    from continual.quiet import quieten
     from continual.sequence import Sequence as StageSequence
 
-    quieten()
     made = experiment.parse(text, state.run, where=str(arguments.run / manifest.CONFIG_NAME))
     made.wordings = OtherWords(
         arguments.wordings, arguments.key, arguments.options, arguments.where, arguments.none, arguments.wrong
