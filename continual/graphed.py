@@ -7,6 +7,7 @@ pass computes in Python is fixed by the recording, so that everything which diff
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 Capture = Callable[..., Callable[..., tuple[Tensor, ...]]]
 
-_COLUMNS = 32
+_COLUMNS = 64
 """Widths are padded to a multiple of it, so that a stage has a handful of shapes."""
 _SIGHTINGS = 3
 """How often a shape has to come before recording it pays: that costs as much as a few passes."""
@@ -65,6 +66,13 @@ class GraphedPasses:
         loss, *outputs = self._passes[shape](*tensors.values())
         columns = slice(first, first + batch["labels"].shape[-1])
         return loss, outputs[0][:, columns] if outputs and batch["labels"].dim() == 2 else next(iter(outputs), None)
+
+    def release(self) -> None:
+        """Give up the recordings and their memory; what replays them refers to itself, so that it is collected."""
+        self._passes.clear()
+        gc.collect()
+        if self.module.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 class _Pass(nn.Module):
@@ -109,6 +117,7 @@ def _on_cuda() -> Capture:
         graphed = torch.cuda.make_graphed_callables(
             callable, own, num_warmup_iters=1, allow_unused_input=True, pool=pool
         )
+        torch.cuda.empty_cache()  # what warming up took lies with a stream that is never used again
         return cast(Callable[..., tuple[Tensor, ...]], graphed)
 
     return capture

@@ -223,7 +223,9 @@ class ContinualModule(L.LightningModule):
 
     def on_train_end(self) -> None:
         """Lightning's hook."""
-        self._graphed = None
+        if self._graphed is not None:
+            self._graphed.release()
+            self._graphed = None
         adalora.end(self.model)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:

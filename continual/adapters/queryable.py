@@ -144,9 +144,10 @@ class QueryableLoraModel(RoutedTuner):
             bank = self._bank(name)
             centred = None if encoding is None or not bank.config.uses_prior else bank.centre(encoding)
             states[name] = bank.begin(centred)
-            states[name].weight_B, states[name].observe = weight, growing and growing.observe
+            shared = states[name].shared
+            shared.weight_B, shared.observe = weight, growing and growing.observe
             if self._removed is not None and self._removed[0] == name:
-                states[name].removed = self._removed[1]
+                shared.removed = self._removed[1]
         if self._has_carriers:
             kwargs["routing_state"] = states
         self._uncarried.give(states)

@@ -29,19 +29,16 @@ if TYPE_CHECKING:
     from continual.adapters.config import QueryableLoraConfig
 
 
-class RoutingState:
-    """What one adapter's layers share during ONE forward pass; made anew for each, never kept on the bank.
+class SharedState:
+    """What all blocks of one adapter have in common during ONE forward pass.
 
-    State kept on a module between passes gives silently wrong gradients once two forward passes precede a backward
-    pass that recomputes activations; an object of its own for each pass is exact there too. It is no dataclass: FSDP
-    looks into those among a layer's keywords, puts copies in their place, and would go round in circles here.
+    It is no dataclass: FSDP looks into those among a layer's keywords and puts copies in their place.
 
     Args:
         operator_KR: The bank as one matrix, (M * r, r): row m * r + j holds column j of atom m.
         log_prior_BM: lambda * log pi(c) of each row, (B, M); None where the prior is off.
 
     Attributes:
-        blocks: What the layers of each block share.
         weight_B: What each row's update is multiplied by, (B,); None for 1.
         observe: Called with a layer, the adapter's name, u = A h and S_b u, both (..., r); None for nobody.
         removed: The atom that no token may use; None for none.
@@ -49,10 +46,29 @@ class RoutingState:
 
     def __init__(self, operator_KR: Tensor, log_prior_BM: Tensor | None) -> None:
         self.operator_KR, self.log_prior_BM = operator_KR, log_prior_BM
-        self.blocks: list[BlockState] = []
         self.weight_B: Tensor | None = None
         self.observe: Callable[[nn.Module, str, Tensor, Tensor], None] | None = None
         self.removed: int | None = None
+
+
+class RoutingState:
+    """One adapter's state of ONE forward pass; made anew for each, never kept on the bank.
+
+    State kept on a module between passes gives silently wrong gradients once two forward passes precede a backward
+    pass that recomputes activations; an object of its own for each pass is exact there too. Nothing in it refers back
+    to it: a pass's graph, with all that it has kept, is gone as soon as the last user of its loss is, and does not wait
+    for Python's collector of cycles. It is no dataclass, as ``SharedState`` is none.
+
+    Args:
+        shared: What the blocks have in common.
+
+    Attributes:
+        blocks: What the layers of each block share.
+    """
+
+    def __init__(self, shared: SharedState) -> None:
+        self.shared = shared
+        self.blocks: list[BlockState] = []
 
     @property
     def routes(self) -> list[Tensor | None]:
@@ -65,7 +81,7 @@ class BlockState:
     """One block's part of a ``RoutingState``: tensors alone, so that layers of all blocks compile to the same code.
 
     Attributes:
-        shared: The pass that the block belongs to.
+        shared: What the pass's blocks have in common.
         before: The blocks before this one.
         query_map: W_b, (Q, r or 2 r); None where the query takes no state.
         summary_query: w_b, (r,); None in the first block and where there is no summary.
@@ -75,7 +91,7 @@ class BlockState:
         route: alpha_b, (..., M), likewise.
     """
 
-    shared: RoutingState
+    shared: SharedState
     before: list[BlockState]
     query_map: Tensor | None
     summary_query: Tensor | None
@@ -139,7 +155,7 @@ class AtomBank(nn.Module):
         if self.config.uses_prior and encoding_BE is not None:
             projected = self.project(encoding_BE)
             log_prior = self.config.prior_weight * self.log_prior(projected)
-        state = RoutingState(operator, log_prior)
+        state = RoutingState(SharedState(operator, log_prior))
         none = [None] * self.config.num_blocks
         maps = self.query_maps.unbind() if self.config.uses_state else none
         queries = [None, *self.summary_queries.unbind()] if self.config.uses_summary else none
@@ -147,7 +163,7 @@ class AtomBank(nn.Module):
         if projected is not None and self.config.query_source == "instruction_query":
             asked = [self._match(F.linear(projected, query_map)) for query_map in self.query_maps]
         for index, (query_map, summary_query, asked_BM) in enumerate(zip(maps, queries, asked, strict=True)):
-            state.blocks.append(BlockState(state, state.blocks[:index], query_map, summary_query, asked_BM))
+            state.blocks.append(BlockState(state.shared, state.blocks[:index], query_map, summary_query, asked_BM))
         return state
 
     def project(self, encoding_BE: Tensor) -> Tensor:
