@@ -60,7 +60,7 @@ class GraphedPasses:
         if self._sightings[shape] < _SIGHTINGS:
             return self.module.training_pass(batch)
         if shape not in self._passes:
-            with _uncached_autocast():
+            with uncached_autocast():
                 own = tuple(tensor.clone() for tensor in tensors.values())
                 self._passes[shape] = self._capture(_Pass(self.module, list(tensors)), own)
         loss, *outputs = self._passes[shape](*tensors.values())
@@ -124,7 +124,7 @@ def _on_cuda() -> Capture:
 
 
 @contextmanager
-def _uncached_autocast() -> Iterator[None]:
+def uncached_autocast() -> Iterator[None]:
     """Let autocast keep no cast weights inside the ``with``: a recording would read them after they are gone."""
     before = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
