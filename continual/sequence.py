@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import time
 from collections.abc import Iterator
@@ -113,6 +114,8 @@ class Sequence:
                     self._fit(index) if index else self.experiment.make_trainer(None, self.run_dir, self._callbacks)
                 )
                 self._score(index, trainer)
+                del trainer
+                self._let_go()
             self._write(index)
             self.manifest.stage_seconds[str(index)] = round(time.monotonic() - started, 1)
             self._note_sizes(index)
@@ -158,6 +161,12 @@ class Sequence:
         if self.general is not None:
             self.general.start(self._keys(index))
         trainer.test(self.module, datamodule=AllTasks(scored), verbose=False)
+
+    def _let_go(self) -> None:
+        """Free the stage's trainer with its optimizer's state, which Lightning leaves with the data it was given."""
+        for data in self.data:
+            data.trainer = None
+        gc.collect()  # a trainer refers to itself
 
     def _score_best(self, index: int) -> list[dict[str, Any]]:
         """Return rows for the table scores: the stage's task under the epoch of best training accuracy."""
