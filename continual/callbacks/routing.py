@@ -82,6 +82,7 @@ class RouteRecorder(L.Callback):
             self._add_usage(name, sums)
             self._add_drift(name, sums.num_tokens)
         self._add_separation()
+        self._sums = {}
 
     def _add_usage(self, task: str, sums: _TaskRoutes) -> None:
         usage, count = self.usage[self.keys["stage"]][task], sums.num_tokens
