@@ -120,6 +120,21 @@ def test_paired_differences_worked_by_hand(tmp_path: Path) -> None:
     )
 
 
+def test_tasks_of_few_rows_are_a_group_of_their_own(tmp_path: Path) -> None:
+    """An eighth of the largest task's training rows is few; only a headline task counts."""
+    directory = by_hand(tmp_path, {("base", "x", 0): A, ("m", "x", 0): B}, ["one", "two"])
+    assert not load_sweep(directory).few_row_names
+    for cell in directory.glob("cells/*/*"):
+        facts = json.loads((cell / "manifest.json").read_text())
+        facts["tasks"]["one"]["trained_rows"], facts["tasks"]["two"]["trained_rows"] = 64, 512
+        (cell / "manifest.json").write_text(json.dumps(facts))
+    sweep = load_sweep(directory)
+    assert sweep.few_row_names == ["one"]
+    found = paired_differences(sweep, "base").set_index(["tasks", "measure"])["difference"]
+    assert found["few rows", "average_accuracy"] == pytest.approx(0.9 - 0.6)
+    assert found["all", "average_accuracy"] == pytest.approx(0.9 - 0.75)
+
+
 def test_a_bound_scored_at_the_end_alone_is_compared_too(tmp_path: Path) -> None:
     """Joint training may skip all stages but the last: it has final scores, and none to have forgotten from."""
     directory = by_hand(tmp_path, {("base", "x", 0): A, ("joint", "x", 0): B}, ["one", "two"])
