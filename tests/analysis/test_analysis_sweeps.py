@@ -16,7 +16,7 @@ import pytest
 import sweep_files as files
 import test_analysis_page as page_tests
 
-from analysis import RunError, hierarchy, load_sweep, method_table, paired_differences, published
+from analysis import RunError, hierarchy, load_sweep, method_table, paired_differences, plots, published
 from analysis.report import main, write_report
 from analysis.sweep_content import edges
 from analysis.sweeps import ABOVE, BELOW, EVEN, headline_tasks
@@ -478,3 +478,11 @@ def test_a_sweeps_page_in_a_browser(report: Path) -> None:
     finally:
         driver.terminate()
         driver.wait()
+
+
+def test_stages_that_were_not_scored_are_not_drawn_as_if_they_were() -> None:
+    place = {"method": "m", "weight": 0.5, "value": 0.5}
+    whole = pd.DataFrame([place | {"cell": cell, "stage": stage} for cell in (0, 1) for stage in (1, 2, 3)])
+    for frame, style, bands in ((whole, "-", 1), (whole[whole["stage"] != 2], ":", 0)):
+        (ax,) = plots.accuracy_by_stage(frame).axes
+        assert {line.get_linestyle() for line in ax.lines} == {style} and len(ax.collections) == bands
