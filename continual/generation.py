@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import GenerationConfig, StaticCache
 from transformers.cache_utils import StaticLayer
 
-from continual.graphed import uncached_autocast
+from continual.graphed import recording
 
 Record = Callable[[Callable[[], Any]], Callable[[], Any]]
 """Takes a step and returns what repeats it, on the same tensors and into the same ones; it may run the step or not, but
@@ -51,6 +51,9 @@ def generate(
         end_token: The end mark.
         pad_token: What follows it.
         record: Records a step, ``on_cuda`` say; None for a cache that grows, without a recording.
+
+    Raises:
+        RunError: A step does what cannot be recorded.
     """
     base, width = model.get_base_model(), inputs["input_ids"].shape[1]
     # The defaults that come with a model (a repetition penalty, say) are for chatting, and generate would add them.
@@ -92,7 +95,7 @@ class RecordedSteps:
         if self._repeat is None:
             model, self._buffers = self._model, {name: tensor.clone() for name, tensor in given.items()}
             fixed = inputs | self._buffers  # what rows are routed by is the same in every step
-            with uncached_autocast():
+            with recording("step of a free answer"):
                 self._repeat = self._record(lambda: model(**fixed))
         for name, buffer in self._buffers.items():
             buffer.copy_(given[name])

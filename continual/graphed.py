@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from continual.batches import IGNORED
+from continual.errors import RunError
 from continual.strategies.base import trainable
 
 if TYPE_CHECKING:
@@ -43,6 +44,9 @@ class GraphedPasses:
     Args:
         module: The module, on its device and with the parameters that the stage trains.
         capture: What records a pass, as ``torch.cuda.make_graphed_callables`` does.
+
+    Raises:
+        RunError: On a call: the pass does what cannot be recorded, such as waiting for the device.
     """
 
     def __init__(self, module: ContinualModule, capture: Capture | None = None) -> None:
@@ -60,12 +64,15 @@ class GraphedPasses:
         if self._sightings[shape] < _SIGHTINGS:
             return self.module.training_pass(batch)
         if shape not in self._passes:
-            with uncached_autocast():
-                own = tuple(tensor.clone() for tensor in tensors.values())
-                self._passes[shape] = self._capture(_Pass(self.module, list(tensors)), own)
+            self._passes[shape] = self._recorded(tensors)
         loss, *outputs = self._passes[shape](*tensors.values())
         columns = slice(first, first + batch["labels"].shape[-1])
         return loss, outputs[0][:, columns] if outputs and batch["labels"].dim() == 2 else next(iter(outputs), None)
+
+    def _recorded(self, tensors: dict[str, Tensor]) -> Callable[..., tuple[Tensor, ...]]:
+        own = tuple(tensor.clone() for tensor in tensors.values())
+        with recording("training pass"):
+            return self._capture(_Pass(self.module, list(tensors)), own)
 
     def release(self) -> None:
         """Give up the recordings and their memory; what replays them refers to itself, so that it is collected."""
@@ -124,11 +131,20 @@ def _on_cuda() -> Capture:
 
 
 @contextmanager
-def uncached_autocast() -> Iterator[None]:
-    """Let autocast keep no cast weights inside the ``with``: a recording would read them after they are gone."""
+def recording(what: str) -> Iterator[None]:
+    """Record inside the ``with``: autocast keeps no cast weights, which a recording would read after they are gone.
+
+    Raises:
+        RunError: ``what`` cannot be recorded.
+    """
     before = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        why = str(error).partition("\n")[0]
+        raise RunError(f"model.cuda_graphs cannot record this model's {what} ({why}): set it to false") from error
     finally:
         torch.set_autocast_cache_enabled(before)

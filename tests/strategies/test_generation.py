@@ -17,6 +17,7 @@ from transformers import GenerationMixin, StaticCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from continual import generation
+from continual.errors import RunError
 from continual.generation import generate
 from continual.module import ContinualModule
 from continual.stage_data import StageData
@@ -165,6 +166,16 @@ def test_short_answers_and_windows_are_not_recorded(prepared: Prepared, caches: 
     config.layer_types = ["full_attention", "sliding_attention"]
     config.sliding_window = 8
     assert generation._static_cache(module.model.get_base_model(), 20, 10) is None  # type: ignore[union-attr]
+
+
+def test_a_step_that_cannot_be_recorded_is_one_line(prepared: Prepared, caches: Any) -> None:
+    def refuse(step: Callable[[], Any]) -> Callable[[], Any]:
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nCompile with TORCH_USE_CUDA")
+
+    module, data = prepared("Sequential", "lora")
+    with pytest.raises(RunError, match=r"^model\.cuda_graphs cannot record .* free answer \(.*\): set it to false$"):
+        texts(module.eval(), prompts(data, 2), None, refuse)
+    assert "get_compiled_call" not in vars(module.model.get_base_model())  # type: ignore[union-attr]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
