@@ -24,8 +24,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-pa.set_memory_pool(pa.system_memory_pool())  # Arrow's own keeps what is freed: megabytes more with every stage
-
 _KEYS = [("run", pa.string()), ("seed", pa.int64()), ("stage", pa.int64()), ("task", pa.string())]
 _VALUE = [
     ("metric", pa.string()),
