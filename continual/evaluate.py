@@ -12,12 +12,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
-from continual.adapters import RoutedTuner
+from continual.adapters import QueryableLoraModel, RoutedTuner
 from continual.adapters.carrier import ROUTING_KEYWORDS
 from continual.batches import Candidates
 from continual.generation import generate, on_cuda
@@ -155,6 +155,8 @@ def _generate(module: ContinualModule, task: Task, batch: dict[str, Any], max_an
     backbone: Any = module.backbone
     forward, tokenizer = batch["forward"], backbone.tokenizer
     inputs = {name: value for name, value in forward.items() if name != "position_ids"}
+    if (ids := inputs.pop("instruction_ids", None)) is not None:  # once, not with every token
+        inputs["instruction_encoding"] = cast(QueryableLoraModel, module.tuner).encode_instruction(ids)
     record = on_cuda if module.cuda_graphs and module.device.type == "cuda" else None
     marks = (tokenizer.eos_token_id, tokenizer.pad_token_id)
     new = generate(model, inputs, max_answer_tokens, *marks, record=record).tolist()
