@@ -208,7 +208,7 @@ def test_models_that_keep_rows_apart_are_taken(backbone: TinyCausalLM, adapter: 
         (Other(OPTConfig(**SIZES, ffn_dim=48, word_embed_proj_dim=32)), LoraConfig(target_modules=["q_proj"])),
         (Other(Lfm2Config(**GLU, layer_types=["conv", "full_attention"])), LoraConfig(target_modules=["q_proj"])),
         (TinyCausalLM(num_layers=2), PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")),
-        (TinyCausalLM(num_layers=2, dtype="bfloat16"), LilyConfig(r=4, target_modules=["q_proj", "v_proj"])),
+        (TinyCausalLM(num_layers=2), LilyConfig(r=4, target_modules=["q_proj", "v_proj"])),
     ],
     ids=["a mask without positions", "a convolution", "virtual tokens", "routes averaged over tokens"],
 )
