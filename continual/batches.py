@@ -16,6 +16,7 @@ from itertools import accumulate
 from typing import Any, Literal, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Sampler
 
@@ -180,7 +181,8 @@ class Collator:
         row_inputs: What a gate reads of the rows, where there is one.
         share: Which of a batch's rows are this process's; all of them by default.
         task_id: What to tell an adapter that has to be told the task of its rows; None for any other.
-        packing: Whether rows with answers are laid into one sequence instead of being padded.
+        pack_to: 0 where rows with answers are padded; otherwise they are laid into one sequence, of a length that is a
+            multiple of this.
     """
 
     def __init__(
@@ -193,9 +195,9 @@ class Collator:
         row_inputs: RowInputs | None = None,
         share: slice = slice(None),
         task_id: int | None = None,
-        packing: bool = False,
+        pack_to: int = 0,
     ) -> None:
-        self.task_id, self.packing = task_id, packing
+        self.task_id, self.pack_to = task_id, pack_to
         self.backbone: Any = backbone
         self.with_instructions, self.answers = with_instructions, answers
         self.candidates, self.encoder, self.row_inputs, self.share = candidates, encoder, row_inputs, share
@@ -226,7 +228,7 @@ class Collator:
     def _text(self, rows: Sequence[Row]) -> dict[str, Any]:
         if not self.answers:
             return self._prompts(rows)
-        return self._packed(rows) if self.packing else self._with_answers(rows)
+        return self._packed(rows) if self.pack_to else self._with_answers(rows)
 
     def _with_answers(self, rows: Sequence[Row]) -> dict[str, Any]:
         """Pad on the right: a causal model never sees it, so that no attention mask is needed."""
@@ -243,21 +245,17 @@ class Collator:
         """Lay rows end to end: where positions begin again, so does what a token attends to.
 
         Only the columns before the answers' tokens get logits; where keywords of the adapter are by the row, a token's
-        row is told too.
+        row is told too. A token of padding is a row by itself.
         """
         lengths = [row.length for row in rows]
         ids = torch.tensor([token for row in rows for token in row.prompt_ids + row.answer_ids])
         ends = zip(rows, accumulate(lengths), strict=True)
         answers = torch.tensor([column for row, end in ends for column in range(end - len(row.answer_ids), end)])
-        forward = {
-            "input_ids": ids.unsqueeze(0),
-            "position_ids": torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0),
-            "logits_to_keep": answers - 1,
-        }
+        of_tokens = {"input_ids": ids, "position_ids": torch.cat([torch.arange(length) for length in lengths])}
         if self.with_instructions or self.row_inputs is not None:
-            row_of_token = torch.arange(len(rows)).repeat_interleave(torch.tensor(lengths))
-            forward["row_of_token"] = row_of_token.unsqueeze(0)
-        return {"forward": forward, "labels": ids[answers].unsqueeze(0)}
+            of_tokens["row_of_token"] = torch.arange(len(rows)).repeat_interleave(torch.tensor(lengths))
+        forward = {name: F.pad(each, (0, -len(ids) % self.pack_to)).unsqueeze(0) for name, each in of_tokens.items()}
+        return {"forward": forward | {"logits_to_keep": answers - 1}, "labels": ids[answers].unsqueeze(0)}
 
     def _prompts(self, rows: Sequence[Row]) -> dict[str, Any]:
         """Pad on the left: the last column of every row predicts the first token of its answer."""

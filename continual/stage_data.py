@@ -51,9 +51,10 @@ class StageData(_Rows):
         score_rows: Whether the task is scored on its test rows or, to choose settings by, on the training rows held
             out by ``validation_rows``; test rows are not even encoded then.
         packing: Lay the rows of a training batch one after the other into one sequence, each blind to the others,
-            instead of padding them to the longest: the same rows, loss and gradients, and no padding. What drops out is
-            drawn anew, and a loss over all tokens, such as that of experts which are to be used alike, then counts no
-            padding. Refused where the backbone or the adapter would not keep rows apart.
+            instead of padding them to the longest: the same rows, loss and gradients. There is no padding but for the
+            seven tokens at most that model.compile wants. Dropout is drawn for other tokens then, and a loss over all
+            of them, such as that of experts which are to be used alike, counts no padding. Refused where the backbone
+            or the adapter would not keep rows apart.
     """
 
     def __init__(
@@ -102,7 +103,7 @@ class StageData(_Rows):
         self._module = module
         if not self._encoded:
             if self.packing and self.index == 0:  # all stages have the same model
-                check_packing(module, self._collator(answers=True), self._collator(answers=True, packing=True))
+                check_packing(module, self._collator(answers=True), self._collator(answers=True, pack_to=self._pack_to))
             self._encoded["train"] = self._encode("train", self._varied())
             if self.score_rows == "test":
                 self._encoded["test"] = self._encode("test", TRAINING)
@@ -179,7 +180,7 @@ class StageData(_Rows):
         return DataLoader(
             rows,  # type: ignore[arg-type]
             batch_sampler=batches,
-            collate_fn=self._collator(answers=True, share=devices.own_rows(), packing=self.packing),
+            collate_fn=self._collator(answers=True, share=devices.own_rows(), pack_to=self._pack_to),
             num_workers=self.num_workers,
         )
 
@@ -194,6 +195,12 @@ class StageData(_Rows):
             share: Which of the batches to return.
         """
         return self._scoring_loader(self.scored_rows, share)
+
+    @property
+    def _pack_to(self) -> int:
+        if not self.packing:
+            return 0
+        return 8 if self._module.compiles else 1  # attention that is compiled has another code for masks not aligned
 
     def collate(self, rows: Sequence[Row]) -> dict[str, Any]:
         """Return rows, of any stage, as one training batch; padded, also where those of an epoch are packed."""
@@ -225,7 +232,7 @@ class StageData(_Rows):
         answers: bool,
         candidates: Candidates | None = None,
         share: slice = slice(None),
-        packing: bool = False,
+        pack_to: int = 0,
     ) -> Collator:
         module = self._module
         # More stages than the adapter has tasks: the last ones share its last.
@@ -239,7 +246,7 @@ class StageData(_Rows):
             module.row_inputs,
             share,
             task_id,
-            packing,
+            pack_to,
         )
 
 

@@ -27,8 +27,8 @@ BANK: dict[str, Any] = {"instruction_encoder": "backbone", "depth": 0.5, "probe_
 Prepared = Callable[..., tuple[ContinualModule, list[StageData]]]
 
 
-def packed(data: StageData, rows: list[Row]) -> dict[str, Any]:
-    return data._collator(answers=True, packing=True)(rows)
+def packed(data: StageData, rows: list[Row], pack_to: int = 1) -> dict[str, Any]:
+    return data._collator(answers=True, pack_to=pack_to)(rows)
 
 
 def mixed(stages: list[StageData]) -> list[Row]:
@@ -116,12 +116,21 @@ def test_a_row_does_not_see_the_others(prepared: Prepared, adapter: str) -> None
     assert [torch.equal(*pair) for pair in zip(before, after, strict=True)] == [True, False, True, True]
 
 
+def test_padding_behind_packed_rows_changes_nothing(prepared: Prepared) -> None:
+    module, stages = prepared("Sequential", "queryable")
+    spread(module)
+    rows = mixed(stages)
+    batch = packed(stages[0], rows, pack_to=64)
+    assert batch["forward"]["input_ids"].shape[1] % 64 == 0 != sum(row.length for row in rows) % 64
+    torch.testing.assert_close(computed(module, batch)[:3], computed(module, packed(stages[0], rows))[:3])
+
+
 def test_every_process_packs_its_own_rows(prepared: Prepared) -> None:
     module, stages = prepared("Sequential", "queryable")
     spread(module)
     rows = mixed(stages)
     whole = computed(module, packed(stages[0], rows))[0]
-    parts = [stages[0]._collator(True, share=slice(rank, None, 3), packing=True)(rows) for rank in range(3)]
+    parts = [stages[0]._collator(True, share=slice(rank, None, 3), pack_to=1)(rows) for rank in range(3)]
     mean = sum(computed(module, part)[0] * part["weight"] for part in parts) / 3
     torch.testing.assert_close(mean, whole)
 
@@ -175,7 +184,7 @@ def check(backbone: TinyCausalLM, adapter: Any) -> None:
     module = ContinualModule(backbone, adapter)
     module.configure_model()
     task_id = 0 if module.takes_task_ids else None
-    collators = [Collator(backbone, False, answers=True, task_id=task_id, packing=each) for each in (False, True)]
+    collators = [Collator(backbone, False, answers=True, task_id=task_id, pack_to=each) for each in (0, 1)]
     state = torch.get_rng_state()
     check_packing(module, *collators)
     assert torch.equal(torch.get_rng_state(), state)  # a run's randomness does not depend on the layout of its batches
