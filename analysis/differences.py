@@ -22,33 +22,35 @@ Pair = tuple[Cell, Cell]
 Drawn = dict[str, tuple[NDArray[np.int64], Array]]
 
 COLUMNS = ["method", "baseline", "measure", "tasks", "cells", "difference", "low", "high", "verdict", "rough"]
-HEADLINE, ALL = "headline", "all"
+HEADLINE, FEW, ALL = "headline", "few rows", "all"
 
 
 def paired_differences(sweep: Sweep, baseline: str) -> Frame:
     """Compare every method with ``baseline`` over the cells of one order and seed that both have.
 
-    Differences are of the mean final score (``average_accuracy``, over the headline tasks and over all) and of backward
-    transfer (over the same tasks, each cell's last one left out). Draws take orders, then seeds within them, then test
-    rows within tasks, the same rows for both methods and in all cells, matched by task and row. The seed is fixed.
+    Differences are of the mean final score (``average_accuracy``, over the headline tasks, over those of them with few
+    training rows, and over all) and of backward transfer (over the same, each cell's last task left out). Draws take
+    orders, then seeds within them, then test rows within tasks, the same rows for both methods and in all cells,
+    matched by task and row. The seed is fixed.
 
     Args:
         sweep: The sweep.
         baseline: A method's name.
 
     Returns:
-        Columns method, baseline, measure, tasks ("headline" or "all"), cells, difference (method minus baseline), low,
-        high, verdict ("above", "below", "not told apart"), rough (five cells or fewer). A method without a common cell
-        has no row.
+        Columns method, baseline, measure, tasks ("headline", "few rows" or "all"), cells, difference (method minus
+        baseline), low, high, verdict ("above", "below", "not told apart"), rough (five cells or fewer). A method
+        without a common cell has no row, nor have tasks of few rows where there are none.
     """
     drawn: Drawn = {}
+    groups = {HEADLINE: sweep.headline_names, FEW: sweep.few_row_names, ALL: sweep.tasks}
     rows = []
     for method in sweep.measured:
         pairs = _pairs(sweep, method, baseline)
         if method == baseline or not pairs:
             continue
         weights = hierarchy.cell_weights([own.order for own, _ in pairs], np.random.default_rng(0))
-        for tasks, names in ((HEADLINE, sweep.headline_names), (ALL, sweep.tasks)):
+        for tasks, names in groups.items():
             for measure, trained in (("average_accuracy", False), ("backward_transfer", True)):
                 found = _difference(sweep, pairs, names, trained, weights, drawn)
                 if found is not None:

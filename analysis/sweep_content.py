@@ -12,11 +12,11 @@ import numpy as np
 
 from analysis import published, words
 from analysis.content import Cell, Table, cell, make_table, spanned
-from analysis.differences import ALL, HEADLINE, paired_differences
+from analysis.differences import ALL, FEW, HEADLINE, paired_differences
 from analysis.frames import Frame
 from analysis.hierarchy import FEW_CELLS
 from analysis.row_spans import row_interval
-from analysis.sweeps import BOUNDS, HEADLINE_MARGIN, MEASURES, Sweep, cell_measures, method_table
+from analysis.sweeps import BOUNDS, FEW_ROWS, HEADLINE_MARGIN, MEASURES, Sweep, cell_measures, method_table
 
 DEFINITIONS: dict[str, words.Measure] = {
     "headline_accuracy": words.Measure(
@@ -57,7 +57,7 @@ class Comparison:
     def told(self) -> Frame:
         """The differences without those on all tasks where these are the headline tasks, and so the same numbers."""
         same = set(self.sweep.headline_names) == set(self.sweep.tasks)
-        return self.differences[self.differences["tasks"] == HEADLINE] if same else self.differences
+        return self.differences[self.differences["tasks"] != ALL] if same else self.differences
 
     def difference(self, frame: Frame, method: str, measure: str = "average_accuracy") -> Mapping[str, Any] | None:
         """Return ``frame``'s row of a method, over the tasks that ``key`` is over; None where there is none."""
@@ -176,6 +176,8 @@ def difference_table(compared: Comparison) -> Table | None:
     columns = ["method", "measure", "tasks", "cells", "difference", "verdict"]
     note = "A hierarchical paired bootstrap with a fixed seed: orders, then seeds within them, then test rows within "
     note += "tasks, the same rows for both methods and in all cells. With one cell it holds the test rows' share only."
+    if (compared.differences["tasks"] == FEW).any():
+        note += f" Few rows: headline tasks with at most 1/{1 / FEW_ROWS:.0f} of the largest task's training rows."
     title = f"Paired differences from {compared.sweep.baseline}, in numbers"
     return make_table("differences", title, columns, rows, note)
 

@@ -149,13 +149,16 @@ def _stages(sweep: Sweep) -> Plate:
         f"{method} {number(float(plots.mean_by_stage(own).iloc[-1]))}"
         for method, own in frame.groupby("method", sort=False)
     )
+    scored = frame.groupby("method")["stage"].agg(["nunique", "min", "max"])
+    whole = bool((scored["nunique"] > scored["max"] - scored["min"]).all())
+    gaps = "" if whole else " Dotted: the stages between were not scored on all tasks learnt."
     return Plate(
         "accuracy_by_stage",
         "stages",
         "Mean score so far, stage by stage",
         "After each stage, the mean score on the tasks learnt so far. A panel a method: the thick line is the mean "
         "over its cells, thin lines are the cells and the band their spread; grey: the other methods' means. Orders "
-        "differ in which tasks come first, so part of the spread is theirs.",
+        f"differ in which tasks come first, so part of the spread is theirs.{gaps}",
         f"Line charts of the mean score on the tasks learnt so far, one a method. After the last stage: {ends}.",
         *unless("" if len(frame) else "no cell with stages is finished", lambda: plots.accuracy_by_stage(frame)),
     )

@@ -218,7 +218,8 @@ def _notices(compared: Comparison) -> list[str]:
     found = []
     waiting = [one for one in sweep.cells if one.status == "waiting"]
     if waiting:
-        found.append(f"This sweep is not finished: {len(waiting)} of {len(sweep.cells)} cells are still to come.")
+        of, be = len(sweep.cells), "is" if len(waiting) == 1 else "are"
+        found.append(f"This sweep is not finished: {len(waiting)} of {of} cells {be} still to come.")
     found += [f"Failed: {one.place} ({one.directory}): {one.error}" for one in sweep.cells if one.status == "failed"]
     found += [f"{problem}. What needs it is left out." for problem in sweep.problems]
     if len(compared.methods) and compared.methods["rough"].any():

@@ -29,6 +29,8 @@ BOUNDS = ("zero_shot", PER_TASK, JOINT)
 """Methods that bound the others and do not compete with them."""
 HEADLINE_MARGIN = 0.05
 """By how much a task's bound must beat the best constant answer for the task to count in the headline mean."""
+FEW_ROWS = 1 / 8
+"""At most this share of the largest task's training rows makes a task one of few rows, where earlier stages help."""
 MEASURES = (
     "headline_accuracy",
     "average_accuracy",
@@ -97,6 +99,16 @@ class Sweep:
     def headline_names(self) -> list[str]:
         """The tasks that make the headline mean."""
         return [str(task) for task in self.headline.loc[self.headline["headline"], "task"]]
+
+    @property
+    def few_row_names(self) -> list[str]:
+        """The headline tasks with at most ``FEW_ROWS`` of the training rows of the task that has the most."""
+        rows: dict[str, int] = {}
+        for one in self.cells:
+            for task, facts in (one.manifest.get("tasks") or {}).items():
+                rows.setdefault(task, int(facts.get("trained_rows") or facts.get("train_rows") or 0))
+        most = max(rows.values(), default=0)
+        return [task for task in self.headline_names if 0 < rows.get(task, 0) <= FEW_ROWS * most]
 
 
 def is_sweep(directory: str | Path) -> bool:

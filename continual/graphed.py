@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from continual.batches import IGNORED
+from continual.errors import RunError
 from continual.strategies.base import trainable
 
 if TYPE_CHECKING:
@@ -46,6 +47,9 @@ class GraphedPasses:
     Args:
         module: The module, on its device and with the parameters that the stage trains.
         capture: What records a pass, as ``torch.cuda.make_graphed_callables`` does.
+
+    Raises:
+        RunError: On a call: the pass does what cannot be recorded, such as waiting for the device.
     """
 
     def __init__(self, module: ContinualModule, capture: Capture | None = None) -> None:
@@ -63,12 +67,23 @@ class GraphedPasses:
         if self._sightings[shape] < _SIGHTINGS:
             return self.module.training_pass(batch)
         if shape not in self._passes:
-            with _uncached_autocast():
-                own = tuple(tensor.clone() for tensor in tensors.values())
-                self._passes[shape] = self._capture(_Pass(self.module, list(tensors)), own)
+            self._passes[shape] = self._recorded(tensors)
         loss, *outputs = self._passes[shape](*tensors.values())
         columns = slice(first, first + batch["labels"].shape[-1])
         return loss, outputs[0][:, columns] if outputs and batch["labels"].dim() == 2 else next(iter(outputs), None)
+
+    def _recorded(self, tensors: dict[str, Tensor]) -> Callable[..., tuple[Tensor, ...]]:
+        own = tuple(tensor.clone() for tensor in tensors.values())
+        try:
+            with _uncached_autocast():
+                return self._capture(_Pass(self.module, list(tensors)), own)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            why = str(error).partition("\n")[0]
+            raise RunError(
+                f"model.cuda_graphs cannot record this model's training pass ({why}): set it to false"
+            ) from error
 
     def release(self) -> None:
         """Give up the recordings and their memory; what replays them refers to itself, so that it is collected."""

@@ -23,7 +23,7 @@ from continual.callbacks import (
     TokenRecorder,
 )
 from continual.callbacks.progress import ScoreTable, plan
-from continual.errors import ConfigError, RunError
+from continual.errors import ConfigError, RunError, memory_named
 from continual.experiment import Experiment
 from continual.general import GeneralRecorder
 from continual.manifest import Manifest
@@ -106,14 +106,8 @@ class Sequence:
         table = ScoreTable([data.name for data in self.data])
         for index in range(self.manifest.finished_stage + 1, len(self.data) + 1):
             started = time.monotonic()
-            if index and self.module.strategy.skips(index, len(self.data)):
-                self._pass_over(index)
-            else:
-                trainer = (
-                    self._fit(index) if index else self.experiment.make_trainer(None, self.run_dir, self._callbacks)
-                )
-                self._score(index, trainer)
-            self._write(index)
+            with memory_named(self._title(index)):
+                self._work(index)
             self.manifest.stage_seconds[str(index)] = round(time.monotonic() - started, 1)
             self._note_sizes(index)
             self.manifest.finished_stage = index
@@ -125,6 +119,17 @@ class Sequence:
             table.show(self._title(index), self.scores.headline())
 
     # -- one stage ----------------------------------------------------------------------------------------------------
+
+    def _work(self, index: int) -> None:
+        """Train stage ``index``, score after it and write what was found; stage 0 trains nothing."""
+        if index and self.module.strategy.skips(index, len(self.data)):
+            self._pass_over(index)
+        else:
+            self._score(index, self._fit(index) if index else self._trainer())
+        self._write(index)
+
+    def _trainer(self) -> L.Trainer:
+        return self.experiment.make_trainer(None, self.run_dir, self._callbacks)
 
     def _fit(self, index: int) -> L.Trainer:
         stage, data = self.experiment.stages[index - 1], self.data[index - 1]

@@ -105,7 +105,8 @@ def accuracy_by_stage(stages: Frame) -> Figure:
     for method, ax in zip(methods, axes, strict=True):
         for other in methods:
             if other != method:
-                ax.plot(means[other].index, means[other].clip(lower=_FLOOR), color=style.CONTEXT, linewidth=1, zorder=0)
+                mean = means[other].clip(lower=_FLOOR)
+                ax.plot(mean.index, mean, _line(mean.index), color=style.CONTEXT, linewidth=1, zorder=0)
         _draw_method(ax, stages[stages["method"] == method], means[method].clip(lower=_FLOOR))
         ax.set_title(style.short(method))
         ax.set_xlim(0.75, last + 0.1 + 0.18 * max(last - 1, 1))  # the last value stands right of its point
@@ -121,15 +122,24 @@ def mean_by_stage(own: Frame) -> Frame:
     return weighted / own.groupby("stage")["weight"].sum()
 
 
+def _line(stages: Any) -> str:
+    """Return how a line over these stages is drawn: dotted where some are missing in between."""
+    return ":" if len(stages) > 1 and int(np.diff(stages).max()) > 1 else "-"
+
+
 def _draw_method(ax: Axes, own: Frame, mean: Frame) -> None:
-    """Draw a method's cells thinly, what lies between them as a band, and its mean with the last value written."""
+    """Draw a method's cells thinly, what lies between them as a band, and its mean with the last value written.
+
+    Over stages that were not scored lines are dotted, and there is no band.
+    """
+    line: dict[str, Any] = {"color": style.ACCENT, "linestyle": _line(mean.index)}
     for _, cell in own.groupby("cell"):
-        ax.plot(
-            cell["stage"], cell["value"].clip(lower=_FLOOR), color=style.ACCENT, alpha=0.35, linewidth=0.8, zorder=1
-        )
-    spread = own.groupby("stage")["value"].agg(["min", "max"]).clip(lower=_FLOOR)
-    ax.fill_between(spread.index, spread["min"], spread["max"], color=style.ACCENT, alpha=0.12, linewidth=0, zorder=1)
-    ax.plot(mean.index, mean, color=style.ACCENT, marker="o", markersize=3.5, linewidth=1.8, zorder=3)
+        ax.plot(cell["stage"], cell["value"].clip(lower=_FLOOR), alpha=0.35, linewidth=0.8, zorder=1, **line)
+    if line["linestyle"] == "-":
+        spread = own.groupby("stage")["value"].agg(["min", "max"]).clip(lower=_FLOOR)
+        band = (spread.index, spread["min"], spread["max"])
+        ax.fill_between(*band, color=style.ACCENT, alpha=0.12, linewidth=0, zorder=1)
+    ax.plot(mean.index, mean, marker="o", markersize=3.5, linewidth=1.8, zorder=3, **line)
     ax.annotate(
         style.number(float(mean.iloc[-1])),
         (float(mean.index[-1]), float(mean.iloc[-1])),
@@ -191,7 +201,7 @@ def _dot(ax: Axes, place: int, span: tuple[float, float, float], text: str, **sp
         ax.plot((low, high), (place, place), color=spot["color"], linewidth=2.2, zorder=2)
     ax.plot(value, place, "o", markersize=6, zorder=3, **spot)
     ax.annotate(
-        text.replace("-", "−"),
+        text.replace("-", "−") if float(text) else text.lstrip("+-"),
         (1.01, place),
         xycoords=("axes fraction", "data"),
         va="center",
@@ -203,25 +213,27 @@ def _dot(ax: Axes, place: int, span: tuple[float, float, float], text: str, **sp
 def words_by_method(words: Frame, methods: Sequence[str]) -> Figure:
     """Draw what each method loses in other words, with its interval: a panel a kind of words, a row a method.
 
+    Each panel has a scale of its own, for a wrong instruction may cost twenty times what a paraphrase does.
+
     Args:
         words: Columns kind, method, difference, low, high (``sweep_wordings.wording_differences``, kinds named).
         methods: The methods in the order of the rows; one that is not in ``words`` is left out.
     """
     kinds, methods = list(dict.fromkeys(words["kind"])), [one for one in methods if one in set(words["method"])]
     columns = style.balanced(len(kinds), 4)
-    figure, axes = style.panels(len(kinds), columns, 0.9 + 0.26 * len(methods), sharex=True, sharey=True)
+    figure, axes = style.panels(len(kinds), columns, 0.9 + 0.26 * len(methods), sharey=True)
     for kind, ax in zip(kinds, axes, strict=True):
         ax.axvline(0, color=style.INK, linewidth=1, zorder=0)
         ax.axvline(-0.02, color=style.MUTED, linewidth=1, linestyle="--", zorder=0)
         for row in words[words["kind"] == kind].itertuples():
             place = methods.index(str(row.method))
             color = style.WARM if row.high < 0 else style.ACCENT if row.low > 0 else style.MUTED
-            ax.plot((row.low, row.high), (place, place), color=color, linewidth=2)
-            ax.plot(row.difference, place, "o", color=color, markersize=5)
+            _dot(ax, place, (row.difference, row.low, row.high), f"{row.difference:+.3f}", color=color)
         ax.set_title(style.wrapped(kind, 30), fontsize=9)
         ax.grid(axis="x")
         ax.tick_params(axis="y", length=0)
-        ax.locator_params(axis="x", nbins=4)
+        ax.set_xlim(min(-0.06, ax.get_xlim()[0]), max(0.03, ax.get_xlim()[1]))
+        ax.locator_params(axis="x", nbins=3)
     axes[0].set_yticks(range(len(methods)), [style.short(method, 22) for method in methods])
     axes[0].set_ylim(len(methods) - 0.5, -0.5)
     style.outer_labels(axes, columns, "minus trained words", "")

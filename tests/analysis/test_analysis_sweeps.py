@@ -16,7 +16,7 @@ import pytest
 import sweep_files as files
 import test_analysis_page as page_tests
 
-from analysis import RunError, hierarchy, load_sweep, method_table, paired_differences, published
+from analysis import RunError, hierarchy, load_sweep, method_table, paired_differences, plots, published
 from analysis.report import main, write_report
 from analysis.sweep_content import edges
 from analysis.sweeps import ABOVE, BELOW, EVEN, headline_tasks
@@ -118,6 +118,21 @@ def test_paired_differences_worked_by_hand(tmp_path: Path) -> None:
     assert (other["low"], other["high"]) == pytest.approx(
         (-every.loc["average_accuracy", "high"], -every.loc["average_accuracy", "low"])
     )
+
+
+def test_tasks_of_few_rows_are_a_group_of_their_own(tmp_path: Path) -> None:
+    """An eighth of the largest task's training rows is few; only a headline task counts."""
+    directory = by_hand(tmp_path, {("base", "x", 0): A, ("m", "x", 0): B}, ["one", "two"])
+    assert not load_sweep(directory).few_row_names
+    for cell in directory.glob("cells/*/*"):
+        facts = json.loads((cell / "manifest.json").read_text())
+        facts["tasks"]["one"]["trained_rows"], facts["tasks"]["two"]["trained_rows"] = 64, 512
+        (cell / "manifest.json").write_text(json.dumps(facts))
+    sweep = load_sweep(directory)
+    assert sweep.few_row_names == ["one"]
+    found = paired_differences(sweep, "base").set_index(["tasks", "measure"])["difference"]
+    assert found["few rows", "average_accuracy"] == pytest.approx(0.9 - 0.6)
+    assert found["all", "average_accuracy"] == pytest.approx(0.9 - 0.75)
 
 
 def test_a_bound_scored_at_the_end_alone_is_compared_too(tmp_path: Path) -> None:
@@ -463,3 +478,11 @@ def test_a_sweeps_page_in_a_browser(report: Path) -> None:
     finally:
         driver.terminate()
         driver.wait()
+
+
+def test_stages_that_were_not_scored_are_not_drawn_as_if_they_were() -> None:
+    place = {"method": "m", "weight": 0.5, "value": 0.5}
+    whole = pd.DataFrame([place | {"cell": cell, "stage": stage} for cell in (0, 1) for stage in (1, 2, 3)])
+    for frame, style, bands in ((whole, "-", 1), (whole[whole["stage"] != 2], ":", 0)):
+        (ax,) = plots.accuracy_by_stage(frame).axes
+        assert {line.get_linestyle() for line in ax.lines} == {style} and len(ax.collections) == bands

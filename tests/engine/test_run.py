@@ -314,6 +314,22 @@ def test_a_stage_that_trains_no_step_fails(tree: Tree, write: Callable, engine: 
     assert result.code == 1 and result.err.splitlines()[-1].startswith("error: stage 'animals' trained no step")
 
 
+def test_a_gpu_out_of_memory_is_one_line(
+    tree: Tree, write: Callable, engine: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's own message lists every process on the GPU."""
+
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.12 GiB. GPU 0 has a total of 80 GiB.")
+
+    monkeypatch.setattr(ContinualModule, "training_step", full)
+    result = engine(write(tree), "--out", tmp_path / "run")
+    assert result.code == 1 and result.err.splitlines()[-1] == (
+        "error: stage 'animals': CUDA out of memory. Tried to allocate 1.12 GiB; take a smaller data.batch_size or "
+        "data.eval_batch_tokens, or let fewer runs share the GPU"
+    )
+
+
 def test_an_adapter_starts_from_another_runs(
     finished: Path, tree: Tree, write: Callable, engine: Callable, tmp_path: Path
 ) -> None:

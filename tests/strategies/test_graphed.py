@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from continual import graphed
 from continual.batches import IGNORED
+from continual.errors import RunError
 from continual.graphed import GraphedPasses
 from continual.module import ContinualModule
 from continual.stage_data import StageData
@@ -259,6 +260,19 @@ def test_stages_record_anew_and_learn_the_same(sequence: Callable[..., Any], mon
     monkeypatch.setattr(ContinualModule, "on_train_start", start)
     assert scores("recorded") == pytest.approx(expected, abs=1e-5)
     assert len(recorders) == 2 and all(recorder.shapes for recorder in recorders)
+
+
+def test_a_pass_that_cannot_be_recorded_is_one_line(
+    prepared: Callable[..., tuple[ContinualModule, list[StageData]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> Recorded:
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nCompile with TORCH_USE_CUDA")
+
+    monkeypatch.setattr(graphed, "_SIGHTINGS", 1)
+    module, (data, *_) = prepared("Sequential", "lora", rows=8)
+    message = r"^model\.cuda_graphs cannot record .* \(CUDA error: .* capturing\): set it to false$"
+    with pytest.raises(RunError, match=message):
+        GraphedPasses(module, refuse)(data.collate(data.train_rows[:4]))
 
 
 def test_recomputed_activations_cannot_be_recorded() -> None:
