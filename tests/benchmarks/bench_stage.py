@@ -107,7 +107,7 @@ def bare_stage(module: ContinualModule, data: StageData, device: torch.device) -
 
 
 def packed_rows(setting: Setting, folder: Path, case: str, shape: str, steps: int, compiles: bool) -> Iterator[Result]:
-    """Time the product's stage with the rows of a batch packed into one sequence and with rows padded to the longest."""
+    """Time the product's stage with the rows of a batch packed into one sequence and padded to the longest."""
     made: dict[str, StageSequence] = {}
 
     def stage(name: str) -> Callable[[], Any]:
