@@ -123,6 +123,9 @@ def test_padding_behind_packed_rows_changes_nothing(prepared: Prepared) -> None:
     batch = packed(stages[0], rows, pack_to=64)
     assert batch["forward"]["input_ids"].shape[1] % 64 == 0 != sum(row.length for row in rows) % 64
     torch.testing.assert_close(computed(module, batch)[:3], computed(module, packed(stages[0], rows))[:3])
+    module.compiles = stages[0].packing = True
+    lengths = {batch["forward"]["input_ids"].shape[1] for batch in stages[0].train_dataloader()}
+    assert all(length % 8 == 0 for length in lengths)
 
 
 def test_every_process_packs_its_own_rows(prepared: Prepared) -> None:
