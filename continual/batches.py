@@ -1,8 +1,9 @@
 """Rows as a model takes them: tokenised once, put into batches of like length, and padded.
 
 Training rows are padded on the right and need no attention mask; their labels cover the columns from the first answer
-of the batch on, so that the head of the language model runs on those alone. Prompts to be scored are padded on the
-left, so that the last column predicts the first token of any answer.
+of the batch on, so that the head of the language model runs on those alone. Packed, they lie one after the other in a
+single row without padding, and the labels are those of the answers' tokens alone. Prompts to be scored are padded on
+the left, so that the last column predicts the first token of any answer.
 
 Shapes: B rows of a batch, P prompt columns, S prompt and answer columns, L candidate tokens of all labels.
 """
@@ -11,9 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, Literal, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Sampler
 
@@ -178,6 +181,8 @@ class Collator:
         row_inputs: What a gate reads of the rows, where there is one.
         share: Which of a batch's rows are this process's; all of them by default.
         task_id: What to tell an adapter that has to be told the task of its rows; None for any other.
+        pack_to: 0 where rows with answers are padded; otherwise they are laid into one sequence, of a length that is a
+            multiple of this.
     """
 
     def __init__(
@@ -190,8 +195,9 @@ class Collator:
         row_inputs: RowInputs | None = None,
         share: slice = slice(None),
         task_id: int | None = None,
+        pack_to: int = 0,
     ) -> None:
-        self.task_id = task_id
+        self.task_id, self.pack_to = task_id, pack_to
         self.backbone: Any = backbone
         self.with_instructions, self.answers = with_instructions, answers
         self.candidates, self.encoder, self.row_inputs, self.share = candidates, encoder, row_inputs, share
@@ -213,14 +219,16 @@ class Collator:
         if self.row_inputs is not None:
             batch["forward"] |= self.row_inputs(rows)
         if self.task_id is not None:
-            batch["forward"]["task_ids"] = torch.full((len(rows),), self.task_id)
+            batch["forward"]["task_ids"] = torch.full((len(batch["forward"]["input_ids"]),), self.task_id)
         return batch
 
     def _size(self, rows: Sequence[Row]) -> int:
         return sum(len(row.answer_ids) for row in rows) if self.backbone.kind == "causal_lm" else len(rows)
 
     def _text(self, rows: Sequence[Row]) -> dict[str, Any]:
-        return self._with_answers(rows) if self.answers else self._prompts(rows)
+        if not self.answers:
+            return self._prompts(rows)
+        return self._packed(rows) if self.pack_to else self._with_answers(rows)
 
     def _with_answers(self, rows: Sequence[Row]) -> dict[str, Any]:
         """Pad on the right: a causal model never sees it, so that no attention mask is needed."""
@@ -232,6 +240,22 @@ class Collator:
             ids.append(row.prompt_ids + row.answer_ids + [pad] * padding)
             labels.append([IGNORED] * (len(row.prompt_ids) - first) + row.answer_ids + [IGNORED] * padding)
         return {"forward": {"input_ids": torch.tensor(ids)}, "labels": torch.tensor(labels)}
+
+    def _packed(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """Lay rows end to end: where positions begin again, so does what a token attends to.
+
+        Only the columns before the answers' tokens get logits; where keywords of the adapter are by the row, a token's
+        row is told too. A token of padding is a row by itself.
+        """
+        lengths = [row.length for row in rows]
+        ids = torch.tensor([token for row in rows for token in row.prompt_ids + row.answer_ids])
+        ends = zip(rows, accumulate(lengths), strict=True)
+        answers = torch.tensor([column for row, end in ends for column in range(end - len(row.answer_ids), end)])
+        of_tokens = {"input_ids": ids, "position_ids": torch.cat([torch.arange(length) for length in lengths])}
+        if self.with_instructions or self.row_inputs is not None:
+            of_tokens["row_of_token"] = torch.arange(len(rows)).repeat_interleave(torch.tensor(lengths))
+        forward = {name: F.pad(each, (0, -len(ids) % self.pack_to)).unsqueeze(0) for name, each in of_tokens.items()}
+        return {"forward": forward | {"logits_to_keep": answers - 1}, "labels": ids[answers].unsqueeze(0)}
 
     def _prompts(self, rows: Sequence[Row]) -> dict[str, Any]:
         """Pad on the left: the last column of every row predicts the first token of its answer."""

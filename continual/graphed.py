@@ -28,18 +28,21 @@ Capture = Callable[..., Callable[..., tuple[Tensor, ...]]]
 
 _COLUMNS = 64
 """Widths are padded to a multiple of it, so that a stage has a handful of shapes."""
+_PACKED_COLUMNS = 256
+"""The same for the tokens of packed rows, which are a batch in one row."""
 _SIGHTINGS = 3
 """How often a shape has to come before recording it pays: that costs as much as a few passes."""
-_PADDING = {"input_ids": 0, "instruction_ids": -1, "text_ids": -1}
+_OF_TOKENS = {"input_ids": 0, "position_ids": 0, "row_of_token": 0}
+_PADDING = {"logits_to_keep": 0, "instruction_ids": -1, "text_ids": -1} | _OF_TOKENS
 
 
 class GraphedPasses:
     """The training passes of one stage; call it as ``module.training_pass``, with the same result up to rounding.
 
-    Rows are padded on the right, which no token before the padding sees and no label asks for. A shape's first passes
-    run as they are; so do those that a strategy makes by itself. A loss over all tokens, such as that of experts which
-    are to be used alike, counts the padding. Gradients lie where the next replay writes its own:
-    they have to be used, or copied, before it.
+    Rows are padded on the right, which no token before the padding sees and no label asks for; behind packed rows, each
+    token of padding is a row by itself. A shape's first passes run as they are; so do those that a strategy makes by
+    itself. A loss over all tokens, such as that of experts which are to be used alike, counts the padding. Gradients
+    lie where the next replay writes its own: they have to be used, or copied, before it.
 
     Args:
         module: The module, on its device and with the parameters that the stage trains.
@@ -102,11 +105,13 @@ class _Pass(nn.Module):
 
 def _padded(batch: dict[str, Any]) -> tuple[dict[str, Any], int]:
     """Return a batch with its widths rounded up, and the label column that was the first."""
-    forward = {
-        name: F.pad(tensor, (0, -tensor.shape[1] % _COLUMNS), value=_PADDING[name]) if name in _PADDING else tensor
-        for name, tensor in batch["forward"].items()
-    }
-    labels = batch["labels"]
+    packed = "logits_to_keep" in batch["forward"]
+    forward, labels = dict(batch["forward"]), batch["labels"]
+    for name in forward.keys() & _PADDING.keys():
+        multiple = _PACKED_COLUMNS if packed and name in _OF_TOKENS else _COLUMNS
+        forward[name] = _wider(forward[name], _PADDING[name], multiple)
+    if packed:  # a label for each of the columns that are kept
+        return {"forward": forward, "labels": _wider(labels, IGNORED, _COLUMNS)}, 0
     if "input_ids" not in forward:
         return {"forward": forward, "labels": labels}, 0
     width = forward["input_ids"].shape[1]
@@ -114,6 +119,10 @@ def _padded(batch: dict[str, Any]) -> tuple[dict[str, Any], int]:
     columns = labels.shape[1] + right
     left = min(-columns % _COLUMNS, width - 1 - columns)
     return {"forward": forward, "labels": F.pad(labels, (left, right), value=IGNORED)}, left
+
+
+def _wider(tensor: Tensor, value: int, multiple: int) -> Tensor:
+    return F.pad(tensor, (0, -tensor.shape[-1] % multiple), value=value)
 
 
 def _on_cuda() -> Capture:

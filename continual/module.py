@@ -173,15 +173,15 @@ class ContinualModule(L.LightningModule):
         """Return the logits of a batch's label columns, (B, L, V), or a regressor's predictions, (B,), in float32.
 
         Args:
-            batch: A training batch.
+            batch: A training batch; a packed one is one row, its labels the answers' tokens alone.
             parameters: Tensors to take in the place of the model's own parameters, by name.
         """
         assert self.model is not None
         forward, labels = batch["forward"], batch["labels"]
         if self.backbone.kind == "causal_lm":
-            forward = forward | {"logits_to_keep": labels.shape[1] + 1, "use_cache": False}
+            forward = {"logits_to_keep": labels.shape[1] + 1, "use_cache": False} | forward
         result = functional_call(self.model, parameters, (), forward) if parameters else self.model(**forward)
-        return result.float() if self.backbone.kind == "regressor" else result.logits[:, :-1].float()
+        return result.float() if self.backbone.kind == "regressor" else result.logits[:, : labels.shape[1]].float()
 
     def answer_outputs(self, batch: dict[str, Any], outputs: Tensor) -> Tensor:
         """Return what stands at the answers' tokens, row after row: (B, L, ...) to (N, ...); a regressor's as it is."""

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from continual import devices
 from continual.batches import Candidates, Collator, EncodedTask, LengthBatches, Row, token_batches
 from continual.errors import ConfigError
+from continual.packing import check_packing
 from continual.wordings import TRAINING, Wording, opening, varied
 from tasks import Task
 
@@ -49,6 +50,12 @@ class StageData(_Rows):
             options dropped or the instruction left out, in equal shares as far as they apply.
         score_rows: Whether the task is scored on its test rows or, to choose settings by, on the training rows held
             out by ``validation_rows``; test rows are not even encoded then.
+        packing: Lay the rows of a training batch one after the other into one sequence, each blind to the others,
+            instead of padding them to the longest: the same rows, loss and gradients. There is no padding but for the
+            seven tokens at most that model.compile wants. Dropout is drawn for other tokens then, and a loss over all
+            of them, such as that of experts which are to be used alike, counts no padding. Pays where lengths differ:
+            attention is computed over the whole sequence, and masked. Refused where the backbone or the adapter would
+            not keep rows apart.
     """
 
     def __init__(
@@ -65,6 +72,7 @@ class StageData(_Rows):
         options: Literal["none", "listed"] = "none",
         vary_prompt: float = 0.0,
         score_rows: Literal["test", "held_out"] = "test",
+        packing: bool = False,
     ) -> None:
         super().__init__()
         for name, value, least in (
@@ -83,7 +91,7 @@ class StageData(_Rows):
         self.task, self.batch_size, self.max_tokens = task, batch_size, max_tokens
         self.eval_batch_tokens, self.validation_rows = eval_batch_tokens, validation_rows
         self.num_workers, self.seed, self.score_seen_labels = num_workers, seed, score_seen_labels
-        self.score_rows, self.vary_prompt = score_rows, vary_prompt
+        self.score_rows, self.vary_prompt, self.packing = score_rows, vary_prompt, packing
         self.options: Literal["none", "listed"] = options
         self.generates = task.kind == "free" or (task.kind == "labels" and generate_labels)
         self.name: str = type(task).__name__
@@ -95,6 +103,8 @@ class StageData(_Rows):
         """Read and encode the task's rows for the backbone of ``module``; a second call does nothing."""
         self._module = module
         if not self._encoded:
+            if self.packing and self.index == 0:  # all stages have the same model
+                check_packing(module, self._collator(answers=True), self._collator(answers=True, pack_to=self._pack_to))
             self._encoded["train"] = self._encode("train", self._varied())
             if self.score_rows == "test":
                 self._encoded["test"] = self._encode("test", TRAINING)
@@ -171,7 +181,7 @@ class StageData(_Rows):
         return DataLoader(
             rows,  # type: ignore[arg-type]
             batch_sampler=batches,
-            collate_fn=self._collator(answers=True, share=devices.own_rows()),
+            collate_fn=self._collator(answers=True, share=devices.own_rows(), pack_to=self._pack_to),
             num_workers=self.num_workers,
         )
 
@@ -187,8 +197,14 @@ class StageData(_Rows):
         """
         return self._scoring_loader(self.scored_rows, share)
 
+    @property
+    def _pack_to(self) -> int:
+        if not self.packing:
+            return 0
+        return 8 if self._module.compiles else 1  # attention that is compiled has another code for masks not aligned
+
     def collate(self, rows: Sequence[Row]) -> dict[str, Any]:
-        """Return rows, of any stage, as one training batch."""
+        """Return rows, of any stage, as one training batch; padded, also where those of an epoch are packed."""
         return self._collator(answers=True)(rows)
 
     def _scoring_loader(self, rows: list[Row], share: slice = slice(None)) -> DataLoader:
@@ -212,7 +228,13 @@ class StageData(_Rows):
         """Tokens that a free answer may take: as many as the longest training answer."""
         return max(len(row.answer_ids) for row in self._encoded["train"].rows)
 
-    def _collator(self, answers: bool, candidates: Candidates | None = None, share: slice = slice(None)) -> Collator:
+    def _collator(
+        self,
+        answers: bool,
+        candidates: Candidates | None = None,
+        share: slice = slice(None),
+        pack_to: int = 0,
+    ) -> Collator:
         module = self._module
         # More stages than the adapter has tasks: the last ones share its last.
         task_id = min(self.index, module.adapter.n_tasks - 1) if module.takes_task_ids else None
@@ -225,6 +247,7 @@ class StageData(_Rows):
             module.row_inputs,
             share,
             task_id,
+            pack_to,
         )
 
 

@@ -7,7 +7,8 @@ them share one bank of atoms, mixed for each token by a router that a block of l
 
 Importing this module registers the method with PEFT, so that ``get_peft_model``, ``save_pretrained``,
 ``PeftModel.from_pretrained`` and ``generate`` know it. Calls take two more keywords: ``instruction_ids`` (B, L), token
-ids of each row's instruction, negative where padded; or ``instruction_encoding`` (B, E). Neither is required.
+ids of each row's instruction, negative where padded; or ``instruction_encoding`` (B, E). Neither is required. Where a
+training pass has its rows packed into one, ``row_of_token`` (1, T) says whose instruction each token goes by.
 """
 
 from __future__ import annotations
@@ -137,13 +138,15 @@ class QueryableLoraModel(RoutedTuner):
         if ids is not None:
             encoding = self.encode_instruction(ids)
         rows = {name: kwargs.pop(name, None) for name in ROW_KEYWORDS}
-        growing = self.growing
+        row_of_token, growing = kwargs.pop("row_of_token", None), self.growing
+        if row_of_token is not None and growing is not None and growing.in_use is None:
+            raise ValueError("a gate cannot choose slices for rows that are packed into one: leave them apart")
         uses = dict.fromkeys(self.active_adapters) if growing is None else growing.uses(rows)
         states: dict[str, RoutingState] = {}
         for name, weight in uses.items():
             bank = self._bank(name)
             centred = None if encoding is None or not bank.config.uses_prior else bank.centre(encoding)
-            states[name] = bank.begin(centred)
+            states[name] = bank.begin(centred, row_of_token)
             shared = states[name].shared
             shared.weight_B, shared.observe = weight, growing and growing.observe
             if self._removed is not None and self._removed[0] == name:

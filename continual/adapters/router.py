@@ -36,7 +36,7 @@ class SharedState:
 
     Args:
         operator_KR: The bank as one matrix, (M * r, r): row m * r + j holds column j of atom m.
-        log_prior_BM: lambda * log pi(c) of each row, (B, M); None where the prior is off.
+        log_prior_BM: lambda * log pi(c) of each row, (B, M), or of each token, (B, T, M); None where the prior is off.
 
     Attributes:
         weight_B: What each row's update is multiplied by, (B,); None for 1.
@@ -85,7 +85,8 @@ class BlockState:
         before: The blocks before this one.
         query_map: W_b, (Q, r or 2 r); None where the query takes no state.
         summary_query: w_b, (r,); None in the first block and where there is no summary.
-        asked_BM: Where the instruction asks, its query in this block compared with the keys, (B, M); None otherwise.
+        asked_BM: Where the instruction asks, its query in this block compared with the keys, as ``log_prior_BM``; None
+            otherwise.
         earlier: z of the blocks before this one, (..., b, r); see ``gather``.
         state: z_b, (..., r), once the block's first layer has routed.
         route: alpha_b, (..., M), likewise.
@@ -142,18 +143,20 @@ class AtomBank(nn.Module):
             self.prior_keys = nn.Parameter(torch.randn(num_atoms, config.prior_dim) / math.sqrt(config.prior_dim))
             self.register_buffer("instruction_reference", torch.zeros(instruction_dim))
 
-    def begin(self, encoding_BE: Tensor | None) -> RoutingState:
+    def begin(self, encoding_BE: Tensor | None, row_of_token: Tensor | None = None) -> RoutingState:
         """Start a forward pass.
 
         Args:
             encoding_BE: Encoding of each row's instruction, (B, E); a row of zeros, or None for the whole batch, means
                 that no instruction is given: its prior is uniform.
+            row_of_token: Where rows are packed into one, (1, T), the row of ``encoding_BE`` that each token is of.
         """
         # Row m * r + j of the matrix is column j of atom m, so that (alpha outer u) @ matrix = sum_m alpha_m C_m u.
         operator = self.atoms.transpose(1, 2).reshape(-1, self.config.r)
         log_prior = projected = None
         if self.config.uses_prior and encoding_BE is not None:
             projected = self.project(encoding_BE)
+            projected = projected if row_of_token is None else projected[row_of_token]
             log_prior = self.config.prior_weight * self.log_prior(projected)
         state = RoutingState(SharedState(operator, log_prior))
         none = [None] * self.config.num_blocks
@@ -206,7 +209,8 @@ class AtomBank(nn.Module):
                 raise ValueError(
                     f"instructions for {prior.shape[0]} rows were given with a batch of {logits.shape[0]} rows"
                 )
-            logits = logits + prior.view(prior.shape[0], *([1] * (logits.dim() - 2)), -1)
+            between = [1] * (logits.dim() - prior.dim())
+            logits = logits + prior.view(prior.shape[0], *between, *prior.shape[1:])
         return logits
 
     def _match(self, query: Tensor) -> Tensor:

@@ -57,6 +57,17 @@ def gradients(model: PeftModel, shape: tuple[int, int]) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+def packed_gradients(model: PeftModel, lengths: list[int]) -> dict[str, Tensor]:
+    """Return the gradients of rows that are packed into one."""
+    ids = torch.randint(3, 97, (1, sum(lengths)), generator=torch.Generator().manual_seed(sum(lengths)))
+    rows = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).unsqueeze(0)
+    keywords = {"instruction_ids": ids[0, : 2 * len(lengths)].view(-1, 2), "row_of_token": rows}
+    keywords["position_ids"] = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0)
+    model.train().zero_grad()
+    model(input_ids=ids, labels=ids, use_cache=False, **keywords).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
 def joint_gradients(model: PeftModel) -> tuple[dict[str, Tensor], int]:
     """Return the gradients of one backward pass through two passes of equal shape, and the bytes kept for it."""
     kept: list[int] = []
@@ -98,6 +109,19 @@ def test_gradients_are_the_plain_ones_from_few_graphs(
         for name, value in plain.items():
             torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5, msg=name)
     assert 0 < num_graphs() <= most
+
+
+def test_packed_rows_share_their_graphs_too(backbone: Callable[..., Any], adapt: Callable[..., PeftModel]) -> None:
+    model = adapt(backbone(num_hidden_layers=3), num_blocks=1)
+    rows = [[3, 6, 5], [4, 4], [7, 2, 5, 9], [3, 3, 2]]
+    expected = [packed_gradients(model, lengths) for lengths in rows]
+    compiled.compile_layers(model)
+    for lengths, plain in zip(rows, expected, strict=True):
+        found = packed_gradients(model, lengths)
+        assert found.keys() == plain.keys()
+        for name, value in plain.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5, msg=name)
+    assert 0 < num_graphs() <= 2
 
 
 def test_another_slice_compiles_nothing_anew(backbone: Callable[..., Any], adapt: Callable[..., PeftModel]) -> None:

@@ -25,7 +25,7 @@ BATCH_SIZE = 8
 
 
 def run(setting: Setting) -> Iterator[Result]:
-    """Measure what Lightning and our callbacks cost a step, and what the product gains over a naive recipe."""
+    """Measure what Lightning and our callbacks cost a step, what packing is worth, and what a naive recipe costs."""
     with tempfile.TemporaryDirectory() as folder:
         shape = setting.pick("qwen2.5-0.5b", "smollm2-short", "tiny")
         steps = setting.pick(100, 6, 3)
@@ -35,6 +35,10 @@ def run(setting: Setting) -> Iterator[Result]:
                 yield from through_lightning(setting, Path(folder) / title, shape, steps, compiles)
         if not setting.tiny and setting.wants("one-layer eager through Lightning"):  # so short that the rest shows
             yield from through_lightning(setting, Path(folder) / "one-layer", "one-layer", 200, False)
+        for compiles in setting.pick((False, True), (False,), (False,)):
+            title = f"{shape} {'compiled' if compiles else 'eager'} packed"
+            if setting.wants(title):
+                yield from packed_rows(setting, Path(folder) / title, title, shape, steps, compiles)
         if setting.wants(f"{shape} against a naive recipe"):
             yield from against_naive(setting, Path(folder) / "naive", shape, steps)
 
@@ -100,6 +104,27 @@ def bare_stage(module: ContinualModule, data: StageData, device: torch.device) -
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
+
+
+def packed_rows(setting: Setting, folder: Path, case: str, shape: str, steps: int, compiles: bool) -> Iterator[Result]:
+    """Time the product's stage with the rows of a batch packed into one sequence and padded to the longest."""
+    made: dict[str, StageSequence] = {}
+
+    def stage(name: str) -> Callable[[], Any]:
+        made[name] = _sequence(setting, folder / name, shape, steps, compiles, packing=name == "packed")
+        return lambda: made[name]._fit(1)
+
+    stand = Stand(setting.device)
+    for name in ("padded", "packed"):
+        stand.add(name, lambda name=name: stage(name), warm_up=1)
+    timings = stand.run(setting.num_rounds(7))
+    columns = {
+        name: [batch["forward"]["input_ids"].numel() for batch in stages.data[0].train_dataloader()]
+        for name, stages in made.items()
+    }
+    detail = {"shape": shape, "steps": steps, "rows": BATCH_SIZE, "compiled": compiles} | timings.detail()
+    detail |= {"backbone_dtype": backbone_dtype(setting), "tokens": {name: sum(each) for name, each in columns.items()}}
+    yield Result("stage", case, "seconds / padded's", **timings.ratio("packed", "padded"), detail=detail)
 
 
 # -- a naive recipe ---------------------------------------------------------------------------------------------------

@@ -77,21 +77,22 @@ def agree_and_step(
     return outputs, found
 
 
-def batches(data: StageData, sizes: list[int]) -> list[dict[str, Any]]:
-    starts = [sum(sizes[:index]) for index in range(len(sizes))]
-    return [data.collate(data.train_rows[start : start + size]) for start, size in zip(starts, sizes, strict=True)]
+def batches(data: StageData, sizes: list[int], packing: bool = False) -> list[dict[str, Any]]:
+    starts, collate = [sum(sizes[:index]) for index in range(len(sizes))], data._collator(True, pack_to=int(packing))
+    return [collate(data.train_rows[start : start + size]) for start, size in zip(starts, sizes, strict=True)]
 
 
-@pytest.mark.parametrize("adapter", ["lora", "queryable", "experts", "regressor"])
+@pytest.mark.parametrize("adapter", ["lora", "queryable", "experts", "regressor", "packed"])
 @pytest.mark.parametrize("strategy", ["Sequential", "LwF"])
 def test_a_recording_gives_the_plain_losses_and_gradients(
     prepared: Callable[..., tuple[ContinualModule, list[StageData]]], adapter: str, strategy: str
 ) -> None:
-    module, (data, *_) = prepared(strategy, adapter, rows=24)
+    packing = adapter == "packed"
+    module, (data, *_) = prepared(strategy, "queryable" if packing else adapter, rows=24)
     spread(module)
     recorder = Recorder()
     passes = GraphedPasses(module, recorder)
-    for step, batch in enumerate(batches(data, [4] * 6)):
+    for step, batch in enumerate(batches(data, [4] * 6, packing)):
         outputs, found = agree_and_step(module, passes, batch, rtol=1e-4, atol=1e-6)
         assert (found is None) == (outputs is None) == (strategy == "Sequential")
         if outputs is not None:
@@ -125,13 +126,14 @@ def test_padding_leaves_what_is_asked_for_in_place(length: int) -> None:
     assert wide.shape[1] - kept.shape[1] + first == length - columns
 
 
+@pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("adapter", ["lora", "queryable", "experts"])
 def test_nothing_in_a_pass_waits_for_the_device(
-    prepared: Callable[..., tuple[ContinualModule, list[StageData]]], adapter: str
+    prepared: Callable[..., tuple[ContinualModule, list[StageData]]], adapter: str, packing: bool
 ) -> None:
     module, (data, *_) = prepared("Sequential", adapter, rows=8)
     spread(module)
-    padded, _ = graphed._padded(data.collate(data.train_rows[:4]))
+    padded, _ = graphed._padded(batches(data, [4], packing)[0])
     module.train()
     module.training_pass(padded)  # what is made once, on the first pass, is made outside of a recording too
     with capturing(), NoWaiting():
@@ -189,16 +191,18 @@ def test_a_growing_bank_is_recorded_too(
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("strategy", ["Sequential", "LwF", "GrowingBank"])
-@pytest.mark.parametrize("adapter", ["lora", "queryable", "experts", "regressor"])
+@pytest.mark.parametrize("adapter", ["lora", "queryable", "experts", "regressor", "packed"])
 def test_a_cuda_graph_gives_the_plain_losses_and_gradients(
     prepared: Callable[..., tuple[ContinualModule, list[StageData]]],
     monkeypatch: pytest.MonkeyPatch,
     adapter: str,
     strategy: str,
 ) -> None:
-    if strategy == "GrowingBank" and adapter != "queryable":
+    if strategy == "GrowingBank" and adapter not in ("queryable", "packed"):
         pytest.skip("it grows our own bank alone")
     monkeypatch.setattr(graphed, "_SIGHTINGS", 2)
+    packing = adapter == "packed"
+    adapter = "queryable" if packing else adapter
     module, (data, *_) = prepared(strategy, adapter, rows=64, **BANK.get(strategy, {}))
     module.cuda()
     if strategy == "GrowingBank":
@@ -206,7 +210,7 @@ def test_a_cuda_graph_gives_the_plain_losses_and_gradients(
         module.strategy.on_train_start(Trainer(logger=False, accelerator="gpu", devices=1), module)
     spread(module)
     passes = GraphedPasses(module)
-    for batch in batches(data, [4, 3, 4, 3, 4, 3, 3, 4, 4, 3]):  # two shapes in turn share their memory
+    for batch in batches(data, [4, 3, 4, 3, 4, 3, 3, 4, 4, 3], packing):  # two shapes in turn share their memory
         agree_and_step(module, passes, move_data_to_device(batch, module.device), rtol=1e-3, atol=1e-5)
     assert len(passes._passes) == 2
 
