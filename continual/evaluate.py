@@ -12,15 +12,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
 
-from continual.adapters import RoutedTuner
+from continual.adapters import QueryableLoraModel, RoutedTuner
 from continual.adapters.carrier import ROUTING_KEYWORDS
 from continual.batches import Candidates
+from continual.generation import generate, on_cuda
 from tasks import Task
 
 if TYPE_CHECKING:
@@ -155,16 +155,11 @@ def _generate(module: ContinualModule, task: Task, batch: dict[str, Any], max_an
     backbone: Any = module.backbone
     forward, tokenizer = batch["forward"], backbone.tokenizer
     inputs = {name: value for name, value in forward.items() if name != "position_ids"}
-    # The defaults that come with a model (a repetition penalty, say) are for chatting, and generate would add them.
-    model.generation_config = GenerationConfig()
-    output = model.generate(
-        **inputs,
-        max_new_tokens=max_answer_tokens,
-        do_sample=False,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    new = output[:, forward["input_ids"].shape[1] :].tolist()
+    if (ids := inputs.pop("instruction_ids", None)) is not None:  # once, not with every token
+        inputs["instruction_encoding"] = cast(QueryableLoraModel, module.tuner).encode_instruction(ids)
+    record = on_cuda if module.cuda_graphs and module.device.type == "cuda" else None
+    marks = (tokenizer.eos_token_id, tokenizer.pad_token_id)
+    new = generate(model, inputs, max_answer_tokens, *marks, record=record).tolist()
     predictions = [backbone.decode(ids) for ids in new]
     return Outcome(
         rows=[row["row"] for row in batch["rows"]],

@@ -74,16 +74,8 @@ class GraphedPasses:
 
     def _recorded(self, tensors: dict[str, Tensor]) -> Callable[..., tuple[Tensor, ...]]:
         own = tuple(tensor.clone() for tensor in tensors.values())
-        try:
-            with _uncached_autocast():
-                return self._capture(_Pass(self.module, list(tensors)), own)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            why = str(error).partition("\n")[0]
-            raise RunError(
-                f"model.cuda_graphs cannot record this model's training pass ({why}): set it to false"
-            ) from error
+        with recording("training pass"):
+            return self._capture(_Pass(self.module, list(tensors)), own)
 
     def release(self) -> None:
         """Give up the recordings and their memory; what replays them refers to itself, so that it is collected."""
@@ -148,11 +140,20 @@ def _on_cuda() -> Capture:
 
 
 @contextmanager
-def _uncached_autocast() -> Iterator[None]:
-    """Let autocast keep no cast weights inside the ``with``: a recording would read them after they are gone."""
+def recording(what: str) -> Iterator[None]:
+    """Record inside the ``with``: autocast keeps no cast weights, which a recording would read after they are gone.
+
+    Raises:
+        RunError: ``what`` cannot be recorded.
+    """
     before = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        why = str(error).partition("\n")[0]
+        raise RunError(f"model.cuda_graphs cannot record this model's {what} ({why}): set it to false") from error
     finally:
         torch.set_autocast_cache_enabled(before)

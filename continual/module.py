@@ -46,8 +46,8 @@ class ContinualModule(L.LightningModule):
         final_lr_fraction: Share of the learning rate that is left at the last step of a stage (linear decay).
         gradient_checkpointing: Recompute activations in the backward pass (non-reentrant) to save memory.
         compile: Train through torch.compile (``continual.compiled``); scoring is not compiled.
-        cuda_graphs: Replay training passes as CUDA graphs (``continual.graphed``); without effect on other devices and
-            where the trainer accumulates gradients.
+        cuda_graphs: Replay training passes as CUDA graphs (``continual.graphed``), but where the trainer accumulates
+            gradients, and the steps of free answers (``continual.generation``); without effect on other devices.
         encoder: Sentence encoder for the instruction prior of a backbone without words; a name or a folder.
         start_from: A PEFT folder (a run's adapters/stage-NN, say) whose weights the adapter starts from.
         strategy: What keeps earlier stages from being forgotten; plain fine-tuning by default.

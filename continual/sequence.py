@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import time
 from collections.abc import Iterator
@@ -126,6 +127,7 @@ class Sequence:
             self._pass_over(index)
         else:
             self._score(index, self._fit(index) if index else self._trainer())
+            self._let_go()
         self._write(index)
 
     def _trainer(self) -> L.Trainer:
@@ -163,6 +165,12 @@ class Sequence:
         if self.general is not None:
             self.general.start(self._keys(index))
         trainer.test(self.module, datamodule=AllTasks(scored), verbose=False)
+
+    def _let_go(self) -> None:
+        """Free the stage's trainer with its optimizer's state, which Lightning leaves with the data it was given."""
+        for data in self.data:
+            data.trainer = None
+        gc.collect()  # a trainer refers to itself
 
     def _score_best(self, index: int) -> list[dict[str, Any]]:
         """Return rows for the table scores: the stage's task under the epoch of best training accuracy."""

@@ -60,6 +60,7 @@ class GrowingBank:
         self.reads: dict[str, Any] = {}
         self.factors: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
         self._seen: tuple[Any, ...] = ()
+        self._uses: dict[str, Tensor | None] = {}
 
     @property
     def names(self) -> list[str]:
@@ -80,9 +81,14 @@ class GrowingBank:
         if features is None:
             self.chosen_B = None
             return {}
-        given = (*self.gate.stages, *rows.values())
+        given = (*self.names, *self.gate.stages, *rows.values())
         if self.chosen_B is None or [*map(id, given)] != [*map(id, self._seen)]:  # generation asks for every token
             self._seen, self.chosen_B = given, self.choose(rows)
+            self._uses = self._uses_of(self.chosen_B)
+        return self._uses
+
+    def _uses_of(self, chosen_B: Tensor) -> dict[str, Tensor | None]:
+        """Return the adapters that the chosen stages read, and the rows that each one answers."""
         stages = list(self.gate.stages.values())
         found = {
             stages[index].adapters[place] for index in self._chosen for place in range(len(stages[index].adapters))
@@ -92,7 +98,7 @@ class GrowingBank:
             if name in found:
                 readers = [index for index in self._chosen if name in stages[index].adapters]
                 everyone = len(readers) == len(self._chosen) and not self._abstains
-                mask = torch.isin(self.chosen_B, torch.tensor(readers, device=self.chosen_B.device))
+                mask = torch.isin(chosen_B, torch.tensor(readers, device=chosen_B.device))
                 uses[name] = None if everyone else mask.float()
         return uses
 

@@ -27,7 +27,9 @@ class RouteRecorder(L.Callback):
     """Turns the routes of outcomes into rows for the tables ``routing``, ``separation`` and ``drift``.
 
     Attributes:
-        usage: Stage -> task -> usage of each block, (N, M): all that drift is measured against.
+        usage: Stage -> task -> usage of each block, (N, M): all that drift is measured against. Of stages before the
+            last one, that is what each task's own stage left; with every other task's it would grow with the cube of
+            their number, where a bank grows.
     """
 
     def __init__(self) -> None:
@@ -47,6 +49,9 @@ class RouteRecorder(L.Callback):
         self.keys, self.tasks, self.trained_stage = keys, tasks, trained_stage
         self.tables = {"routing": [], "separation": [], "drift": []}
         self._sums: dict[str, _TaskRoutes] = {}
+        for stage in [stage for stage in self.usage if stage < keys["stage"] - 1]:
+            own = {name: usage for name, usage in self.usage.pop(stage).items() if trained_stage.get(name) == stage}
+            self.usage |= {stage: own} if own else {}
 
     def on_test_batch_end(
         self,
@@ -77,6 +82,7 @@ class RouteRecorder(L.Callback):
             self._add_usage(name, sums)
             self._add_drift(name, sums.num_tokens)
         self._add_separation()
+        self._sums = {}
 
     def _add_usage(self, task: str, sums: _TaskRoutes) -> None:
         usage, count = self.usage[self.keys["stage"]][task], sums.num_tokens

@@ -61,6 +61,8 @@ def run(setting: Setting) -> Iterator[Result]:
         yield from start_up(setting)
     if setting.wants("report"):
         yield from report(setting)
+    if setting.wants("memory"):
+        yield from memory(setting)
     if setting.wants("scoring share"):
         yield from scoring_share(setting)
     yield from curves(setting)
@@ -124,6 +126,30 @@ def report(setting: Setting) -> Iterator[Result]:
     detail = {"runs": orders * len(methods), "tasks": tasks, "test_rows": rows}
     case = f"report of {orders * len(methods)} runs"
     yield Result("growth", case, "analysis.report", seconds, "s", goal="<= 60", detail=detail)
+
+
+def memory(setting: Setting) -> Iterator[Result]:
+    """Compare what a run of the growing bank keeps in memory from stage to stage with the bank itself.
+
+    From the second stage, the first ones fill allocators and caches, to the last but one: after the last, all tasks'
+    tokens are sampled at once.
+    """
+    shape, count, rows = setting.pick("qwen2.5-0.5b", "smollm2-short", "tiny"), setting.pick(10, 10, 5), 8
+    script = str(ROOT / "tests" / "benchmarks" / "stages_memory.py")
+    out = _python(script, setting.device.type, shape, str(count), str(rows), str(setting.seed))
+    stages: list[dict[str, int]] = json.loads(out.splitlines()[-1])
+    first, last = stages[2], stages[-2]
+    grown = {name: last[name] - first[name] for name in first}
+    detail = {"shape": shape, "stages": count, "rows_a_task": rows, "bytes_after_stages": stages, "grown_bytes": grown}
+    case = f"{shape} memory of {count} stages"
+    for name, of, goal in (
+        ("resident", "process", "<= 1"),
+        ("tensors", "all tensors", None),
+        ("gpu", "GPU", "<= 1"),
+    ):
+        if name in grown:
+            measure = f"growth of the {of} / of the bank"
+            yield Result("growth", case, measure, grown[name] / grown["bank"], goal=goal, detail=detail)
 
 
 def scoring_share(setting: Setting) -> Iterator[Result]:

@@ -84,21 +84,21 @@ def scored(make_module, make_data, run_test) -> Any:
         make_data(module, "free", "two", 7, "", seed=2, eval_batch_tokens=200),
         make_data(module, "labels", "three", 5, "Pick one of the labels.", seed=3),
     ]
-    recorder, tables, by_hand = RouteRecorder(), {}, []
+    recorder, tables, by_hand, usages = RouteRecorder(), {}, [], {}
     for stage in range(3):
         start(recorder, stage, stages)
         run_test(module, stages, recorder)
-        tables[stage] = recorder.tables
+        tables[stage], usages[stage] = recorder.tables, recorder.usage[stage]
         by_hand.append([plain_routes(module, data) for data in stages])
         move(module)
-    return module, stages, recorder, tables, by_hand
+    return module, stages, recorder, tables, by_hand, usages
 
 
 def test_usage_is_that_of_plain_passes_over_the_prompts_alone(scored: Any) -> None:
-    _, stages, recorder, tables, by_hand = scored
+    _, stages, _, tables, by_hand, usages = scored
     for stage in range(3):
         for data, routes in zip(stages, by_hand[stage], strict=True):
-            usage = recorder.usage[stage][data.name]
+            usage = usages[stage][data.name]
             assert usage.shape == (BLOCKS, ATOMS)
             np.testing.assert_allclose(usage, pooled(routes), atol=1e-5)
             np.testing.assert_allclose(usage.sum(axis=1), 1.0, atol=1e-6)
@@ -109,7 +109,7 @@ def test_usage_is_that_of_plain_passes_over_the_prompts_alone(scored: Any) -> No
 
 
 def test_usage_rows(scored: Any) -> None:
-    _, stages, recorder, _, _ = scored
+    _, stages, recorder, *_ = scored
     for data in stages:
         rows = found(recorder, "routing", "usage", task=data.name)
         assert [(row["block"], row["atom"]) for row in rows] == [(b, m) for b in range(BLOCKS) for m in range(ATOMS)]
@@ -119,7 +119,7 @@ def test_usage_rows(scored: Any) -> None:
 
 
 def test_entropies(scored: Any) -> None:
-    _, stages, recorder, _, by_hand = scored
+    _, stages, recorder, _, by_hand, _ = scored
     for data, routes in zip(stages, by_hand[2], strict=True):
         tokens = np.concatenate(list(routes.values()), axis=1)
         usage = by_block(recorder, "routing", "usage_entropy_nats", task=data.name, atom=-1)
@@ -130,7 +130,7 @@ def test_entropies(scored: Any) -> None:
 
 
 def test_separation_and_its_split_half_null(scored: Any) -> None:
-    _, stages, recorder, _, by_hand = scored
+    _, stages, recorder, _, by_hand, _ = scored
     routes = {data.name: found for data, found in zip(stages, by_hand[2], strict=True)}
     golden = (math.sqrt(5) - 1) / 2
     for task in routes:
@@ -157,7 +157,7 @@ def test_separation_and_its_split_half_null(scored: Any) -> None:
 
 
 def test_drift_against_the_stage_before_and_the_stage_that_trained(scored: Any) -> None:
-    _, _, recorder, tables, _ = scored
+    _, _, recorder, tables, *_ = scored
     assert tables[0]["drift"] == []
     references = {(row["task"], row["reference"], row["reference_stage"]) for row in tables[1]["drift"]}
     assert references == {(task, "previous", 0) for task in ("one", "two", "three")}
@@ -185,7 +185,7 @@ def test_rows_fit_their_tables(scored: Any, tmp_path: Path) -> None:
 
 
 def test_usages_restored_from_parquet_give_the_same_drift(scored: Any, run_test, tmp_path: Path) -> None:
-    module, stages, recorder, tables, _ = scored
+    module, stages, recorder, tables, _, usages = scored
     recorder = copy.deepcopy(recorder)
     for stage in range(3):
         records.append(tmp_path, "routing", tables[stage]["routing"])
@@ -193,16 +193,19 @@ def test_usages_restored_from_parquet_give_the_same_drift(scored: Any, run_test,
     restored.restore(records.read(tmp_path, "routing"))
     assert set(restored.usage) == {0, 1, 2}
     for stage, task in ((stage, data.name) for stage in range(3) for data in stages):
-        np.testing.assert_array_equal(restored.usage[stage][task], recorder.usage[stage][task])
+        np.testing.assert_array_equal(restored.usage[stage][task], usages[stage][task])
     for each in (recorder, restored):
         start(each, 3, stages)
         run_test(module, stages, each)
     assert {row["reference"] for row in restored.tables["drift"]} == {"previous", "trained"}
     assert restored.tables == recorder.tables
+    for each in (recorder, restored):  # what no later stage is compared with is gone
+        kept = {(stage, task) for stage, usage in each.usage.items() for task in usage}
+        assert kept == {(1, "one"), *((stage, task) for stage in (2, 3) for task in ("one", "two", "three"))}
 
 
 def test_scoring_twice_gives_the_same_bits(scored: Any, run_test) -> None:
-    module, stages, _, _, _ = scored
+    module, stages, *_ = scored
     usages = []
     for _ in range(2):
         recorder = RouteRecorder()
@@ -214,7 +217,7 @@ def test_scoring_twice_gives_the_same_bits(scored: Any, run_test) -> None:
 
 
 def test_batches_make_no_difference(scored: Any, make_data, run_test) -> None:
-    module, stages, _, _, _ = scored
+    module, stages, *_ = scored
     usages = []
     for most in (1, 10_000):
         data = make_data(module, "labels", "one", 9, seed=1, eval_batch_tokens=most)

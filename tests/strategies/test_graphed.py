@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Trainer
+from recording import NoWaiting, capturing
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from continual import graphed
 from continual.batches import IGNORED
@@ -24,14 +23,6 @@ from continual.stage_data import StageData
 
 BANK = {"GrowingBank": {"background_rows": 0}}
 Recorded = Callable[..., tuple[Tensor, ...]]
-
-
-@contextmanager
-def capturing() -> Iterator[None]:
-    """Say that a stream is being captured, as a GPU would: transformers then looks at no value of a tensor."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-        yield
 
 
 class Recorder:
@@ -52,24 +43,6 @@ class Recorder:
             return trace(*own)
 
         return replay
-
-
-class NoWaiting(TorchDispatchMode):
-    """Raises at what copies between host and device, or makes the host wait for the device."""
-
-    FORBIDDEN = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "lift_fresh", "unique", "_unique2"}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        by_mask = name.startswith("index") and any(
-            isinstance(index, Tensor) and index.dtype == torch.bool
-            for given in args
-            if isinstance(given, list | tuple)
-            for index in given
-        )
-        if name in self.FORBIDDEN or by_mask:
-            raise AssertionError(f"{name} cannot be recorded")
-        return func(*args, **(kwargs or {}))
 
 
 def spread(module: ContinualModule) -> None:

@@ -1,0 +1,92 @@
+"""A run of the growing bank, in a process of its own: what it keeps in memory after each stage, as a line of JSON.
+
+python tests/benchmarks/stages_memory.py DEVICE SHAPE STAGES ROWS SEED
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+import tempfile
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any, cast
+
+import lightning as L
+import torch
+from measuring import Setting
+from subjects import RandomText, ShapedLM, backbone_dtype, queryable, sequence
+from torch import Tensor
+
+from continual.adapters.growing import GrowingBank as Bank
+from continual.callbacks import StageProgress
+from continual.module import ContinualModule
+from continual.quiet import quieten
+from continual.strategies import GrowingBank
+from continual.strategies.bank_parts import bank_of
+
+
+class Gauge(StageProgress):
+    """Reads memory after every stage's scoring, while the model is still on its device.
+
+    Attributes:
+        rows: One dictionary a stage, the untrained model's first: resident bytes of the process; bytes of all tensors
+            that Python knows of, each storage once; bytes allocated on the GPU; bytes of the bank.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[dict[str, int]] = []
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Lightning's hook."""
+        super().on_test_end(trainer, pl_module)
+        gc.collect()
+        cuda = pl_module.device.type == "cuda"
+        own = bank_bytes(bank_of(cast(ContinualModule, pl_module)))
+        found = {"resident": resident_bytes(), "tensors": tensor_bytes(), "bank": own}
+        self.rows.append(found | ({"gpu": torch.cuda.memory_allocated(pl_module.device)} if cuda else {}))
+
+
+def resident_bytes() -> int:
+    """Return the resident memory of this process; on Linux alone."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def tensor_bytes() -> int:
+    """Return the bytes of all tensors that Python knows of, each storage once."""
+    storages = [item.untyped_storage() for item in gc.get_objects() if isinstance(item, Tensor) and not item.is_meta]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def bank_bytes(bank: Bank) -> int:
+    """Return what a bank is in memory: slices, the factors that they are kept as, and the gate."""
+    tensors: list[Tensor] = []
+    for name in bank.names:
+        tensors += [*bank.tuner.queryable_bank[name].state_dict().values(), *bank.matrices(name).values()]
+        tensors += [part for pair in bank.factors.get(name, {}).values() for part in pair]
+    return sum(tensor.nbytes for tensor in tensors) + 4 * bank.gate.num_numbers
+
+
+def main(device: str, shape: str, stages: int, rows: int, seed: int) -> list[dict[str, int]]:
+    """Run the stages and return what was read."""
+    setting = Setting(torch.device(device), seed=seed)
+    strategy = GrowingBank(instruction_encoder="backbone", background_rows=64, reuse="none")
+    module = ContinualModule(ShapedLM(shape, seed, backbone_dtype(setting)), queryable(), strategy=strategy)
+    tasks: list[Any] = []
+    for index in range(stages):
+        labels = [f"{chr(97 + index)}{side}" for side in "lr"]
+        tasks.append(RandomText([20 + 4 * (row % 8) for row in range(rows)], labels, seed=seed + index))
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(None):
+        run = sequence(setting, Path(folder) / "run", module, tasks, {"batch_size": 8})
+        run.progress = gauge = Gauge()
+        run.run()
+    return gauge.rows
+
+
+if __name__ == "__main__":
+    quieten()
+    print(json.dumps(main(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:]))))
