@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import shutil
 import time
 from collections.abc import Iterator
@@ -151,6 +150,8 @@ class Sequence:
         trainer.fit(self.module, datamodule=data)
         if trainer.global_step == 0:
             raise RunError(f"stage {stage.name!r} trained no step: the trainer's limits leave none")
+        for optimizer in trainer.optimizers:
+            optimizer.state.clear()  # at once: a trainer refers to itself, and waits for Python's collector
         return trainer
 
     def _score(self, index: int, trainer: L.Trainer) -> None:
@@ -167,10 +168,9 @@ class Sequence:
         trainer.test(self.module, datamodule=AllTasks(scored), verbose=False)
 
     def _let_go(self) -> None:
-        """Free the stage's trainer with its optimizer's state, which Lightning leaves with the data it was given."""
+        """Let the stage's trainer go, which Lightning leaves with the data it was given."""
         for data in self.data:
             data.trainer = None
-        gc.collect()  # a trainer refers to itself
 
     def _score_best(self, index: int) -> list[dict[str, Any]]:
         """Return rows for the table scores: the stage's task under the epoch of best training accuracy."""
