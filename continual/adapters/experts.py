@@ -114,24 +114,6 @@ class ExpertTuner(RoutedTuner):
     prefix = "expert_"
     tuner_layer_cls: ClassVar[type[ExpertLinear]] = ExpertLinear
 
-    def _create_and_replace(
-        self,
-        peft_config: ExpertConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
-    ) -> None:
-        if isinstance(target, ExpertLinear):
-            target.update_layer(adapter_name, peft_config)
-            return
-        layer = self.tuner_layer_cls(target)
-        layer._active_adapter = self.active_adapters
-        layer.update_layer(adapter_name, peft_config)
-        self._replace_module(parent, target_name, layer, target)
-
     def _arrange(self, model: nn.Module, adapter_name: str) -> None:
         for place, layer in enumerate(self._layers(adapter_name)):
             layer.places[adapter_name] = place

@@ -14,12 +14,13 @@ from typing import Any, cast
 
 import torch
 from peft.config import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils.peft_types import PeftType, register_peft_method
 from torch import nn
 from torch.func import functional_call
 
 from continual.adapters.base_config import extend_peft_types
+from continual.adapters.tuner import LayerTuner
 
 PEFT_NAME = "FULL"
 extend_peft_types(PEFT_NAME)
@@ -63,7 +64,7 @@ class FullLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
 
-    def update_layer(self, adapter_name: str) -> None:
+    def update_layer(self, adapter_name: str, config: FullFineTuningConfig) -> None:
         """Add the adapter ``adapter_name``: a copy of the module as it is."""
         self.full_copy[adapter_name] = copy.deepcopy(self.base_layer)
         self.set_adapter(self.active_adapters)
@@ -99,7 +100,7 @@ class FullLayer(nn.Module, BaseTunerLayer):
             trained.copy_(before)
 
 
-class FullFineTuningModel(BaseTuner):
+class FullFineTuningModel(LayerTuner):
     """The tuner behind ``get_peft_model(model, FullFineTuningConfig(...))``."""
 
     prefix = "full_"
@@ -117,26 +118,11 @@ class FullFineTuningModel(BaseTuner):
             config.target_modules = trainable_modules(model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
-    def _create_and_replace(
-        self,
-        peft_config: FullFineTuningConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
-    ) -> None:
-        if isinstance(target, FullLayer):
-            target.update_layer(adapter_name)
-            return
+    def _layer_around(self, target: nn.Module, place: str) -> FullLayer:
         uses = Counter(id(p) for _, p in self.model.named_parameters(remove_duplicate=False))
         if any(uses[id(parameter)] > 1 for parameter in target.parameters()):
-            raise ValueError(f"{current_key} shares its weights with another module, so that it cannot train alone")
-        layer = FullLayer(target)
-        layer._active_adapter = self.active_adapters
-        layer.update_layer(adapter_name)
-        self._replace_module(parent, target_name, layer, target)
+            raise ValueError(f"{place} shares its weights with another module, so that it cannot train alone")
+        return FullLayer(target)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         if autocast_adapter_dtype:

@@ -66,24 +66,8 @@ class QueryableLoraModel(RoutedTuner):
 
     # -- PEFT's hooks -------------------------------------------------------------------------------------------------
 
-    def _create_and_replace(
-        self,
-        peft_config: QueryableLoraConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
-    ) -> None:
-        bank = self._bank(adapter_name)
-        if isinstance(target, QueryableLinear):
-            target.update_layer(adapter_name, peft_config, bank, current_key)
-            return
-        layer = QueryableLinear(target)
-        layer._active_adapter = self.active_adapters
-        layer.update_layer(adapter_name, peft_config, bank, current_key)
-        self._replace_module(parent, target_name, layer, target)
+    def _update_layer(self, layer: Any, adapter_name: str, config: Any, place: str) -> None:
+        layer.update_layer(adapter_name, config, self._bank(adapter_name), place)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make ``adapter_name`` the active adapter(s), the only ones with gradients."""

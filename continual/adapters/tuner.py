@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
@@ -23,11 +24,43 @@ _DEFAULT_TARGETS = dict.fromkeys(_LLAMA_LIKE, _ATTENTION) | {
 }
 
 
-class RoutedTuner(BaseTuner):
+class LayerTuner(BaseTuner):
+    """A PEFT tuner that puts a layer of its own, ``tuner_layer_cls``, around each module that it targets."""
+
+    tuner_layer_cls: Any
+
+    def _create_and_replace(
+        self,
+        peft_config: PeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if isinstance(target, self.tuner_layer_cls):
+            self._update_layer(target, adapter_name, peft_config, current_key)
+            return
+        layer = self._layer_around(target, current_key)
+        layer._active_adapter = self.active_adapters
+        self._update_layer(layer, adapter_name, peft_config, current_key)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _layer_around(self, target: nn.Module, place: str) -> Any:
+        """Return a layer around ``target``, which the model calls ``place``."""
+        return self.tuner_layer_cls(target)
+
+    def _update_layer(self, layer: Any, adapter_name: str, config: Any, place: str) -> None:
+        """Add the adapter to a layer."""
+        layer.update_layer(adapter_name, config)
+
+
+class RoutedTuner(LayerTuner):
     """A PEFT tuner whose layers are ``RoutedLinear`` and route each token by its own state.
 
-    A subclass names its ``prefix`` and ``tuner_layer_cls``, creates layers (``_create_and_replace``), numbers them
-    (``_arrange``) and gives them a fresh state before each forward pass (``_begin_pass``).
+    A subclass names its ``prefix`` and ``tuner_layer_cls``, numbers the layers (``_arrange``) and gives them a fresh
+    state before each forward pass (``_begin_pass``).
     """
 
     tuner_layer_cls: Any = RoutedLinear
