@@ -5,6 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from analysis import plots
+from analysis.differences import FEW
 from analysis.frames import Frame
 from analysis.hierarchy import FEW_CELLS, mean_weights
 from analysis.page import OPENING, Plate, unless
@@ -64,7 +65,7 @@ def _methods(compared: Comparison) -> Plate:
 
 def _forest(compared: Comparison) -> Plate:
     sweep, frame = compared.sweep, compared.told
-    frame = frame[frame["measure"] == "average_accuracy"]
+    frame = frame[(frame["measure"] == "average_accuracy") & (frame["tasks"] != FEW)]
     why = "" if len(frame) else why_no_differences(sweep)
     rough = f" Intervals over {FEW_CELLS} cells or fewer are rough." if len(frame) and frame["rough"].any() else ""
     first = frame.drop_duplicates("method")

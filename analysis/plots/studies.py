@@ -164,7 +164,7 @@ def contributions(earned: Frame) -> Axes:
         ax.plot((row.low, row.high), (place, place), color=color, linewidth=2.4)
         ax.plot(row.difference, place, "o", color=color, markersize=6)
         ax.annotate(
-            f"{row.difference:+.3f}".replace("-", "−"),
+            style.signed(row.difference),
             (1.01, place),
             xycoords=("axes fraction", "data"),
             va="center",

@@ -146,6 +146,12 @@ def number(value: float) -> str:
     return text.replace("-", "−") if float(text) != 0 else text.lstrip("-")
 
 
+def signed(value: float) -> str:
+    """Return a difference with its sign and three digits: +0.012, −0.300, and 0.000 for what rounds to nothing."""
+    text = f"{value:+.3f}"
+    return text.replace("-", "−") if float(text) else text.lstrip("+-")
+
+
 def step_of(num: int, most: int) -> int:
     """Return how far apart to put labels, so that at most ``most`` of ``num`` are drawn."""
     return next(

@@ -37,7 +37,7 @@ def differences_forest(differences: Frame) -> Figure:
             row.difference, place, "o" if headline else "D", color=color, markerfacecolor=face, markersize=6, zorder=3
         )
         if headline or "headline" not in set(differences.loc[differences["method"] == row.method, "tasks"]):
-            text = f"{row.difference:+.3f}".replace("-", "−")
+            text = style.signed(row.difference)
             ax.annotate(text, (1.01, place), xycoords=("axes fraction", "data"), va="center", fontsize=8.5, color=color)
     ax.set_yticks(range(len(methods)), [style.short(method, 30) for method in methods])
     ax.set_ylim(len(methods) - 0.4, -0.6)
@@ -172,7 +172,7 @@ def methods_compared(methods: Frame, baseline: str) -> Figure:
             color = {"above": style.ACCENT, "below": style.WARM}.get(str(row.verdict), style.MUTED)
             spot = {"color": color, "markerfacecolor": "white" if row.bound else color}
             span = (row.difference, row.difference_low, row.difference_high)
-            _dot(axes[1], place, span, f"{row.difference:+.3f}", **spot)
+            _dot(axes[1], place, span, style.signed(row.difference), **spot)
         elif paired and row.method == baseline:
             axes[1].annotate("baseline", (0, place), (6, 0), textcoords="offset points", va="center", fontsize=8.5)
     names = [style.short(method, 28) + (" (bound)" if bound else "") for method, bound in _named(methods)]
@@ -201,7 +201,7 @@ def _dot(ax: Axes, place: int, span: tuple[float, float, float], text: str, **sp
         ax.plot((low, high), (place, place), color=spot["color"], linewidth=2.2, zorder=2)
     ax.plot(value, place, "o", markersize=6, zorder=3, **spot)
     ax.annotate(
-        text.replace("-", "−") if float(text) else text.lstrip("+-"),
+        text.replace("-", "−"),
         (1.01, place),
         xycoords=("axes fraction", "data"),
         va="center",
@@ -228,7 +228,7 @@ def words_by_method(words: Frame, methods: Sequence[str]) -> Figure:
         for row in words[words["kind"] == kind].itertuples():
             place = methods.index(str(row.method))
             color = style.WARM if row.high < 0 else style.ACCENT if row.low > 0 else style.MUTED
-            _dot(ax, place, (row.difference, row.low, row.high), f"{row.difference:+.3f}", color=color)
+            _dot(ax, place, (row.difference, row.low, row.high), style.signed(row.difference), color=color)
         ax.set_title(style.wrapped(kind, 30), fontsize=9)
         ax.grid(axis="x")
         ax.tick_params(axis="y", length=0)

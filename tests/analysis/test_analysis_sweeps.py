@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ import test_analysis_page as page_tests
 
 from analysis import RunError, hierarchy, load_sweep, method_table, paired_differences, plots, published
 from analysis.report import main, write_report
-from analysis.sweep_content import edges
+from analysis.sweep_content import compare, edges
+from analysis.sweep_figures import sweep_plates
 from analysis.sweeps import ABOVE, BELOW, EVEN, headline_tasks
 from continual import records
 
-FIGURES = {"methods_side_by_side", "paired_differences", "scores_by_task", "accuracy_by_stage"}
+FOREST = "paired_differences"
+FIGURES = {"methods_side_by_side", FOREST, "scores_by_task", "accuracy_by_stage"}
 
 
 def earned(*scores: list[float], num_rows: int = 10) -> np.ndarray:
@@ -133,6 +136,10 @@ def test_tasks_of_few_rows_are_a_group_of_their_own(tmp_path: Path) -> None:
     found = paired_differences(sweep, "base").set_index(["tasks", "measure"])["difference"]
     assert found["few rows", "average_accuracy"] == pytest.approx(0.9 - 0.6)
     assert found["all", "average_accuracy"] == pytest.approx(0.9 - 0.75)
+    forest = next(plate for plate in sweep_plates(compare(replace(sweep, baseline="base"))) if plate.name == FOREST)
+    assert forest.draw is not None
+    dots = [line for line in forest.draw().axes[0].lines if str(line.get_marker()) in ("o", "D")]
+    assert len(dots) == 1  # the headline tasks' alone: those of few rows stand in the table
 
 
 def test_a_bound_scored_at_the_end_alone_is_compared_too(tmp_path: Path) -> None:
