@@ -85,6 +85,12 @@ def joint_gradients(model: PeftModel) -> tuple[dict[str, Tensor], int]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}, num_bytes
 
 
+def assert_equal(found: dict[str, Tensor], plain: dict[str, Tensor]) -> None:
+    assert found.keys() == plain.keys()
+    for name, value in plain.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
 def quantized() -> nn.Module:
     pytest.importorskip("bitsandbytes")
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
@@ -104,10 +110,7 @@ def test_gradients_are_the_plain_ones_from_few_graphs(
     expected = [gradients(model, shape) for shape in SHAPES]
     compiled.compile_layers(model)
     for shape, plain in zip(SHAPES, expected, strict=True):
-        found = gradients(model, shape)
-        assert found.keys() == plain.keys()
-        for name, value in plain.items():
-            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5, msg=name)
+        assert_equal(gradients(model, shape), plain)
     assert 0 < num_graphs() <= most
 
 
@@ -117,10 +120,7 @@ def test_packed_rows_share_their_graphs_too(backbone: Callable[..., Any], adapt:
     expected = [packed_gradients(model, lengths) for lengths in rows]
     compiled.compile_layers(model)
     for lengths, plain in zip(rows, expected, strict=True):
-        found = packed_gradients(model, lengths)
-        assert found.keys() == plain.keys()
-        for name, value in plain.items():
-            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5, msg=name)
+        assert_equal(packed_gradients(model, lengths), plain)
     assert 0 < num_graphs() <= 2
 
 

@@ -11,6 +11,7 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Trainer
 from recording import NoWaiting, capturing
+from spreading import spread
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -43,15 +44,6 @@ class Recorder:
             return trace(*own)
 
         return replay
-
-
-def spread(module: ContinualModule) -> None:
-    """Move the adapter off its start, so that everything has a gradient."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator).to(parameter.device))
 
 
 def gradients(module: ContinualModule, loss: Tensor) -> list[Tensor | None]:
@@ -89,7 +81,7 @@ def test_a_recording_gives_the_plain_losses_and_gradients(
 ) -> None:
     packing = adapter == "packed"
     module, (data, *_) = prepared(strategy, "queryable" if packing else adapter, rows=24)
-    spread(module)
+    spread(module, 0.1)
     recorder = Recorder()
     passes = GraphedPasses(module, recorder)
     for step, batch in enumerate(batches(data, [4] * 6, packing)):
@@ -132,7 +124,7 @@ def test_nothing_in_a_pass_waits_for_the_device(
     prepared: Callable[..., tuple[ContinualModule, list[StageData]]], adapter: str, packing: bool
 ) -> None:
     module, (data, *_) = prepared("Sequential", adapter, rows=8)
-    spread(module)
+    spread(module, 0.1)
     padded, _ = graphed._padded(batches(data, [4], packing)[0])
     module.train()
     module.training_pass(padded)  # what is made once, on the first pass, is made outside of a recording too
@@ -179,7 +171,7 @@ def test_a_growing_bank_is_recorded_too(
     module, (data, *_) = prepared("GrowingBank", "queryable", rows=16, background_rows=0)
     module.strategy.start(module, data, 1)
     module.strategy.on_train_start(Trainer(logger=False, accelerator="cpu"), module)
-    spread(module)
+    spread(module, 0.1)
     passes = GraphedPasses(module, Recorder())
     for batch in batches(data, [4, 4, 4]):
         loss, _ = module.training_pass(batch)
@@ -208,7 +200,7 @@ def test_a_cuda_graph_gives_the_plain_losses_and_gradients(
     if strategy == "GrowingBank":
         module.strategy.start(module, data, 1)
         module.strategy.on_train_start(Trainer(logger=False, accelerator="gpu", devices=1), module)
-    spread(module)
+    spread(module, 0.1)
     passes = GraphedPasses(module)
     for batch in batches(data, [4, 3, 4, 3, 4, 3, 3, 4, 4, 3], packing):  # two shapes in turn share their memory
         agree_and_step(module, passes, move_data_to_device(batch, module.device), rtol=1e-3, atol=1e-5)

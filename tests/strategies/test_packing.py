@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from peft import LilyConfig, LoraConfig, PolyConfig, PromptTuningConfig
+from spreading import spread
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Lfm2Config, OPTConfig, PreTrainedConfig, PreTrainedModel, Qwen2Config
 
@@ -41,15 +42,6 @@ def mixed(stages: list[StageData]) -> list[Row]:
     rows[2].instruction = ""
     assert len({row.length for row in rows}) == len(rows)
     return rows
-
-
-def spread(module: ContinualModule) -> None:
-    """Move the adapter off its start, so that everything has a gradient."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
 
 
 def computed(module: ContinualModule, batch: dict[str, Any]) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
@@ -84,7 +76,7 @@ def test_packed_rows_give_the_padded_losses_gradients_and_routes(
     adapter = "queryable" if kind == "checkpointed" else kind
     module, stages = second_stage(sequence) if kind == "bank" else prepared("Sequential", adapter)
     module.train()
-    spread(module)
+    spread(module, 0.3)
     rows = mixed(stages)
     expected = computed(module, stages[0].collate(rows))
     if kind == "checkpointed":
@@ -108,7 +100,7 @@ def test_packed_rows_give_the_padded_losses_gradients_and_routes(
 @pytest.mark.parametrize("adapter", ["lora", "queryable", "experts"])
 def test_a_row_does_not_see_the_others(prepared: Prepared, adapter: str) -> None:
     module, stages = prepared("Sequential", adapter)
-    spread(module)
+    spread(module, 0.3)
     rows = mixed(stages)
     before = computed(module, packed(stages[0], rows))[1].split([len(row.answer_ids) for row in rows])
     rows[1].prompt_ids = [(token + 3) % 200 + 20 for token in rows[1].prompt_ids]
@@ -118,7 +110,7 @@ def test_a_row_does_not_see_the_others(prepared: Prepared, adapter: str) -> None
 
 def test_padding_behind_packed_rows_changes_nothing(prepared: Prepared) -> None:
     module, stages = prepared("Sequential", "queryable")
-    spread(module)
+    spread(module, 0.3)
     rows = mixed(stages)
     batch = packed(stages[0], rows, pack_to=64)
     assert batch["forward"]["input_ids"].shape[1] % 64 == 0 != sum(row.length for row in rows) % 64
@@ -130,7 +122,7 @@ def test_padding_behind_packed_rows_changes_nothing(prepared: Prepared) -> None:
 
 def test_every_process_packs_its_own_rows(prepared: Prepared) -> None:
     module, stages = prepared("Sequential", "queryable")
-    spread(module)
+    spread(module, 0.3)
     rows = mixed(stages)
     whole = computed(module, packed(stages[0], rows))[0]
     parts = [stages[0]._collator(True, share=slice(rank, None, 3), pack_to=1)(rows) for rank in range(3)]

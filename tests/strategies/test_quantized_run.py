@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from killing import run_and_go_on
 
-from continual import experiment, manifest
 from continual.adapters import GateInputs, load_bank
-from continual.sequence import Sequence
 
 pytest.importorskip("bitsandbytes")
 
@@ -35,28 +33,11 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     chosen: dict[str, Any],
     configure: Callable[..., str],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     tree = yaml.safe_load(configure(strategy, adapter, num_stages=3, rows=4, **chosen))
     tree["model"]["backbone"]["init_args"] = {"hidden_size": 64, "num_layers": 2, "quantization": NF4}
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    run = Sequence(experiment.parse(yaml.safe_dump(tree), "nf4"), whole)
-    run.prepare()
-    score = Sequence._score
-
-    def copy_first(self: Sequence, index: int, *rest: Any) -> None:
-        if index == 3:
-            shutil.copytree(whole, cut)
-        score(self, index, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Sequence, "_score", copy_first)
-        run.run()
-    state, resolved = manifest.read(cut)
-    assert state.finished_stage == 2
-    resumed = Sequence(experiment.parse(resolved, "nf4"), cut)
-    resumed.prepare(state)
-    resumed.run()
+    run = run_and_go_on(yaml.safe_dump(tree), whole, cut)
 
     for table in ("scores", "answers", "gradients"):
         assert (whole / f"{table}.parquet").read_bytes() == (cut / f"{table}.parquet").read_bytes(), table

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from killing import run_and_go_on
 
-from continual import experiment, manifest
 from continual.files import size_bytes
-from continual.module import ContinualModule
-from continual.sequence import Sequence
 
 STRATEGIES: dict[str, dict[str, Any]] = {
     "Sequential": {},
@@ -39,27 +36,6 @@ CASES = [
 LORA_ONLY = [(name, "queryable") for name in ("OLoRA", "NLoRA", "CLoRA", "SEQR")]
 
 
-def _copy_at(patch: pytest.MonkeyPatch, moment: str, run_dir: Path, copy: Path) -> None:
-    """Copy what a kill would leave of a run just before its third stage's second step, its scores or its commit."""
-    owner, name = {
-        "train": (ContinualModule, "training_step"),
-        "score": (Sequence, "_score"),
-        "commit": (manifest.Manifest, "commit"),
-    }[moment]
-    original = getattr(owner, name)
-
-    def copy_first(self: Any, *arguments: Any) -> Any:
-        if moment == "train":
-            last = self.strategy.stage == 3 and self.trainer.global_step == 1
-        else:
-            last = arguments[0] == 3 if moment == "score" else self.finished_stage == 3
-        if last:
-            shutil.copytree(run_dir, copy)
-        return original(self, *arguments)
-
-    patch.setattr(owner, name, copy_first)
-
-
 @pytest.mark.parametrize(
     ("strategy", "adapter", "moment"),
     [(*case, "score") for case in CASES if case not in LORA_ONLY]
@@ -71,21 +47,10 @@ def test_killed_run_goes_on_to_the_same_scores(
     moment: str,
     configure: Callable[..., str],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     text = configure(strategy, adapter, num_stages=3, rows=4, **STRATEGIES[strategy])
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    run = Sequence(experiment.parse(text, "strategy"), whole)
-    run.prepare()
-    with monkeypatch.context() as patch:
-        _copy_at(patch, moment, whole, cut)
-        run.run()
-
-    state, resolved = manifest.read(cut)
-    assert state.finished_stage == 2
-    resumed = Sequence(experiment.parse(resolved, "strategy"), cut)
-    resumed.prepare(state)
-    resumed.run()
+    run = run_and_go_on(text, whole, cut, moment)
 
     for table in ("scores", "answers", "gradients", *(["routing"] if "queryable" in adapter else [])):
         assert (whole / f"{table}.parquet").read_bytes() == (cut / f"{table}.parquet").read_bytes(), table
