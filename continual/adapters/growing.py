@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from continual.adapters.factored import Factored
 from continual.adapters.gate import StageGate
 
 if TYPE_CHECKING:
@@ -48,8 +49,7 @@ class GrowingBank:
         in_use: Adapters that every row uses, in training say; None where the gate decides.
         chosen_B: Index of the stage that the gate chose for each row of the last pass; ``gate.ABSTAIN`` for none.
         reads: What the gate reads of a row, as a bank's folder says (``bank_folder``); empty in a run.
-        factors: Of each slice, the matrices PLACE|A and PLACE|B that are kept as a product of two, (rows, k) and
-            (k, columns).
+        factored: Of each slice, the matrices PLACE|A and PLACE|B that are kept in parts.
     """
 
     def __init__(self, tuner: QueryableLoraModel, gate: StageGate, depth: int) -> None:
@@ -58,7 +58,7 @@ class GrowingBank:
         self.chosen_B: Tensor | None = None
         self.observe: Observer | None = None
         self.reads: dict[str, Any] = {}
-        self.factors: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
+        self.factored: dict[str, dict[str, Factored]] = {}
         self._seen: tuple[Any, ...] = ()
         self._uses: dict[str, Tensor | None] = {}
 
@@ -217,24 +217,23 @@ class GrowingBank:
     def factor(self, name: str, factors: dict[str, tuple[Tensor, Tensor]]) -> None:
         """Put left right, (rows, k) and (k, columns), in the place of some of a slice's matrices.
 
-        The factors are what is kept, where they are fewer numbers than the matrix. Their product is always taken on
-        the CPU: read back, the slice is the same to the last bit.
+        Parts of the product are what is kept, where they are fewer numbers than the matrix.
         """
-        matrices, kept = self.matrices(name), self.factors.setdefault(name, {})
+        matrices, kept = self.matrices(name), self.factored.setdefault(name, {})
         for key, (left, right) in factors.items():
-            left, right = left.float().cpu(), right.float().cpu()
-            matrices[key].copy_(left @ right)
+            parts = Factored.of(left, right)
+            matrices[key].copy_(parts.matrix())
             kept.pop(key, None)
-            if left.numel() + right.numel() < matrices[key].numel():
-                kept[key] = (left, right)
+            if parts.num_numbers < matrices[key].numel():
+                kept[key] = parts
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """Return what has to be kept of a slice: atoms, router, B and, where it is trained, A, or their factors."""
+        """Return what has to be kept of a slice: atoms, router, B and, where it is trained, A, or parts of them."""
         kept = {f"bank|{key}": value.detach() for key, value in self.tuner.queryable_bank[name].state_dict().items()}
-        factors = self.factors.get(name, {})
+        factored = self.factored.get(name, {})
         for key, matrix in self.matrices(name).items():
-            if key in factors:
-                kept[f"{key}|left"], kept[f"{key}|right"] = factors[key]
+            if key in factored:
+                kept |= {f"{key}|{part}": tensor for part, tensor in factored[key].tensors().items()}
             else:
                 kept[key] = matrix.detach()
         return kept
@@ -244,13 +243,12 @@ class GrowingBank:
         """Take up what ``tensors`` gave, into the slice ``name``, which is there already."""
         bank = self.tuner.queryable_bank[name]
         bank.load_state_dict({key[5:]: value for key, value in tensors.items() if key.startswith("bank|")})
-        factors = {}
+        factored = self.factored[name] = dict[str, Factored]()
         for key, matrix in self.matrices(name).items():
-            if key in tensors:
-                matrix.copy_(tensors[key])
-            else:
-                factors[key] = (tensors[f"{key}|left"], tensors[f"{key}|right"])
-        self.factor(name, factors)
+            if key not in tensors:
+                parts = {part: tensors[f"{key}|{part}"] for part in ("own", "places", "mix")}
+                factored[key] = Factored(**parts, wide=matrix.shape[0] < matrix.shape[1])
+            matrix.copy_(tensors[key] if key in tensors else factored[key].matrix())
 
     def num_numbers(self, name: str) -> int:
         """Return how many numbers a slice keeps."""

@@ -65,8 +65,9 @@ class GrowingBank(Strategy):
 
     Takes the adapter ``QueryableLoraConfig``; with its ``frozen_A_seed`` a stage keeps no A.
 
-    Stores: for each stage 4 x (components kept) x (d_out + r) bytes a projection, its atoms and router, and 4 x labels
-    x features for the gate; once, 8 x features^2 / 2 for the gate's covariance. The adapter's folder holds all of it.
+    Stores: for each stage 4 x k (d_out + r + 1 - k) bytes a projection of which k components are kept, its atoms and
+    router, and 4 x labels x features for the gate; once, 8 x features^2 / 2 for the gate's covariance. The adapter's
+    folder holds all of it.
 
     Args:
         instruction_encoder: Encodes instructions for the gate: "backbone", the mean of its input embeddings; or a
@@ -238,9 +239,9 @@ class GrowingBank(Strategy):
             drop(middle)
             low, high = (middle, high) if self._loss(module, data, self._own(name)) <= limit else (low, middle)
         drop(low)
-        matrices, factors = bank.matrices(name), bank.factors[name]
-        kept = {key: sum(part.numel() for part in factors.get(key, [matrix])) for key, matrix in matrices.items()}
-        return sum(kept.values()) / sum(matrix.numel() for matrix in matrices.values())
+        matrices, factored = bank.matrices(name), bank.factored[name]
+        kept = [factored[key].num_numbers if key in factored else matrix.numel() for key, matrix in matrices.items()]
+        return sum(kept) / sum(matrix.numel() for matrix in matrices.values())
 
     def _components(self, module: ContinualModule, data: StageData, name: str) -> dict[str, Components]:
         """Return the components of the slice's matrices, by how much they move their layer on the stage's tokens."""

@@ -190,7 +190,7 @@ def test_a_slice_comes_back_from_its_tensors_to_the_bit(grown, ids) -> None:
     bank.factor("stage02", factors)
     tensors = load(save({name: tensor.contiguous() for name, tensor in bank.tensors("stage02").items()}))
     assert not [name for name in tensors if name.endswith("|A")]  # drawn again from the seed
-    assert sum(name.endswith("|left") for name in tensors) == 3
+    assert sum(name.endswith("|own") for name in tensors) == 3
     assert bank.num_numbers("stage02") == sum(tensor.numel() for tensor in tensors.values())
     other, restored = grown([["default"], ["stage02"]], frozen_A_seed=3)
     restored.restore("stage02", tensors)

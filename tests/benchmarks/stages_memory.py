@@ -63,11 +63,11 @@ def tensor_bytes() -> int:
 
 
 def bank_bytes(bank: Bank) -> int:
-    """Return what a bank is in memory: slices, the factors that they are kept as, and the gate."""
+    """Return what a bank is in memory: slices, the parts that they are kept as, and the gate."""
     tensors: list[Tensor] = []
     for name in bank.names:
         tensors += [*bank.tuner.queryable_bank[name].state_dict().values(), *bank.matrices(name).values()]
-        tensors += [part for pair in bank.factors.get(name, {}).values() for part in pair]
+        tensors += [part for parts in bank.factored.get(name, {}).values() for part in parts.tensors().values()]
     return sum(tensor.nbytes for tensor in tensors) + 4 * bank.gate.num_numbers
 
 
