@@ -20,7 +20,7 @@ from measuring import Result, Setting, table
 
 from continual.quiet import quieten
 
-SUITES = ("training", "stage", "scoring", "growth", "quantized")
+SUITES = ("training", "stage", "scoring", "growth", "quantized", "devices")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

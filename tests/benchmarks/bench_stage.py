@@ -48,12 +48,12 @@ def through_lightning(setting: Setting, folder: Path, shape: str, steps: int, co
     made: list[ContinualModule] = []
 
     def product() -> Callable[[], Any]:
-        stages = _sequence(setting, folder / "product", shape, steps, compiles)
+        stages = _sequence(setting, folder / "product", shape, steps, {"compile": compiles})
         made.append(stages.module)
         return lambda: stages._fit(1)
 
     def bare() -> Callable[[], Any]:
-        stages = _sequence(setting, folder / "bare", shape, steps, compiles)
+        stages = _sequence(setting, folder / "bare", shape, steps, {"compile": compiles})
         made.append(stages.module)
         return lambda: bare_stage(stages.module, stages.data[0], setting.device)
 
@@ -76,9 +76,11 @@ def _cost(timings: Timings, steps: int) -> dict[str, Any]:
     return spread([1e6 * (a - b) / steps for a, b in pairs])
 
 
-def _sequence(setting: Setting, folder: Path, shape: str, steps: int, compiles: bool, **data: Any) -> StageSequence:
+def _sequence(
+    setting: Setting, folder: Path, shape: str, steps: int, way: dict[str, bool], **data: Any
+) -> StageSequence:
     # The learning rate stays as it is, so that the bare loop needs no schedule of its own.
-    fields = {"compile": compiles, "warmup_steps": 0, "final_lr_fraction": 1.0}
+    fields: dict[str, Any] = way | {"warmup_steps": 0, "final_lr_fraction": 1.0}
     adapter = lora(target_modules=["q_proj"]) if shape == "one-layer" else queryable()
     module = ContinualModule(ShapedLM(shape, setting.seed, backbone_dtype(setting)), adapter, **fields)
     task = RandomText(_lengths(steps), seed=setting.seed)
@@ -111,7 +113,7 @@ def packed_rows(setting: Setting, folder: Path, case: str, shape: str, steps: in
     made: dict[str, StageSequence] = {}
 
     def stage(name: str) -> Callable[[], Any]:
-        made[name] = _sequence(setting, folder / name, shape, steps, compiles, packing=name == "packed")
+        made[name] = _sequence(setting, folder / name, shape, steps, {"compile": compiles}, packing=name == "packed")
         return lambda: made[name]._fit(1)
 
     stand = Stand(setting.device)
@@ -161,15 +163,18 @@ def padded_batch(rows: list[Row]) -> dict[str, torch.Tensor]:
 
 
 def against_naive(setting: Setting, folder: Path, shape: str, steps: int) -> Iterator[Result]:
-    """Time the product's stage, compiled on a GPU, against PEFT LoRA, eager, in shuffled and padded batches."""
+    """Time the product's stage, compiled or recorded on a GPU, against PEFT LoRA in shuffled and padded batches."""
     tokens = sum(_lengths(steps))
+    ways: dict[str, dict[str, bool]] = setting.pick(
+        {"compiled": {"compile": True}, "graphs": {"cuda_graphs": True}}, {"eager": {}}, {"eager": {}}
+    )
 
-    def product() -> Callable[[], Any]:
-        stages = _sequence(setting, folder, shape, steps, compiles=setting.cuda)
+    def product(way: str) -> Callable[[], Any]:
+        stages = _sequence(setting, folder / way, shape, steps, ways[way])
         return lambda: stages._fit(1)
 
     def naive() -> Callable[[], Any]:
-        rows = _sequence(setting, folder.with_name("rows"), shape, steps, compiles=False).data[0].train_rows
+        rows = _sequence(setting, folder / "rows", shape, steps, {}).data[0].train_rows
         module = NaiveModule(ShapedLM(shape, setting.seed, backbone_dtype(setting)))
         # Lightning's defaults but for files and the bar's own output: what these cost would count against it.
         quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
@@ -185,18 +190,13 @@ def against_naive(setting: Setting, folder: Path, shape: str, steps: int) -> Ite
 
     stand = Stand(setting.device)
     stand.add("naive", naive, warm_up=1)
-    stand.add("product", product, warm_up=1)
+    for way in ways:
+        stand.add(way, lambda way=way: product(way), warm_up=1)
     timings = stand.run(setting.num_rounds(5))
-    detail = {
-        "shape": shape,
-        "steps": steps,
-        "rows": BATCH_SIZE,
-        "compiled": setting.cuda,
-        "backbone_dtype": backbone_dtype(setting),
-    } | timings.detail()
-    detail["tokens_a_second"] = {name: tokens / timings.median(name) for name in ("product", "naive")}
-    case = f"{shape} against a naive recipe"
-    goal = ">= 3" if setting.cuda else None
-    yield Result(
-        "stage", case, "tokens a second / naive's", **timings.ratio("naive", "product"), goal=goal, detail=detail
-    )
+    detail = {"shape": shape, "steps": steps, "rows": BATCH_SIZE, "backbone_dtype": backbone_dtype(setting)}
+    detail |= timings.detail()
+    detail["tokens_a_second"] = {name: tokens / timings.median(name) for name in ("naive", *ways)}
+    case, goal = f"{shape} against a naive recipe", ">= 3" if setting.cuda else None
+    for way in ways:
+        measure = f"tokens a second / naive's ({way})"
+        yield Result("stage", case, measure, **timings.ratio("naive", way), goal=goal, detail=detail)
