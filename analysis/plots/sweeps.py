@@ -37,8 +37,7 @@ def differences_forest(differences: Frame) -> Figure:
             row.difference, place, "o" if headline else "D", color=color, markerfacecolor=face, markersize=6, zorder=3
         )
         if headline or "headline" not in set(differences.loc[differences["method"] == row.method, "tasks"]):
-            text = style.signed(row.difference)
-            ax.annotate(text, (1.01, place), xycoords=("axes fraction", "data"), va="center", fontsize=8.5, color=color)
+            style.beside(ax, place, style.signed(row.difference), color)
     ax.set_yticks(range(len(methods)), [style.short(method, 30) for method in methods])
     ax.set_ylim(len(methods) - 0.4, -0.6)
     ax.tick_params(axis="y", length=0)
@@ -167,7 +166,7 @@ def methods_compared(methods: Frame, baseline: str) -> Figure:
     for place, row in enumerate(methods.itertuples()):
         face = "white" if row.bound else style.ACCENT
         spot: dict[str, Any] = {"color": style.ACCENT, "markerfacecolor": face}
-        _dot(axes[0], place, (row.value, row.low, row.high), f"{row.value:.3f}", **spot)
+        _dot(axes[0], place, (row.value, row.low, row.high), style.signed(row.value).lstrip("+"), **spot)
         if paired and not np.isnan(row.difference):
             color = {"above": style.ACCENT, "below": style.WARM}.get(str(row.verdict), style.MUTED)
             spot = {"color": color, "markerfacecolor": "white" if row.bound else color}
@@ -200,14 +199,7 @@ def _dot(ax: Axes, place: int, span: tuple[float, float, float], text: str, **sp
     if not np.isnan(low):
         ax.plot((low, high), (place, place), color=spot["color"], linewidth=2.2, zorder=2)
     ax.plot(value, place, "o", markersize=6, zorder=3, **spot)
-    ax.annotate(
-        text.replace("-", "−"),
-        (1.01, place),
-        xycoords=("axes fraction", "data"),
-        va="center",
-        fontsize=8.5,
-        color=spot["color"],
-    )
+    style.beside(ax, place, text, spot["color"])
 
 
 def words_by_method(words: Frame, methods: Sequence[str]) -> Figure:
