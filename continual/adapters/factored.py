@@ -32,7 +32,7 @@ class Factored:
     @classmethod
     def of(cls, left: Tensor, right: Tensor) -> Factored:
         """Return the product of two matrices, (rows, k) and (k, columns), in float32."""
-        wide = left.shape[0] < right.shape[1]
+        wide = _is_wide(left.shape[0], right.shape[1])
         long, short = (right.T, left.T) if wide else (left, right)
         long, short = long.double().cpu(), short.double().cpu()
         # Partial pivoting picks rows of short.T, all of whose entries in L are at most 1: the columns that are kept.
@@ -44,13 +44,18 @@ class Factored:
         mix = torch.linalg.solve_triangular(lower[:rank], lower[rank:][rest], upper=False, left=False)
         return cls(own.float().contiguous(), places.int(), mix[:, top].float().contiguous(), wide)
 
+    @classmethod
+    def read(cls, tensors: dict[str, Tensor], shape: torch.Size) -> Factored:
+        """Take up what ``tensors`` gave of a matrix of this shape."""
+        return cls(**tensors, wide=_is_wide(*shape))
+
     @property
     def num_numbers(self) -> int:
         """How many numbers it is kept as, places with them."""
         return sum(tensor.numel() for tensor in self.tensors().values())
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return what is kept, as named tensors."""
+        """Return what is kept, as named tensors; ``read`` takes them up."""
         return {"own": self.own, "places": self.places, "mix": self.mix}
 
     def matrix(self) -> Tensor:
@@ -61,3 +66,7 @@ class Factored:
         others[places] = False
         found[places], found[others] = self.own, self.mix @ self.own
         return found if self.wide else found.T
+
+
+def _is_wide(rows: int, columns: int) -> bool:
+    return rows < columns

@@ -246,8 +246,9 @@ class GrowingBank:
         factored = self.factored[name] = dict[str, Factored]()
         for key, matrix in self.matrices(name).items():
             if key not in tensors:
-                parts = {part: tensors[f"{key}|{part}"] for part in ("own", "places", "mix")}
-                factored[key] = Factored(**parts, wide=matrix.shape[0] < matrix.shape[1])
+                start = f"{key}|"
+                parts = {each.removeprefix(start): part for each, part in tensors.items() if each.startswith(start)}
+                factored[key] = Factored.read(parts, matrix.shape)
             matrix.copy_(tensors[key] if key in tensors else factored[key].matrix())
 
     def num_numbers(self, name: str) -> int:
