@@ -6,18 +6,17 @@ Processes of one device and of two are all there from the start and take turns; 
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
-from measuring import Result, Setting, spread
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
+from measuring import Result, Setting, Stand
 from subjects import TEXT_LENGTHS, RandomText, ShapedLM, backbone_dtype, queryable, sequence
 
 from continual.module import ContinualModule
@@ -31,20 +30,18 @@ def run(setting: Setting) -> Iterator[Result]:
     if not setting.wants(case) or (setting.cuda and torch.cuda.device_count() < 2):
         return
     rows, steps = setting.pick(16, 4, 2), setting.pick(60, 4, 2)
-    seconds: dict[int, list[float]] = {1: [], 2: []}
+    stand = Stand(setting.device, wall=True)
     with ExitStack() as stack:
-        stages = {number: stack.enter_context(Group(setting, shape, number, rows, steps)) for number in seconds}
-        for turn in range(setting.num_rounds(5)):
-            for number in seconds if turn % 2 == 0 else reversed(seconds):
-                seconds[number].append(stages[number].stage())
-    pairs = zip(seconds[1], seconds[2], strict=True)
-    detail = {"shape": shape, "rows_a_device": rows, "steps": steps, "seconds": seconds, "strategy": "ddp"}
-    detail |= {"backbone_dtype": backbone_dtype(setting), "adapter": "float32", "clock": "wall"}
-    detail["rows_a_second"] = {number: number * rows * steps / min(each) for number, each in seconds.items()}
-    ratio = spread([2 * one / two for one, two in pairs])
-    yield Result(
-        "devices", case, "rows a second / one device's", **ratio, goal=">= 1.8" if setting.cuda else None, detail=detail
-    )
+        # The same rows in all: two devices make half of the steps.
+        groups = [stack.enter_context(Group(setting, shape, number, rows, 2 * steps // number)) for number in (1, 2)]
+        for name, group in zip(("one", "two"), groups, strict=True):
+            stand.add(name, lambda group=group: group.train, warm_up=1)
+        timings = stand.run(setting.num_rounds(5))
+    detail = {"shape": shape, "rows_a_device": rows, "rows": 2 * rows * steps, "strategy": "ddp"} | timings.detail()
+    detail |= {"backbone_dtype": backbone_dtype(setting), "adapter": "float32"}
+    del detail["peak_bytes"]  # this process's: the models are in others
+    ratio, goal = timings.ratio("one", "two"), ">= 1.8" if setting.cuda else None
+    yield Result("devices", case, "rows a second / one device's", **ratio, goal=goal, detail=detail)
 
 
 class Group:
@@ -60,9 +57,7 @@ class Group:
 
     def __init__(self, setting: Setting, shape: str, number: int, rows: int, steps: int) -> None:
         arguments = [setting.device.type, shape, number, rows, steps, setting.seed]
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(find_free_network_port())}
         paths = [str(Path(__file__).parent), os.getcwd(), os.environ.get("PYTHONPATH", "")]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
         self.processes = [
@@ -79,16 +74,14 @@ class Group:
     def __enter__(self) -> Group:
         return self
 
-    def stage(self) -> float:
-        """Train a stage; return the first process's seconds."""
+    def train(self) -> None:
+        """Train a stage."""
         for process in self.processes:
             stdin = cast(IO[str], process.stdin)
             stdin.write("train\n")
             stdin.flush()
-        found = [cast(IO[str], process.stdout).readline() for process in self.processes]
-        if not all(found):
+        if not all(cast(IO[str], process.stdout).readline() for process in self.processes):
             raise RuntimeError("a process of the benchmark has ended; its error is above")
-        return float(found[0])
 
     def __exit__(self, *error: object) -> None:
         for process in self.processes:
@@ -97,7 +90,7 @@ class Group:
 
 
 def wait_and_train(device: str, shape: str, number: int, rows: int, steps: int, seed: int) -> None:
-    """Make the run ready, warm up, then train a stage for every line of standard input, telling its seconds."""
+    """Make the run ready, then train a stage for every line of standard input, saying when it is done."""
     setting, out = Setting(torch.device(device), seed=seed), sys.stdout
     module = ContinualModule(ShapedLM(shape, seed, backbone_dtype(setting)), queryable())
     lengths = [TEXT_LENGTHS[index % len(TEXT_LENGTHS)] for index in range(number * rows * steps)]
@@ -105,18 +98,11 @@ def wait_and_train(device: str, shape: str, number: int, rows: int, steps: int, 
     trainer: dict[str, Any] = {"devices": number, "strategy": "ddp"} if number > 1 else {"devices": 1}
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(None):
         stages = sequence(setting, Path(folder) / "run", module, [RandomText(lengths, seed=seed)], data, trainer)
-        stages._fit(1)
         for _ in sys.stdin:
-            seconds = _timed(lambda: stages._fit(1), setting)
-            print(seconds, file=out, flush=True)
-
-
-def _timed(call: Callable[[], Any], setting: Setting) -> float:
-    started = time.perf_counter()
-    call()
-    if setting.cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
+            stages._fit(1)
+            if setting.cuda:
+                torch.cuda.synchronize()
+            print("trained", file=out, flush=True)
 
 
 if __name__ == "__main__":

@@ -103,10 +103,11 @@ class Timings:
         seconds: Subject -> seconds a call, one number a round.
         peak_bytes: Subject -> memory at its peak, its own models and optimizer included and no other subject's; empty
             on a CPU.
+        clock: "wall" or "processor".
     """
 
-    def __init__(self, seconds: Mapping[str, list[float]], peak_bytes: Mapping[str, int]) -> None:
-        self.seconds, self.peak_bytes = dict(seconds), dict(peak_bytes)
+    def __init__(self, seconds: Mapping[str, list[float]], peak_bytes: Mapping[str, int], clock: str) -> None:
+        self.seconds, self.peak_bytes, self.clock = dict(seconds), dict(peak_bytes), clock
 
     def median(self, name: str) -> float:
         """Return a subject's median seconds a call."""
@@ -120,8 +121,7 @@ class Timings:
     def detail(self) -> dict[str, Any]:
         """Return what ratios were computed from."""
         medians = {name: self.median(name) for name in self.seconds}
-        clock = "wall" if self.peak_bytes else "processor"
-        return {"median_seconds": medians, "clock": clock, "peak_bytes": self.peak_bytes}
+        return {"median_seconds": medians, "clock": self.clock, "peak_bytes": self.peak_bytes}
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
@@ -134,10 +134,14 @@ class Stand:
     """Subjects that take turns on one device.
 
     Each is built by a function that returns what one call of it does, so that memory can be told apart.
+
+    Args:
+        device: Where they are.
+        wall: Whether the clock on the wall counts on a CPU too: where other processes are what is timed.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, wall: bool = False) -> None:
+        self.device, self.wall = device, wall or device.type == "cuda"
         self._calls: dict[str, Callable[[], Any]] = {}
         self._resident: dict[str, int] = {}
 
@@ -155,7 +159,7 @@ class Stand:
         On a GPU the clock on the wall counts, from one synchronisation to the next; on a CPU the processor time of this
         process, so that a machine that others use as well is no matter.
         """
-        clock = time.perf_counter if self.device.type == "cuda" else time.process_time
+        clock = time.perf_counter if self.wall else time.process_time
         seconds: dict[str, list[float]] = {name: [] for name in self._calls}
         peaks: dict[str, int] = {}
         names = list(self._calls)
@@ -172,7 +176,7 @@ class Stand:
                 if self.device.type == "cuda":
                     own = self._resident[name] + torch.cuda.max_memory_allocated(self.device) - start
                     peaks[name] = max(own, peaks.get(name, 0))
-        return Timings(seconds, peaks)
+        return Timings(seconds, peaks, "wall" if self.wall else "processor")
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
