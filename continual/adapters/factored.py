@@ -45,9 +45,16 @@ class Factored:
         return cls(own.float().contiguous(), places.int(), mix[:, top].float().contiguous(), wide)
 
     @classmethod
-    def read(cls, tensors: dict[str, Tensor], shape: torch.Size) -> Factored:
-        """Take up what ``tensors`` gave of a matrix of this shape."""
-        return cls(**tensors, wide=_is_wide(*shape))
+    def read(cls, tensors: dict[str, Tensor], key: str, shape: torch.Size) -> Factored:
+        """Take up what ``tensors`` gave of a matrix of this shape, each part under KEY|PART.
+
+        Raises:
+            ValueError: A part is missing.
+        """
+        names = {part: f"{key}|{part}" for part in ("own", "places", "mix")}
+        if lacking := [name for name in names.values() if name not in tensors]:
+            raise ValueError(f"{', '.join(lacking)} missing: it was not written whole, or by an earlier version")
+        return cls(**{part: tensors[name] for part, name in names.items()}, wide=_is_wide(*shape))
 
     @property
     def num_numbers(self) -> int:

@@ -246,9 +246,7 @@ class GrowingBank:
         factored = self.factored[name] = dict[str, Factored]()
         for key, matrix in self.matrices(name).items():
             if key not in tensors:
-                start = f"{key}|"
-                parts = {each.removeprefix(start): part for each, part in tensors.items() if each.startswith(start)}
-                factored[key] = Factored.read(parts, matrix.shape)
+                factored[key] = Factored.read(tensors, key, matrix.shape)
             matrix.copy_(tensors[key] if key in tensors else factored[key].matrix())
 
     def num_numbers(self, name: str) -> int:

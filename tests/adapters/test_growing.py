@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -198,6 +199,16 @@ def test_a_slice_comes_back_from_its_tensors_to_the_bit(grown, ids) -> None:
         assert torch.equal(other(ids).logits, model(ids).logits)
     again = restored.tensors("stage02")
     assert set(again) == set(tensors) and all(torch.equal(again[name], tensors[name]) for name in tensors)
+
+
+def test_a_slice_with_a_part_missing_is_refused_by_its_name(grown) -> None:
+    _, bank = grown([["default"], ["stage02"]], frozen_A_seed=3)
+    place, layer = next(iter(bank.layers("stage02").items()))
+    bank.factor("stage02", {f"{place}|B": (torch.randn(layer.out_features, 2), torch.randn(2, 4))})
+    tensors = bank.tensors("stage02")
+    del tensors[f"{place}|B|mix"]
+    with pytest.raises(ValueError, match=rf"{re.escape(place)}\|B\|mix missing"):
+        bank.restore("stage02", tensors)
 
 
 def test_a_copy_computes_what_its_source_does(grown, ids) -> None:

@@ -29,13 +29,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "suites", nargs="*", choices=[*SUITES, []], metavar="SUITE", help=f"of {', '.join(SUITES)}; all"
     )
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="cpu or cuda")
     parser.add_argument("--tiny", action="store_true", help="sizes that take seconds")
     parser.add_argument("--seed", type=int, default=0, help="decides weights, rows and tokens")
     parser.add_argument("--rounds", type=int, help="rounds of turns; each benchmark has its own number")
     parser.add_argument("--only", default="", metavar="WORDS", help="leave out cases whose name lacks these words")
     parser.add_argument("--out", type=Path, help="write the lines of JSON here too")
     given = parser.parse_args(argv)
+    if given.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU")
     quieten()
     setting = Setting(torch.device(given.device), given.tiny, given.seed, given.rounds, given.only)
     results: list[Result] = []
