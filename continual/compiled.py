@@ -34,6 +34,7 @@ def compile_layers(model: PeftModel) -> None:
         raise ValueError("there are no decoder layers to compile: leave model.compile out")
     limits: Any = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, _NUM_GRAPHS)
+    limits.specialize_float = True  # a norm's epsilon would else be a tensor that is read back in each pass
     shapes: Any = torch.fx.experimental._config
     shapes.use_duck_shape = False  # a batch as large as the bank once would else have to be so always
     for layer in decoder.layers:

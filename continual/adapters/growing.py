@@ -177,7 +177,7 @@ class GrowingBank:
 
     @contextmanager
     def observing(self, observe: Observer) -> Iterator[None]:
-        """Show every layer's u = A h and S u, what stands before B, to ``observe`` inside the ``with``."""
+        """Show every layer's u = A h, and what its B is applied to, to ``observe`` inside the ``with``."""
         self.observe = observe
         try:
             yield

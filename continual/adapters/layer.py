@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, cast
 
@@ -53,16 +53,14 @@ class RoutedLinear(nn.Module, BaseTunerLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Map x, (..., d_in), to (..., d_out)."""
         result = self.base_layer(x, *args, **kwargs)
-        if not self.disable_adapters:
-            for update in self._updates(x):
-                result = result + update.to(result.dtype)
-        return result
+        return result if self.disable_adapters else self._adapted(result, x)
 
-    def _updates(self, x: Tensor) -> Iterator[Tensor]:
-        """Yield what each adapter in use adds, (..., d_out)."""
+    def _adapted(self, result: Tensor, x: Tensor) -> Tensor:
+        """Return ``result``, (..., d_out), with what each adapter in use adds to it."""
         for name in self.active_adapters:
             if name in self.scaling:
-                yield self._update(name, x)
+                result = result + self._update(name, x).to(result.dtype)
+        return result
 
     def _update(self, name: str, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -87,7 +85,6 @@ class LayerUse:
         name: The adapter.
         weight_A: A, (r, d_in).
         weight_B: B, (d_out, r).
-        scaling: lora_alpha / r.
         dropout: What the layer's input goes through first.
         bank: The adapter's atoms and router.
         block: The state of the layer's block.
@@ -97,7 +94,6 @@ class LayerUse:
     name: str
     weight_A: Tensor
     weight_B: Tensor
-    scaling: float
     dropout: nn.Module
     bank: AtomBank
     block: BlockState
@@ -154,7 +150,6 @@ class QueryableLinear(RoutedLinear):
                 name=name,
                 weight_A=self.queryable_A[name],
                 weight_B=self.queryable_B[name],
-                scaling=self.scaling[name],
                 dropout=self.queryable_dropout[name],
                 bank=self._banks[name],
                 block=state.blocks[self.blocks[name]],
@@ -164,13 +159,14 @@ class QueryableLinear(RoutedLinear):
             if name in self.scaling
         ]
 
-    def _updates(self, x: Tensor) -> Iterator[Tensor]:
+    def _adapted(self, result: Tensor, x: Tensor) -> Tensor:
         if self.routing_state is None:
             raise RuntimeError("an adapted layer was called on its own: call the model that the adapter was put into")
         for use in self.routing_state:
-            yield self._routed_update(use, x)
+            result = self._with_update(result, use, x)
+        return result
 
-    def _routed_update(self, use: LayerUse, x: Tensor) -> Tensor:
+    def _with_update(self, result: Tensor, use: LayerUse, x: Tensor) -> Tensor:
         bank, block, state = use.bank, use.block, use.block.shared
         u = F.linear(use.dropout(self._cast_input_dtype(x, use.weight_A.dtype)), use.weight_A)
         if use.leads:
@@ -178,10 +174,12 @@ class QueryableLinear(RoutedLinear):
         routed = bank.apply_route(block, u)
         if state.observe is not None:
             state.observe(self, use.name, u, routed)
-        update = F.linear(routed, use.weight_B) * use.scaling
+        if state.weight_B is None and routed.dtype == result.dtype:  # one kernel for the product with B and the sum
+            return torch.addmm(result.flatten(0, -2), routed.flatten(0, -2), use.weight_B.T).view(result.shape)
+        update = F.linear(routed, use.weight_B)
         if state.weight_B is not None:
             update = update * state.weight_B.view(-1, *([1] * (update.dim() - 1)))
-        return update
+        return result + update.to(result.dtype)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Make these the active adapters; an A that is never trained stays without a gradient."""

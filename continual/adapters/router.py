@@ -35,12 +35,13 @@ class SharedState:
     It is no dataclass: FSDP looks into those among a layer's keywords and puts copies in their place.
 
     Args:
-        operator_KR: The bank as one matrix, (M * r, r): row m * r + j holds column j of atom m.
+        operator_KR: The bank as one matrix, (M * r, r): row m * r + j holds column j of atom m, times lora_alpha / r.
         log_prior_BM: lambda * log pi(c) of each row, (B, M), or of each token, (B, T, M); None where the prior is off.
 
     Attributes:
         weight_B: What each row's update is multiplied by, (B,); None for 1.
-        observe: Called with a layer, the adapter's name, u = A h and S_b u, both (..., r); None for nobody.
+        observe: Called with a layer, the adapter's name, u = A h and what B is applied to, (lora_alpha / r) S_b u, both
+            (..., r); None for nobody.
         removed: The atom that no token may use; None for none.
     """
 
@@ -152,7 +153,9 @@ class AtomBank(nn.Module):
             row_of_token: Where rows are packed into one, (1, T), the row of ``encoding_BE`` that each token is of.
         """
         # Row m * r + j of the matrix is column j of atom m, so that (alpha outer u) @ matrix = sum_m alpha_m C_m u.
-        operator = self.atoms.transpose(1, 2).reshape(-1, self.config.r)
+        # The scaling goes in here, once a pass, and not in every layer where it would be a float to compiled code.
+        config = self.config
+        operator = self.atoms.transpose(1, 2).reshape(-1, config.r) * (config.lora_alpha / config.r)
         log_prior = projected = None
         if self.config.uses_prior and encoding_BE is not None:
             projected = self.project(encoding_BE)
@@ -197,11 +200,11 @@ class AtomBank(nn.Module):
     def logits(self, block: BlockState, z: Tensor) -> Tensor:
         """Return the routing logits g, (..., M), of ``block`` at the state z, (..., r)."""
         config = self.config
-        logits = z.new_zeros(*z.shape[:-1], config.num_atoms)
-        if block.query_map is not None:
+        if block.query_map is None:
+            logits = z.new_zeros(*z.shape[:-1], config.num_atoms)
+        else:
             query_input = torch.cat([z, self.depth_summary(block, z)], dim=-1) if config.uses_summary else z
-            query = F.linear(query_input, block.query_map)
-            logits = self._match(query)
+            logits = self._match(F.linear(query_input, block.query_map))
         prior = block.shared.log_prior_BM
         if prior is not None:
             prior = prior if block.asked_BM is None else prior + block.asked_BM
@@ -228,7 +231,7 @@ class AtomBank(nn.Module):
         return (weights.unsqueeze(-1) * block.earlier).sum(dim=-2)
 
     def apply_route(self, block: BlockState, u: Tensor) -> Tensor:
-        """Return S_b u, (..., r), as one small matrix product."""
+        """Return (lora_alpha / r) S_b u, (..., r), as one small matrix product."""
         if block.route is None:
             raise RuntimeError(
                 "a block has no route yet: its first adapted projection did not run before this one. "

@@ -102,9 +102,9 @@ def _ratios(layer: QueryableLinear, h: Tensor) -> Iterator[tuple[tuple[str, int]
                 summary = vector_norm(bank.depth_summary(part, z), dim=-1)
                 yield ("summary", block), _ratio(summary, vector_norm(part.earlier, dim=-1).amax(dim=-1))
         x = h.to(use.weight_A.dtype)
-        update = F.linear(bank.apply_route(part, F.linear(x, use.weight_A)), use.weight_B) * use.scaling
+        update = F.linear(bank.apply_route(part, F.linear(x, use.weight_A)), use.weight_B)
         norms = matrix_norm(use.weight_A.float(), ord=2) * matrix_norm(use.weight_B.float(), ord=2)
-        bound = use.scaling * radius * norms * vector_norm(x, dim=-1)
+        bound = layer.scaling[use.name] * radius * norms * vector_norm(x, dim=-1)
         yield ("update", block), _ratio(vector_norm(update, dim=-1), bound)
 
 

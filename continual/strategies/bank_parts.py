@@ -78,7 +78,7 @@ def read_bank(module: ContinualModule, folder: Path) -> dict[str, Any]:
 
 @dataclass
 class Moments:
-    """Sums over a stage's tokens of what one layer's low-rank states are like: u = A h, v = S u.
+    """Sums over a stage's tokens: u = A h, a layer's low-rank state, and v = (lora_alpha / r) S u, before its B.
 
     Attributes:
         state_rr: Sum of u u^T.

@@ -69,7 +69,7 @@ def test_routes_weights_and_operator_of_any_bank(
             assert ((alpha > 0).sum(dim=-1) <= config.top_k).all()
         # S_b = sum_m alpha_m C_m: in the convex hull of the atoms by those weights; Theorem D.8.
         operator = torch.einsum("btm,mij->btij", alpha, bank.atoms)
-        expected = torch.einsum("btij,btj->bti", operator, u)
+        expected = config.lora_alpha / config.r * torch.einsum("btij,btj->bti", operator, u)
         torch.testing.assert_close(
             bank.apply_route(state.blocks[block], u), expected, rtol=1e-9, atol=1e-12 * magnitude
         )

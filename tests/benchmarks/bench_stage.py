@@ -165,9 +165,9 @@ def padded_batch(rows: list[Row]) -> dict[str, torch.Tensor]:
 def against_naive(setting: Setting, folder: Path, shape: str, steps: int) -> Iterator[Result]:
     """Time the product's stage, compiled or recorded on a GPU, against PEFT LoRA in shuffled and padded batches."""
     tokens = sum(_lengths(steps))
-    ways: dict[str, dict[str, bool]] = setting.pick(
-        {"compiled": {"compile": True}, "graphs": {"cuda_graphs": True}}, {"eager": {}}, {"eager": {}}
-    )
+    compiled, graphs = {"compile": True}, {"cuda_graphs": True}
+    on_gpu = {"compiled": compiled, "graphs": graphs, "compiled graphs": compiled | graphs}
+    ways: dict[str, dict[str, bool]] = setting.pick(on_gpu, {"eager": {}}, {"eager": {}})
 
     def product(way: str) -> Callable[[], Any]:
         stages = _sequence(setting, folder / way, shape, steps, ways[way])

@@ -70,7 +70,7 @@ def cases(setting: Setting) -> list[Case]:
     dtypes: tuple[Dtype, ...] = ("bfloat16", "float32")
     base_modes = setting.pick(tuple(MODES), ("eager", "compiled"), None)
     found = [Case(s, rows, tokens, d, "base", base_modes) for s, rows, tokens in shapes for d in dtypes]
-    modes = setting.pick(tuple(MODES), ("eager",), None)
+    modes = setting.pick(("eager", "compiled", "compiled graphs"), ("eager",), None)
     shape, rows, tokens = shapes[0]
     return found + [
         Case(shape, rows, tokens, dtype, variant, modes)

@@ -152,6 +152,8 @@ class Stand:
         for _ in range(warm_up):
             call()
         self._resident[name] = self._allocated() - before
+        if self.device.type == "cuda":  # what warming up took and gave back is there for the next
+            torch.cuda.empty_cache()
 
     def run(self, rounds: int, repeats: int = 1) -> Timings:
         """Let all subjects take turns, the order reversed every other round; each turn is ``repeats`` calls.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Trainer
+from peft import PeftModel
 from recording import NoWaiting, capturing
 from spreading import spread
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from continual import graphed
 from continual.batches import IGNORED
+from continual.compiled import compile_layers
 from continual.errors import RunError
 from continual.graphed import GraphedPasses
 from continual.module import ContinualModule
@@ -183,20 +185,22 @@ def test_a_growing_bank_is_recorded_too(
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("strategy", ["Sequential", "LwF", "GrowingBank"])
-@pytest.mark.parametrize("adapter", ["lora", "queryable", "experts", "regressor", "packed"])
+@pytest.mark.parametrize("adapter", ["lora", "queryable", "experts", "regressor", "packed", "compiled"])
 def test_a_cuda_graph_gives_the_plain_losses_and_gradients(
     prepared: Callable[..., tuple[ContinualModule, list[StageData]]],
     monkeypatch: pytest.MonkeyPatch,
     adapter: str,
     strategy: str,
 ) -> None:
-    if strategy == "GrowingBank" and adapter not in ("queryable", "packed"):
+    if strategy == "GrowingBank" and adapter not in ("queryable", "packed", "compiled"):
         pytest.skip("it grows our own bank alone")
     monkeypatch.setattr(graphed, "_SIGHTINGS", 2)
-    packing = adapter == "packed"
-    adapter = "queryable" if packing else adapter
+    packing, compiles = adapter == "packed", adapter == "compiled"
+    adapter = "queryable" if packing or compiles else adapter
     module, (data, *_) = prepared(strategy, adapter, rows=64, **BANK.get(strategy, {}))
     module.cuda()
+    if compiles:
+        compile_layers(cast(PeftModel, module.model))
     if strategy == "GrowingBank":
         module.strategy.start(module, data, 1)
         module.strategy.on_train_start(Trainer(logger=False, accelerator="gpu", devices=1), module)
