@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import lightning as L
@@ -163,6 +165,19 @@ def mean(values: Tensor) -> Tensor:
 
 
 # -- a backbone in shards ---------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def staying(module: ContinualModule) -> Iterator[None]:
+    """Leave a module on its device inside the ``with``.
+
+    Lightning moves a module to the host after each fit and each test, and back for the next: seconds a stage.
+    """
+    vars(module)["cpu"] = lambda: module
+    try:
+        yield
+    finally:
+        del vars(module)["cpu"]
 
 
 def is_sharded(module: ContinualModule) -> bool:

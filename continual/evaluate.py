@@ -38,7 +38,7 @@ class Outcome:
         targets: Each row's true answer (regression: the true value).
         seen_values: Label tasks: 1.0 where the answer is right among all labels seen; None where only own ones count.
         generated_values: Label tasks: 1.0 where the generated text is the label; None where nothing is generated.
-        routes: Of each block, the routing weights of the prompt's tokens, (B, P, M); None without a router.
+        routes: Routing weights of each block and token of the prompt, (N, B, P, M); None without a router.
         stages: Name of the stage that a growing bank's gate chose for each row, "" for none; None without a gate.
         prompt_mask: 1 for the prompt's own tokens, 0 for padding, (B, P); None without routes.
     """
@@ -49,7 +49,7 @@ class Outcome:
     targets: list[Any]
     seen_values: list[float] | None = None
     generated_values: list[float] | None = None
-    routes: list[Tensor] | None = None
+    routes: Tensor | None = None
     prompt_mask: Tensor | None = None
     stages: list[str] | None = None
 
@@ -206,7 +206,7 @@ def _keep_prompt_routes(outcome: Outcome, routes: Sequence[Tensor | None], batch
         mask = torch.ones(len(batch["rows"]), 1, device=batch["labels"].device)
     kept = [route if route.dim() == 3 else route.unsqueeze(1) for route in routes if route is not None]
     if kept:  # none where the adapter is switched off
-        outcome.routes, outcome.prompt_mask = [route[:, : mask.shape[1]] for route in kept], mask
+        outcome.routes, outcome.prompt_mask = torch.stack([route[:, : mask.shape[1]] for route in kept]), mask
 
 
 def is_routed(model: Any) -> bool:

@@ -65,7 +65,8 @@ class GraphedPasses:
         shape = tuple((name, *tensor.shape) for name, tensor in tensors.items())
         self._sightings[shape] += 1
         if self._sightings[shape] < _SIGHTINGS:
-            return self.module.training_pass(batch)
+            with uncached_casts():  # as recorded: what is compiled in these passes is what is recorded
+                return self.module.training_pass(batch)
         if shape not in self._passes:
             self._passes[shape] = self._recorded(tensors)
         loss, *outputs = self._passes[shape](*tensors.values())
@@ -141,19 +142,30 @@ def _on_cuda() -> Capture:
 
 @contextmanager
 def recording(what: str) -> Iterator[None]:
-    """Record inside the ``with``: autocast keeps no cast weights, which a recording would read after they are gone.
+    """Record inside the ``with``.
 
     Raises:
         RunError: ``what`` cannot be recorded.
     """
-    before = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
     try:
-        yield
+        with uncached_casts():
+            yield
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
         why = str(error).partition("\n")[0]
         raise RunError(f"model.cuda_graphs cannot record this model's {what} ({why}): set it to false") from error
+
+
+@contextmanager
+def uncached_casts() -> Iterator[None]:
+    """Let autocast, if it is on, keep no cast weights: a recording would read them after they are gone.
+
+    Where it is off nothing is switched, since compiled code holds for one setting of the switch alone.
+    """
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(before and not torch.is_autocast_enabled())
+    try:
+        yield
     finally:
         torch.set_autocast_cache_enabled(before)

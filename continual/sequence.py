@@ -147,7 +147,8 @@ class Sequence:
             self.best.start(self._keys(index), data)
             callbacks.append(self.best)
         trainer = self.experiment.make_trainer(stage, self.run_dir, callbacks)
-        trainer.fit(self.module, datamodule=data)
+        with devices.staying(self.module):
+            trainer.fit(self.module, datamodule=data)
         if trainer.global_step == 0:
             raise RunError(f"stage {stage.name!r} trained no step: the trainer's limits leave none")
         for optimizer in trainer.optimizers:
@@ -165,7 +166,11 @@ class Sequence:
         self.tokens.start(self._keys(index), scored, trained)
         if self.general is not None:
             self.general.start(self._keys(index))
-        trainer.test(self.module, datamodule=AllTasks(scored), verbose=False)
+        self._test(trainer, scored)
+
+    def _test(self, trainer: L.Trainer, tasks: list[StageData]) -> None:
+        with devices.staying(self.module):
+            trainer.test(self.module, datamodule=AllTasks(tasks), verbose=False)
 
     def _let_go(self) -> None:
         """Let the stage's trainer go, which Lightning leaves with the data it was given."""
@@ -186,7 +191,7 @@ class Sequence:
         recorder = ScoreRecorder()
         recorder.start(self._keys(index), tasks)
         trainer = self.experiment.make_trainer(None, self.run_dir, [recorder, self.progress, self.module.strategy])
-        trainer.test(self.module, datamodule=AllTasks(tasks), verbose=False)
+        self._test(trainer, tasks)
         return recorder
 
     def scored_after(self, index: int) -> list[StageData]:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -35,18 +35,22 @@ class SharedState:
     It is no dataclass: FSDP looks into those among a layer's keywords and puts copies in their place.
 
     Args:
-        operator_KR: The bank as one matrix, (M * r, r): row m * r + j holds column j of atom m, times lora_alpha / r.
+        atoms: The bank's atoms times lora_alpha / r, (M, r, r).
         log_prior_BM: lambda * log pi(c) of each row, (B, M), or of each token, (B, T, M); None where the prior is off.
 
     Attributes:
+        columns_KR: The same as one matrix, (r * M, r): row j * M + m holds column j of atom m.
+        rows_KR: Likewise, (r * M, r): row i * M + m holds row i of atom m.
         weight_B: What each row's update is multiplied by, (B,); None for 1.
         observe: Called with a layer, the adapter's name, u = A h and what B is applied to, (lora_alpha / r) S_b u, both
             (..., r); None for nobody.
         removed: The atom that no token may use; None for none.
     """
 
-    def __init__(self, operator_KR: Tensor, log_prior_BM: Tensor | None) -> None:
-        self.operator_KR, self.log_prior_BM = operator_KR, log_prior_BM
+    def __init__(self, atoms: Tensor, log_prior_BM: Tensor | None) -> None:
+        self.atoms, self.log_prior_BM = atoms, log_prior_BM
+        self.columns_KR = atoms.detach().permute(2, 0, 1).flatten(0, 1)
+        self.rows_KR = atoms.detach().permute(1, 0, 2).flatten(0, 1)
         self.weight_B: Tensor | None = None
         self.observe: Callable[[nn.Module, str, Tensor, Tensor], None] | None = None
         self.removed: int | None = None
@@ -152,16 +156,14 @@ class AtomBank(nn.Module):
                 that no instruction is given: its prior is uniform.
             row_of_token: Where rows are packed into one, (1, T), the row of ``encoding_BE`` that each token is of.
         """
-        # Row m * r + j of the matrix is column j of atom m, so that (alpha outer u) @ matrix = sum_m alpha_m C_m u.
         # The scaling goes in here, once a pass, and not in every layer where it would be a float to compiled code.
-        config = self.config
-        operator = self.atoms.transpose(1, 2).reshape(-1, config.r) * (config.lora_alpha / config.r)
+        atoms = self.atoms * (self.config.lora_alpha / self.config.r)
         log_prior = projected = None
         if self.config.uses_prior and encoding_BE is not None:
             projected = self.project(encoding_BE)
             projected = projected if row_of_token is None else projected[row_of_token]
             log_prior = self.config.prior_weight * self.log_prior(projected)
-        state = RoutingState(SharedState(operator, log_prior))
+        state = RoutingState(SharedState(atoms, log_prior))
         none = [None] * self.config.num_blocks
         maps = self.query_maps.unbind() if self.config.uses_state else none
         queries = [None, *self.summary_queries.unbind()] if self.config.uses_summary else none
@@ -237,8 +239,9 @@ class AtomBank(nn.Module):
                 "a block has no route yet: its first adapted projection did not run before this one. "
                 "The layers ran in another order than they are registered in"
             )
-        mixed = (block.route.unsqueeze(-1) * u.unsqueeze(-2)).flatten(-2)
-        return mixed @ block.shared.operator_KR
+        state = block.shared
+        flat = block.route.flatten(0, -2), u.flatten(0, -2)
+        return cast(Tensor, _Routed.apply(*flat, state.atoms, state.columns_KR, state.rows_KR)).view(u.shape)
 
     def _weights(self, logits: Tensor, removed: int | None = None) -> Tensor:
         if removed is not None:  # as in a bank without it
@@ -254,6 +257,45 @@ class AtomBank(nn.Module):
             tied = logits.amax(dim=-1, keepdim=True) == logits.amin(dim=-1, keepdim=True)
             routes = torch.where(tied, 1 / num_atoms, routes)
         return routes
+
+
+class _Routed(torch.autograd.Function):
+    """sum_m alpha_m C_m u of n tokens, by products of small matrices both ways.
+
+    Only alpha and u are kept for the way back. What torch would derive keeps alpha outer u too, M / 2 times as much, and
+    takes more and slower kernels: at these sizes their number is what a step pays for.
+    """
+
+    @staticmethod
+    def forward(route_nM: Tensor, u_nr: Tensor, atoms: Tensor, columns_KR: Tensor, rows_KR: Tensor) -> Tensor:
+        """Return (n, r)."""
+        return _outer(u_nr, route_nM) @ columns_KR
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        """Keep what the gradients are made of."""
+        route_nM, u_nr, atoms, _, rows_KR = inputs
+        ctx.save_for_backward(route_nM, u_nr, atoms, rows_KR)
+
+    @staticmethod
+    def backward(ctx: Any, grad_nr: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """Return the gradients of alpha, u and the atoms, where they are wanted."""
+        route, u, atoms, rows_KR = ctx.saved_tensors
+        for_route, for_u, for_atoms, *_ = ctx.needs_input_grad
+        grad, route, u = (tensor.to(atoms.dtype) for tensor in (grad_nr, route, u))  # autocast mixes them
+        pairs = _outer(grad, u) if for_route or for_atoms else grad
+        return (
+            pairs @ atoms.flatten(1).T if for_route else None,
+            _outer(grad, route) @ rows_KR if for_u else None,
+            (route.T @ pairs).view(atoms.shape) if for_atoms else None,
+            None,
+            None,
+        )
+
+
+def _outer(a_np: Tensor, b_nq: Tensor) -> Tensor:
+    """Return each row's outer product, row-major, (n, p * q)."""
+    return (a_np.unsqueeze(-1) * b_nq.unsqueeze(-2)).flatten(1)
 
 
 def top_k_softmax(logits: Tensor, top_k: int) -> Tensor:

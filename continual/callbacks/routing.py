@@ -134,19 +134,14 @@ class _TaskRoutes:
         self.entropy: Tensor | None = None  # (N,)
         self.tokens = torch.zeros(2, dtype=torch.float64)
 
-    def add(self, routes: list[Tensor], mask_BP: Tensor, rows: Iterable[int]) -> None:
-        """Add routes of each block, (B, P, M), over the tokens that ``mask_BP`` marks."""
-        padding = ~mask_BP.bool().unsqueeze(-1)
-        weights, entropies = [], []
-        for route in routes:
-            route = route.float().masked_fill(padding, 0.0)
-            weights.append(route.sum(dim=1))  # (B, M)
-            entropies.append(-torch.xlogy(route, route).sum())
+    def add(self, routes_NBPM: Tensor, mask_BP: Tensor, rows: Iterable[int]) -> None:
+        """Add a batch's routes over the tokens that ``mask_BP`` marks; all blocks at once, since each call costs."""
+        routes = routes_NBPM.float().masked_fill(~mask_BP.bool().unsqueeze(-1), 0.0)
         half = torch.tensor([_half_of(row) for row in rows])
-        per_row = torch.stack(weights).double().cpu()  # (N, B, M)
+        per_row = routes.sum(dim=2).double().cpu()  # (N, B, M)
         tokens = mask_BP.sum(dim=1).double().cpu()
         summed = torch.stack([per_row[:, half == side].sum(dim=1) for side in (0, 1)])
-        entropy = torch.stack(entropies).double().cpu()
+        entropy = -torch.xlogy(routes, routes).sum(dim=(1, 2, 3)).double().cpu()
         self.weights = summed if self.weights is None else self.weights + summed
         self.entropy = entropy if self.entropy is None else self.entropy + entropy
         self.tokens += torch.stack([tokens[half == side].sum() for side in (0, 1)])

@@ -69,10 +69,11 @@ class TokenRecorder(L.Callback):
         chosen = np.argsort(order, kind="stable")[: self.num_tokens]
         if len(kept) == self.num_tokens:
             chosen = chosen[order[chosen] < kept[-1][0]]
-        index = (torch.from_numpy(own[chosen]), torch.from_numpy(column[chosen]))
-        routes = torch.stack([route[index].float().cpu() for route in outcome.routes], dim=1).numpy()  # (n, N, M)
+        if not len(chosen):
+            return
+        routes = outcome.routes[:, torch.from_numpy(own[chosen]), torch.from_numpy(column[chosen])].float().cpu()
         columns = ids.cpu().tolist()
-        for token, weights in zip(chosen, routes, strict=True):
+        for token, weights in zip(chosen, routes.transpose(0, 1).numpy(), strict=True):  # (N, M) each
             row, last = int(own[token]), int(column[token])
             seen = columns[row][max(int(first[row]), last - _NUM_BEFORE) : last + 1]
             kept.append((int(order[token]), (outcome.rows[row], int(place[token]), seen, weights.copy())))

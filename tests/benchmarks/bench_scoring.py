@@ -168,6 +168,7 @@ def recording(setting: Setting, folder: Path, shape: str) -> Iterator[Result]:
     stages, batches = _scoring(setting, folder / "routes", shape, queryable(), task)
     module, keys, trained = stages.module, stages._keys(1), {stages.data[0].name: 1}
 
+    @torch.inference_mode()  # as Lightning tests
     def on() -> None:
         stages.routes.start(keys, stages.data, trained)
         stages.tokens.start(keys, stages.data, trained)

@@ -28,7 +28,7 @@ def run(setting: Setting) -> Iterator[Result]:
     """Measure what Lightning and our callbacks cost a step, what packing is worth, and what a naive recipe costs."""
     with tempfile.TemporaryDirectory() as folder:
         shape = setting.pick("qwen2.5-0.5b", "smollm2-short", "tiny")
-        steps = setting.pick(100, 6, 3)
+        steps = setting.pick(60, 6, 3)
         for compiles in setting.pick((False, True), (False,), (False,)):
             title = f"{shape} {'compiled' if compiles else 'eager'}"
             if setting.wants(f"{title} through Lightning"):

@@ -271,7 +271,7 @@ def test_plain_lora_writes_no_routing_rows(make_module, make_data, run_test) -> 
 
 def outcome(route: list[list[float]], mask: list[int], row: int) -> Outcome:
     """Return a row's outcome with one block's routes given."""
-    return Outcome([row], [1.0], [""], [""], routes=[torch.tensor([route])], prompt_mask=torch.tensor([mask]))
+    return Outcome([row], [1.0], [""], [""], routes=torch.tensor([[route]]), prompt_mask=torch.tensor([mask]))
 
 
 def test_sums_by_hand() -> None:

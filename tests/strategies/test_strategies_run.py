@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from killing import run_and_go_on
 
 from continual.files import size_bytes
+from continual.module import ContinualModule
+from continual.sequence import Sequence
 
 STRATEGIES: dict[str, dict[str, Any]] = {
     "Sequential": {},
@@ -67,3 +70,22 @@ def test_killed_run_goes_on_to_the_same_scores(
         assert 0 < (whole / last).stat().st_size - run.module.strategy._pair_bytes < 4096  # type: ignore[attr-defined]
     assert facts["stored_bytes"]["3"] == kept
     assert [path.name for path in (whole / "strategy").glob("*")] in ([], ["stage-03"])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize(("strategy", "adapter"), [case for case in CASES if case not in LORA_ONLY])
+def test_every_strategy_runs_on_a_gpu(strategy: str, adapter: str, sequence: Callable[..., Sequence]) -> None:
+    made = sequence(strategy, adapter, num_stages=3, rows=4, **STRATEGIES[strategy])
+    made.experiment.trainer["accelerator"] = "gpu"
+    made.run()
+    assert made.manifest.complete and made.module.device.type == "cuda"
+
+
+def test_no_stage_moves_the_model_to_the_host(
+    sequence: Callable[..., Sequence], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved: list[ContinualModule] = []
+    monkeypatch.setattr(ContinualModule, "cpu", moved.append, raising=False)
+    made = sequence("Sequential", rows=4)
+    made.run()
+    assert not moved and "cpu" not in vars(made.module)
