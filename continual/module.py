@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,6 +30,7 @@ from continual.evaluate import Outcome, is_routed, score_batch
 from continual.files import whole_folder
 from continual.graphed import GraphedPasses
 from continual.instructions import GENERAL_INSTRUCTIONS
+from continual.packing import nothing_packed
 from continual.strategies import Sequential, Strategy
 from continual.strategies.base import trainable
 
@@ -178,9 +180,11 @@ class ContinualModule(L.LightningModule):
         """
         assert self.model is not None
         forward, labels = batch["forward"], batch["labels"]
+        packed = "logits_to_keep" in forward
         if self.backbone.kind == "causal_lm":
             forward = {"logits_to_keep": labels.shape[1] + 1, "use_cache": False} | forward
-        result = functional_call(self.model, parameters, (), forward) if parameters else self.model(**forward)
+        with nullcontext() if packed else nothing_packed():
+            result = functional_call(self.model, parameters, (), forward) if parameters else self.model(**forward)
         return result.float() if self.backbone.kind == "regressor" else result.logits[:, : labels.shape[1]].float()
 
     def answer_outputs(self, batch: dict[str, Any], outputs: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ class SharedState:
 
     def __init__(self, atoms: Tensor, log_prior_BM: Tensor | None) -> None:
         self.atoms, self.log_prior_BM = atoms, log_prior_BM
-        self.columns_KR = atoms.detach().permute(2, 0, 1).flatten(0, 1)
+        self.columns_KR = atoms.permute(2, 0, 1).flatten(0, 1)
         self.rows_KR = atoms.detach().permute(1, 0, 2).flatten(0, 1)
         self.weight_B: Tensor | None = None
         self.observe: Callable[[nn.Module, str, Tensor, Tensor], None] | None = None
@@ -262,8 +262,8 @@ class AtomBank(nn.Module):
 class _Routed(torch.autograd.Function):
     """sum_m alpha_m C_m u of n tokens, by products of small matrices both ways.
 
-    Only alpha and u are kept for the way back. What torch would derive keeps alpha outer u too, M / 2 times as much, and
-    takes more and slower kernels: at these sizes their number is what a step pays for.
+    Only alpha and u are kept for the way back. What torch would derive keeps alpha outer u too, several times as much,
+    and takes more and slower kernels: at these sizes their number is what a step pays for.
     """
 
     @staticmethod

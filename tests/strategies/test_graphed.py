@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, cast
 
 import pytest
@@ -181,6 +182,24 @@ def test_a_growing_bank_is_recorded_too(
     padded, _ = graphed._padded(batch)
     with capturing(), NoWaiting():
         gradients(module, module.training_pass(padded)[0])
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_pass_has_the_same_mask_recorded_or_not(
+    prepared: Callable[..., tuple[ContinualModule, list[StageData]]], packing: bool
+) -> None:
+    """Compiled layers would else be compiled anew while they are recorded, which a GPU forbids."""
+    module, (data, *_) = prepared("Sequential", "queryable", rows=8)
+    (batch,) = batches(data, [4], packing)
+    masks: list[Tensor | None] = []
+    first_layer = cast(Any, module.model).get_base_model().get_decoder().layers[0]
+    first_layer.register_forward_pre_hook(
+        lambda layer, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
+    )
+    for context in (nullcontext(), capturing()):
+        with context, nullcontext() if packing else NoWaiting():
+            module.training_pass(graphed._padded(batch)[0])
+    assert [mask is not None for mask in masks] == [packing, packing]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
