@@ -10,7 +10,6 @@ from continual.experiment import Experiment
 from continual.manifest import Manifest
 from continual.quiet import quieten
 from continual.sequence import Sequence
-from continual.stage_data import AllTasks
 
 
 class BankScores(Sequence):
@@ -39,6 +38,6 @@ class BankScores(Sequence):
         self.progress.title = "bank"
         callbacks = [self.scores, self.progress, self.module.strategy]
         trainer = self.experiment.make_trainer(None, self.run_dir, callbacks)
-        trainer.test(self.module, datamodule=AllTasks(self.data), verbose=False)
+        self._test(trainer, self.data)
         ScoreTable([data.name for data in self.data]).show("(bank)", self.scores.headline())
         return self.scores
