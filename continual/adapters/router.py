@@ -267,15 +267,12 @@ class _Routed(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(route_nM: Tensor, u_nr: Tensor, atoms: Tensor, columns_KR: Tensor, rows_KR: Tensor) -> Tensor:
-        """Return (n, r)."""
-        return _outer(u_nr, route_nM) @ columns_KR
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        """Keep what the gradients are made of."""
-        route_nM, u_nr, atoms, _, rows_KR = inputs
+    def forward(  # type: ignore[override]
+        ctx: Any, route_nM: Tensor, u_nr: Tensor, atoms: Tensor, columns_KR: Tensor, rows_KR: Tensor
+    ) -> Tensor:
+        """Return (n, r); ``setup_context`` in its place would cost each call the binding of a signature."""
         ctx.save_for_backward(route_nM, u_nr, atoms, rows_KR)
+        return _outer(u_nr, route_nM) @ columns_KR
 
     @staticmethod
     def backward(ctx: Any, grad_nr: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
