@@ -138,6 +138,11 @@ class Candidates:
         )
 
 
+def is_packed(batch: dict[str, Any]) -> bool:
+    """Say whether a training batch's rows are packed into one: only then does it name the columns that get logits."""
+    return "logits_to_keep" in batch["forward"]
+
+
 class RowInputs:
     """What the gate of a growing bank reads of a row, as keywords of a forward pass (``adapters.growing``).
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from continual.batches import IGNORED
+from continual.batches import IGNORED, is_packed
 from continual.errors import RunError
 from continual.strategies.base import trainable
 
@@ -106,7 +106,7 @@ class _Pass(nn.Module):
 
 def _padded(batch: dict[str, Any]) -> tuple[dict[str, Any], int]:
     """Return a batch with its widths rounded up, and the label column that was the first."""
-    packed = "logits_to_keep" in batch["forward"]
+    packed = is_packed(batch)
     forward, labels = dict(batch["forward"]), batch["labels"]
     for name in forward.keys() & _PADDING.keys():
         multiple = _PACKED_COLUMNS if packed and name in _OF_TOKENS else _COLUMNS

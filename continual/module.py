@@ -23,7 +23,7 @@ from continual import devices
 from continual.adapters import QueryableLoraConfig, QueryableLoraModel, RoutedTuner, adalora
 from continual.backbones import Backbone, CausalLM, SentenceEncoder
 from continual.backbones.quantized import num_weights
-from continual.batches import IGNORED, RowInputs
+from continual.batches import IGNORED, RowInputs, is_packed
 from continual.compiled import compile_layers
 from continual.errors import ConfigError, RunError, one_line
 from continual.evaluate import Outcome, is_routed, score_batch
@@ -180,10 +180,9 @@ class ContinualModule(L.LightningModule):
         """
         assert self.model is not None
         forward, labels = batch["forward"], batch["labels"]
-        packed = "logits_to_keep" in forward
         if self.backbone.kind == "causal_lm":
             forward = {"logits_to_keep": labels.shape[1] + 1, "use_cache": False} | forward
-        with nullcontext() if packed else nothing_packed():
+        with nullcontext() if is_packed(batch) else nothing_packed():
             result = functional_call(self.model, parameters, (), forward) if parameters else self.model(**forward)
         return result.float() if self.backbone.kind == "regressor" else result.logits[:, : labels.shape[1]].float()
 

@@ -53,9 +53,9 @@ class RoutedLinear(nn.Module, BaseTunerLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Map x, (..., d_in), to (..., d_out)."""
         result = self.base_layer(x, *args, **kwargs)
-        return result if self.disable_adapters else self._adapted(result, x)
+        return result if self.disable_adapters else self._with_updates(result, x)
 
-    def _adapted(self, result: Tensor, x: Tensor) -> Tensor:
+    def _with_updates(self, result: Tensor, x: Tensor) -> Tensor:
         """Return ``result``, (..., d_out), with what each adapter in use adds to it."""
         for name in self.active_adapters:
             if name in self.scaling:
@@ -159,7 +159,7 @@ class QueryableLinear(RoutedLinear):
             if name in self.scaling
         ]
 
-    def _adapted(self, result: Tensor, x: Tensor) -> Tensor:
+    def _with_updates(self, result: Tensor, x: Tensor) -> Tensor:
         if self.routing_state is None:
             raise RuntimeError("an adapted layer was called on its own: call the model that the adapter was put into")
         for use in self.routing_state:
