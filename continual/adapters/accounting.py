@@ -18,7 +18,7 @@ def account(bank: AtomBank, layers: Sequence[QueryableLinear], adapter_name: str
     table = {
         "A": _entry(_count(*(layer.queryable_A[adapter_name] for layer in layers)), 2 * rank * d_in),
         "B": _entry(_count(*(layer.queryable_B[adapter_name] for layer in layers)), 2 * rank * d_out),
-        "bank": _entry(_count(bank.atoms), 2 * num_atoms * rank * rank * len(layers)),
+        "bank": _entry(_count(bank.atoms), 2 * rank * rank * (num_atoms * config.num_blocks + len(layers))),
         "keys": _entry(0, 0),
         "query_maps": _entry(0, 0),
         "prior": _entry(0, 0),

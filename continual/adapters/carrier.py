@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from continual.adapters.layer import LayerUse, QueryableLinear
+from continual.adapters.layer import LayerUse, QueryableLinear, SharedInput
 from continual.adapters.router import RoutingState
 
 ROUTING_KEYWORDS = ("instruction_ids", "instruction_encoding", "text_ids", "row_features", "gate_instruction")
@@ -47,13 +47,13 @@ class RouteCarrier:
 
     def give(self, states: dict[str, RoutingState] | None) -> None:
         """Set each layer's part of the state, or clear it."""
-        self._set([None if states is None else layer.in_use(states) for layer in self.layers])
+        self._set([None] * len(self.layers) if states is None else self._parts(states))
 
     def narrow(self, decoder_layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Put the layers' parts in the place of the whole state among the decoder layer's keywords (a pre-hook)."""
         if (states := kwargs.get("routing_state")) is None:
             return args, kwargs
-        parts = [layer.in_use(states) for layer in self.layers]
+        parts = self._parts(states)
         for use in itertools.chain.from_iterable(parts):
             if use.leads:
                 use.block.gather()
@@ -64,6 +64,10 @@ class RouteCarrier:
         # Absent where the layers are called around the model: the adapted layers then say so.
         self._set(kwargs.pop("routing_state", None) or [None] * len(self.layers))
         return args, kwargs
+
+    def _parts(self, states: dict[str, RoutingState]) -> list[list[LayerUse]]:
+        inputs: dict[tuple[str, str], SharedInput] = {}
+        return [layer.in_use(states, inputs) for layer in self.layers]
 
     def _set(self, parts: Sequence[list[LayerUse] | None]) -> None:
         for layer, part in zip(self.layers, parts, strict=True):

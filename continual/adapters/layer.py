@@ -6,7 +6,7 @@ import math
 import re
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn, cast
 
 import torch
@@ -77,6 +77,47 @@ class RoutedLinear(nn.Module, BaseTunerLayer):
         """Do nothing: nothing is ever merged."""
 
 
+_READS = dict.fromkeys(["q_proj", "k_proj", "v_proj", "query", "key", "value"], "attention input")
+_READS |= dict.fromkeys(["gate_proj", "up_proj"], "mlp input")
+"""What projections read that transformers calls with one and the same tensor; others read something of their own."""
+
+
+@dataclass
+class SharedInput:
+    """What projections that are given one tensor need of it during one pass, by one adapter: computed once for all.
+
+    A step's cost is that of its kernels' number at these sizes, and so q, k and v take those of one projection. The
+    first to be called computes for all of them; nothing is kept once the last has taken its part.
+
+    Attributes:
+        weights_A: A of each projection, (r, d_in).
+        leader: Index of the one whose state routes the block; None where none does.
+        x: The tensor, while parts of it wait to be taken.
+        parts: u = A h and (lora_alpha / r) S_b u, both (..., r), of each that is still to come.
+    """
+
+    weights_A: list[Tensor] = field(default_factory=list)
+    leader: int | None = None
+    x: Tensor | None = None
+    parts: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def join(self, weight_A: Tensor, leads: bool) -> int:
+        """Add a projection; returns its index."""
+        self.weights_A.append(weight_A)
+        if leads:
+            self.leader = len(self.weights_A) - 1
+        return len(self.weights_A) - 1
+
+    def take(self, index: int, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return a projection's part of what was computed for all, if it is of ``x``."""
+        if self.x is not x or index not in self.parts:
+            return None
+        part = self.parts.pop(index)
+        if not self.parts:
+            self.x = None
+        return part
+
+
 @dataclass
 class LayerUse:
     """One adapter in one layer during one pass, by its tensors: compiled code then does not depend on its name.
@@ -89,6 +130,8 @@ class LayerUse:
         bank: The adapter's atoms and router.
         block: The state of the layer's block.
         leads: Whether the layer is its block's first, the one whose state routes.
+        shared: What it has in common with the other projections of its input.
+        index: Which of them it is.
     """
 
     name: str
@@ -98,6 +141,8 @@ class LayerUse:
     bank: AtomBank
     block: BlockState
     leads: bool
+    shared: SharedInput
+    index: int
 
 
 class QueryableLinear(RoutedLinear):
@@ -107,6 +152,7 @@ class QueryableLinear(RoutedLinear):
         blocks: Adapter name -> index of the block of layers that this projection belongs to.
         leads: Names of the adapters for which this projection is its block's first, the one whose state routes.
         frozen_A: Names of the adapters whose A is never trained.
+        reads: The layer's input, by a name that it has in common with other layers of the same.
     """
 
     adapter_layer_names = ("queryable_A", "queryable_B")
@@ -120,14 +166,18 @@ class QueryableLinear(RoutedLinear):
         self.blocks: dict[str, int] = {}
         self.leads: set[str] = set()
         self.frozen_A: set[str] = set()
+        self.reads = ""
         # A reference, not a submodule: the tuner owns the banks, so that each is saved once.
         self._banks: dict[str, AtomBank] = {}
 
     def update_layer(self, adapter_name: str, config: QueryableLoraConfig, bank: AtomBank, place: str) -> None:
         """Add the adapter ``adapter_name``: A as LoRA starts it, B = 0, so that the layer computes what it did.
 
-        ``place`` is the layer's name in the model; with the configuration's seed it decides an A that is not trained.
+        ``place`` is the layer's name in the model: it tells which others read the same, and with the configuration's
+        seed it decides an A that is not trained.
         """
+        parent, _, own = place.rpartition(".")
+        self.reads = f"{parent}.{_READS.get(own, own)}"
         self.r[adapter_name] = config.r
         self.scaling[adapter_name] = config.lora_alpha / config.r
         dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout > 0 else nn.Identity()
@@ -143,21 +193,31 @@ class QueryableLinear(RoutedLinear):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
 
-    def in_use(self, states: dict[str, RoutingState]) -> list[LayerUse]:
-        """Return what a pass's adapters have here, in the order of ``states``."""
-        return [
-            LayerUse(
-                name=name,
-                weight_A=self.queryable_A[name],
-                weight_B=self.queryable_B[name],
-                dropout=self.queryable_dropout[name],
-                bank=self._banks[name],
-                block=state.blocks[self.blocks[name]],
-                leads=name in self.leads,
-            )
-            for name, state in states.items()
-            if name in self.scaling
-        ]
+    def in_use(self, states: dict[str, RoutingState], inputs: dict[tuple[str, str], SharedInput]) -> list[LayerUse]:
+        """Return what a pass's adapters have here, in the order of ``states``.
+
+        Args:
+            states: The pass's.
+            inputs: Adapter and input -> what layers have in common that read it; the layer joins those.
+        """
+        return [self._use(name, state, inputs) for name, state in states.items() if name in self.scaling]
+
+    def _use(self, name: str, state: RoutingState, inputs: dict[tuple[str, str], SharedInput]) -> LayerUse:
+        weight_A, dropout, leads = self.queryable_A[name], self.queryable_dropout[name], name in self.leads
+        # Dropout hides other places of the input from each projection.
+        alone = isinstance(dropout, nn.Dropout) and self.training
+        shared = SharedInput() if alone else inputs.setdefault((name, self.reads), SharedInput())
+        return LayerUse(
+            name=name,
+            weight_A=weight_A,
+            weight_B=self.queryable_B[name],
+            dropout=dropout,
+            bank=self._banks[name],
+            block=state.blocks[self.blocks[name]],
+            leads=leads,
+            shared=shared,
+            index=shared.join(weight_A, leads),
+        )
 
     def _with_updates(self, result: Tensor, x: Tensor) -> Tensor:
         if self.routing_state is None:
@@ -167,11 +227,8 @@ class QueryableLinear(RoutedLinear):
         return result
 
     def _with_update(self, result: Tensor, use: LayerUse, x: Tensor) -> Tensor:
-        bank, block, state = use.bank, use.block, use.block.shared
-        u = F.linear(use.dropout(self._cast_input_dtype(x, use.weight_A.dtype)), use.weight_A)
-        if use.leads:
-            bank.route(block, u)
-        routed = bank.apply_route(block, u)
+        u, routed = use.shared.take(use.index, x) or self._routed(use, x)
+        state = use.block.shared
         if state.observe is not None:
             state.observe(self, use.name, u, routed)
         if state.weight_B is None and routed.dtype == result.dtype:  # one kernel for the product with B and the sum
@@ -180,6 +237,22 @@ class QueryableLinear(RoutedLinear):
         if state.weight_B is not None:
             update = update * state.weight_B.view(-1, *([1] * (update.dim() - 1)))
         return result + update.to(result.dtype)
+
+    def _routed(self, use: LayerUse, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return u and what B is applied to, both (..., r), having computed them for all that read ``x`` as well."""
+        bank, block, shared = use.bank, use.block, use.shared
+        h = use.dropout(self._cast_input_dtype(x, use.weight_A.dtype))
+        together = shared.x is None and len(shared.weights_A) > 1  # else others wait for parts of another tensor
+        weights = shared.weights_A if together else [use.weight_A]
+        u = F.linear(h, torch.cat(weights) if together else use.weight_A).unflatten(-1, (len(weights), -1))
+        leader = shared.leader if together else 0 if use.leads else None
+        if leader is not None:
+            bank.route(block, u[..., leader, :])
+        routed = bank.apply_route(block, u)
+        if not together:
+            return u.squeeze(-2), routed.squeeze(-2)
+        shared.x, shared.parts = x, dict(enumerate(zip(u.unbind(-2), routed.unbind(-2), strict=True)))
+        return cast(tuple[Tensor, Tensor], shared.take(use.index, x))
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Make these the active adapters; an A that is never trained stays without a gradient."""

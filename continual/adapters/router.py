@@ -8,7 +8,10 @@ Queryable LoRA, arXiv 2605.08423. For one token and block b of consecutive layer
     pi(c)   = softmax_m(<P e(c), p_m> / tau)                  prior of the instruction c, e(c) a frozen encoding
     g_b     = K q_b / sqrt(d_k) + lambda log pi(c)            routing logits
     alpha_b = softmax over the top-k logits                   at most k of M weights non-zero, summing to 1
-    S_b u   = sum_m alpha_bm C_m u                            the routed operator, never materialised for a token
+    S_b     = sum_m alpha_bm C_m                              routed operator, (r, r) for a token
+
+S_b is made once a block and token, by one matrix product, and kept for all projections of the block: 64 numbers at a
+rank of 8. Each projection then costs one small product a token, whatever the number of atoms.
 
 Shapes: B batch, T tokens, r rank, M atoms, N blocks, Q key width d_k, P prior width, E width of an encoding; `...` is
 whatever stands before the last axis of the adapted layer's input, (B, T) or (B,).
@@ -19,7 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -39,8 +42,6 @@ class SharedState:
         log_prior_BM: lambda * log pi(c) of each row, (B, M), or of each token, (B, T, M); None where the prior is off.
 
     Attributes:
-        columns_KR: The same as one matrix, (r * M, r): row j * M + m holds column j of atom m.
-        rows_KR: Likewise, (r * M, r): row i * M + m holds row i of atom m.
         weight_B: What each row's update is multiplied by, (B,); None for 1.
         observe: Called with a layer, the adapter's name, u = A h and what B is applied to, (lora_alpha / r) S_b u, both
             (..., r); None for nobody.
@@ -49,8 +50,6 @@ class SharedState:
 
     def __init__(self, atoms: Tensor, log_prior_BM: Tensor | None) -> None:
         self.atoms, self.log_prior_BM = atoms, log_prior_BM
-        self.columns_KR = atoms.permute(2, 0, 1).flatten(0, 1)
-        self.rows_KR = atoms.detach().permute(1, 0, 2).flatten(0, 1)
         self.weight_B: Tensor | None = None
         self.observe: Callable[[nn.Module, str, Tensor, Tensor], None] | None = None
         self.removed: int | None = None
@@ -95,6 +94,7 @@ class BlockState:
         earlier: z of the blocks before this one, (..., b, r); see ``gather``.
         state: z_b, (..., r), once the block's first layer has routed.
         route: alpha_b, (..., M), likewise.
+        operator: (lora_alpha / r) S_b, (..., r, r), likewise.
     """
 
     shared: SharedState
@@ -105,6 +105,7 @@ class BlockState:
     earlier: Tensor | None = None
     state: Tensor | None = None
     route: Tensor | None = None
+    operator: Tensor | None = None
 
     def gather(self) -> None:
         """Collect the earlier blocks' states for the depth summary, if all of them are there."""
@@ -194,10 +195,11 @@ class AtomBank(nn.Module):
         return F.normalize(centred, dim=-1)
 
     def route(self, block: BlockState, u: Tensor) -> None:
-        """Compute and keep alpha of ``block``, (..., M), from its first layer's low-rank state ``u``, (..., r)."""
+        """Compute and keep alpha and S of ``block`` from its first layer's low-rank state ``u``, (..., r)."""
         source = u.detach() if self.config.detach_query else u
         block.state = F.rms_norm(source, (self.config.r,), eps=1e-6)
         block.route = self._weights(self.logits(block, block.state), block.shared.removed)
+        block.operator = mix(block.route, block.shared.atoms)
 
     def logits(self, block: BlockState, z: Tensor) -> Tensor:
         """Return the routing logits g, (..., M), of ``block`` at the state z, (..., r)."""
@@ -233,15 +235,15 @@ class AtomBank(nn.Module):
         return (weights.unsqueeze(-1) * block.earlier).sum(dim=-2)
 
     def apply_route(self, block: BlockState, u: Tensor) -> Tensor:
-        """Return (lora_alpha / r) S_b u, (..., r), as one small matrix product."""
-        if block.route is None:
+        """Return (lora_alpha / r) S_b u of G projections' u, (..., G, r), in its shape."""
+        if block.operator is None:
             raise RuntimeError(
                 "a block has no route yet: its first adapted projection did not run before this one. "
                 "The layers ran in another order than they are registered in"
             )
-        state = block.shared
-        flat = block.route.flatten(0, -2), u.flatten(0, -2)
-        return cast(Tensor, _Routed.apply(*flat, state.atoms, state.columns_KR, state.rows_KR)).view(u.shape)
+        if torch.compiler.is_compiling():  # becomes one kernel with what stands before and after it
+            return (block.operator.unsqueeze(-3) * u.unsqueeze(-2)).sum(dim=-1)
+        return torch.bmm(u.flatten(0, -3), block.operator.flatten(0, -3).mT).view(u.shape)
 
     def _weights(self, logits: Tensor, removed: int | None = None) -> Tensor:
         if removed is not None:  # as in a bank without it
@@ -259,40 +261,9 @@ class AtomBank(nn.Module):
         return routes
 
 
-class _Routed(torch.autograd.Function):
-    """sum_m alpha_m C_m u of n tokens, by products of small matrices both ways.
-
-    Only alpha and u are kept for the way back. What torch would derive keeps alpha outer u too, several times as much,
-    and takes more and slower kernels: at these sizes their number is what a step pays for.
-    """
-
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, route_nM: Tensor, u_nr: Tensor, atoms: Tensor, columns_KR: Tensor, rows_KR: Tensor
-    ) -> Tensor:
-        """Return (n, r); ``setup_context`` in its place would cost each call the binding of a signature."""
-        ctx.save_for_backward(route_nM, u_nr, atoms, rows_KR)
-        return _outer(u_nr, route_nM) @ columns_KR
-
-    @staticmethod
-    def backward(ctx: Any, grad_nr: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        """Return the gradients of alpha, u and the atoms, where they are wanted."""
-        route, u, atoms, rows_KR = ctx.saved_tensors
-        for_route, for_u, for_atoms, *_ = ctx.needs_input_grad
-        grad, route, u = (tensor.to(atoms.dtype) for tensor in (grad_nr, route, u))  # autocast mixes them
-        pairs = _outer(grad, u) if for_route or for_atoms else grad
-        return (
-            pairs @ atoms.flatten(1).T if for_route else None,
-            _outer(grad, route) @ rows_KR if for_u else None,
-            (route.T @ pairs).view(atoms.shape) if for_atoms else None,
-            None,
-            None,
-        )
-
-
-def _outer(a_np: Tensor, b_nq: Tensor) -> Tensor:
-    """Return each row's outer product, row-major, (n, p * q)."""
-    return (a_np.unsqueeze(-1) * b_nq.unsqueeze(-2)).flatten(1)
+def mix(route: Tensor, atoms: Tensor) -> Tensor:
+    """Return sum_m alpha_m C_m, (..., r, r), of routes, (..., M), and atoms, (M, r, r)."""
+    return (route @ atoms.flatten(1)).unflatten(-1, atoms.shape[1:])
 
 
 def top_k_softmax(logits: Tensor, top_k: int) -> Tensor:

@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from continual.adapters.layer import QueryableLinear
+from continual.adapters.router import mix
 
 CASES: list[dict[str, Any]] = [
     {},
@@ -113,9 +114,14 @@ def test_flops_of_each_component_are_those_that_pytorch_counts(
         for block in state.blocks:
             bank.route(block, tokens)
 
-    def mix() -> None:
+    def operators() -> None:
+        for block in state.blocks:
+            assert block.route is not None
+            mix(block.route, bank.atoms)
+
+    def applied() -> None:
         for layer in layers:
-            bank.apply_route(state.blocks[layer.blocks["default"]], tokens)
+            bank.apply_route(state.blocks[layer.blocks["default"]], tokens.unsqueeze(-2))
 
     def spent(*names: str) -> int:
         return sum(
@@ -127,5 +133,5 @@ def test_flops_of_each_component_are_those_that_pytorch_counts(
     asks = ("keys", "query_maps")
     once_a_row = config.query_source == "instruction_query"  # the instruction's queries are made as a pass begins
     assert flops_of(lambda: bank.begin(encoding)) == spent("prior", *asks * once_a_row)
-    assert flops_of(route) == spent(*asks) * (not once_a_row)
-    assert flops_of(mix) == spent("bank")
+    assert flops_of(route) - flops_of(operators) == spent(*asks) * (not once_a_row)
+    assert flops_of(operators) + flops_of(applied) == spent("bank")

@@ -14,7 +14,7 @@ from continual.adapters import QueryableLoraConfig
 from continual.adapters.carrier import RouteCarrier
 from continual.adapters.layer import QueryableLinear
 from continual.adapters.queryable import QueryableLoraModel
-from continual.adapters.router import AtomBank, BlockState, SharedState
+from continual.adapters.router import AtomBank, BlockState, SharedState, mix
 
 
 def gradients(model: PeftModel, batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -154,24 +154,26 @@ def test_bfloat16_backbone_gets_a_float32_adapter(backbone, adapt, ids, instruct
 
 
 def routed(route: Tensor, u: Tensor, atoms: Tensor) -> Tensor:
-    """Return S u of a bank with these atoms; lora_alpha / r is in them."""
+    """Return S u of three projections and a bank with these atoms; lora_alpha / r is in them."""
     bank = AtomBank(QueryableLoraConfig(prior_weight=0), 0)
-    return bank.apply_route(BlockState(SharedState(atoms, None), [], None, None, route=route), u)
+    block = BlockState(SharedState(atoms, None), [], None, None, route=route, operator=mix(route, atoms))
+    return bank.apply_route(block, u)
 
 
 @pytest.mark.parametrize(
     "wanted", [(True, True, True), (True, False, True), (False, True, False), (False, False, True)]
 )
 def test_the_banks_product_has_the_gradients_of_its_definition(wanted: tuple[bool, bool, bool]) -> None:
-    shapes = [(5, 3), (5, 2), (3, 2, 2)]
+    shapes = [(5, 3), (5, 3, 2), (3, 2, 2)]
     given = [torch.rand(s, dtype=torch.float64, requires_grad=w) for s, w in zip(shapes, wanted, strict=True)]
     route, u, atoms = given
-    torch.testing.assert_close(routed(*given), torch.einsum("nm,mij,nj->ni", route, atoms, u))
+    torch.testing.assert_close(routed(*given), torch.einsum("nm,mij,ngj->ngi", route, atoms, u))
     assert torch.autograd.gradcheck(routed, given)
 
 
-def test_the_banks_product_keeps_alpha_and_u_alone() -> None:
-    route, u, atoms = torch.rand(50, 8, requires_grad=True), torch.rand(50, 4, requires_grad=True), torch.rand(8, 4, 4)
+def test_the_banks_product_keeps_nothing_larger_than_an_operator_a_token() -> None:
+    shapes = [(50, 8), (50, 3, 4), (8, 4, 4)]
+    route, u, atoms = (torch.rand(shape, requires_grad=True) for shape in shapes)
     kept: list[int] = []
 
     def keep(tensor: Tensor) -> Tensor:
@@ -180,4 +182,4 @@ def test_the_banks_product_keeps_alpha_and_u_alone() -> None:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         routed(route, u, atoms)
-    assert sorted(kept) == sorted([route.numel(), u.numel(), atoms.numel(), atoms.numel()])
+    assert sorted(kept) == sorted([route.numel(), u.numel(), atoms.numel(), 50 * 4 * 4])

@@ -71,7 +71,10 @@ def test_routes_weights_and_operator_of_any_bank(
         operator = torch.einsum("btm,mij->btij", alpha, bank.atoms)
         expected = config.lora_alpha / config.r * torch.einsum("btij,btj->bti", operator, u)
         torch.testing.assert_close(
-            bank.apply_route(state.blocks[block], u), expected, rtol=1e-9, atol=1e-12 * magnitude
+            bank.apply_route(state.blocks[block], u.unsqueeze(-2)).squeeze(-2),
+            expected,
+            rtol=1e-9,
+            atol=1e-12 * magnitude,
         )
         assert (matrix_norm(operator, ord=2) <= largest * (1 + 1e-9)).all()
         # ||s_b|| <= max_j ||z_j||, and s_1 = 0.
