@@ -29,7 +29,7 @@ def run(setting: Setting) -> Iterator[Result]:
     case = f"{shape} two devices"
     if not setting.wants(case) or (setting.cuda and torch.cuda.device_count() < 2):
         return
-    rows, steps = setting.pick(16, 4, 2), setting.pick(20, 4, 2)
+    rows, steps = setting.pick(16, 4, 2), setting.pick(47, 4, 2)
     stand = Stand(setting.device, wall=True)
     with ExitStack() as stack:
         # The same rows in all: two devices make half of the steps.
