@@ -144,10 +144,9 @@ class Stand:
         self.device, self.wall = device, wall or device.type == "cuda"
         self._calls: dict[str, Callable[[], Any]] = {}
         self._resident: dict[str, int] = {}
-        if device.type == "cuda":  # the workspaces of the libraries would else be the first subject's memory
-            square = torch.ones(64, 64, device=device)
-            torch.nn.functional.linear(square, square, square[0])
-            torch.mm(square, square)
+        if device.type == "cuda":  # what matrix products work in would else be the first subject's memory
+            square = torch.ones(64, 64, device=device, requires_grad=True)
+            torch.nn.functional.linear(square, square, square[0]).sum().backward()  # the way back has its own
 
     def add(self, name: str, build: Callable[[], Callable[[], Any]], warm_up: int = 2) -> None:
         """Build a subject and let it warm up."""
