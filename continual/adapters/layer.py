@@ -204,9 +204,10 @@ class QueryableLinear(RoutedLinear):
 
     def _use(self, name: str, state: RoutingState, inputs: dict[tuple[str, str], SharedInput]) -> LayerUse:
         weight_A, dropout, leads = self.queryable_A[name], self.queryable_dropout[name], name in self.leads
+        shared = inputs.get((name, self.reads))
         # Dropout hides other places of the input from each projection.
-        alone = isinstance(dropout, nn.Dropout) and self.training
-        shared = SharedInput() if alone else inputs.setdefault((name, self.reads), SharedInput())
+        if shared is None or (self.training and isinstance(dropout, nn.Dropout)):
+            shared = inputs[name, self.reads] = SharedInput()
         return LayerUse(
             name=name,
             weight_A=weight_A,
