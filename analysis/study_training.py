@@ -97,7 +97,7 @@ def add_gradients(gradients: Frame, found: Studies) -> None:
                 "gradients",
                 "Gradient concentration by epoch (Fig. 4)",
                 "Largest norm over layers / mean norm, mean over an epoch's steps and over stages; 1 = spread evenly. "
-                "Bands: from the lowest to the highest cell.",
+                "Bands: from the lowest to the highest cell; many methods have a panel each, the others' means grey.",
                 "Line chart of gradient concentration by epoch, a line a method. Means: "
                 + ", ".join(f"{method} {number(value)}" for method, value in means.items())
                 + ".",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import seaborn as sns
@@ -13,6 +14,9 @@ from analysis.frames import Frame
 from analysis.pareto import SIZES, on_front
 from analysis.plots import style
 from analysis.plots.training import BANK, place_of
+
+_MOST_LINES = 6
+"""As many lines with bands are told apart in one panel."""
 
 RATIO_NAMES = {
     "weights": "convex hull: sum of |weights| / 1",
@@ -64,21 +68,37 @@ def stability(deviations: Frame, variances: Frame, baseline: str | None) -> list
     return axes
 
 
-def concentration_by_epoch(concentration: Frame) -> Axes:
+def concentration_by_epoch(concentration: Frame) -> list[Axes]:
     """Draw the gradient concentration by epoch, a line a method and a band over its cells (the paper's Fig. 4).
+
+    More methods than are told apart by colour have a panel each, with the others' lines in grey.
 
     Args:
         concentration: Columns method, order, seed, epoch, value (``studies.concentration_by_epoch``).
     """
+    spans = concentration.groupby(["method", "epoch"], sort=False)["value"].agg(["mean", "min", "max"])
+    own = {str(method): frame.droplevel("method") for method, frame in spans.groupby(level="method", sort=False)}
+    if len(own) > _MOST_LINES:
+        _, axes = style.panels(len(own), 4, 1.9, sharex=True, sharey=True)
+        for (method, frame), ax in zip(own.items(), axes, strict=True):
+            for other in own.keys() - {method}:
+                ax.plot(own[other].index, own[other]["mean"], color=style.CONTEXT, linewidth=1, zorder=0)
+            _line_and_band(ax, frame, style.ACCENT)
+            ax.set_title(style.short(method))
+        style.outer_labels(axes, 4, "epoch", "largest / mean norm")
+        return axes
     ax = style.new_figure(3.2, 7.5).subplots()
-    for method, color in _colors(concentration["method"]).items():
-        own = concentration[concentration["method"] == method].groupby("epoch")["value"].agg(["mean", "min", "max"])
-        ax.fill_between(own.index, own["min"], own["max"], color=color, alpha=0.12, linewidth=0)
-        ax.plot(own.index, own["mean"], color=color, marker="o", markersize=3.5, linewidth=1.7, label=method)
-    ax.locator_params(axis="x", integer=True)
+    for (method, frame), color in zip(own.items(), style.COLORS, strict=False):
+        _line_and_band(ax, frame, color, method)
     ax.set(xlabel="epoch", ylabel="largest / mean norm")
     ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return ax
+    return [ax]
+
+
+def _line_and_band(ax: Axes, frame: Frame, color: Any, label: str | None = None) -> None:
+    ax.fill_between(frame.index, frame["min"], frame["max"], color=color, alpha=0.12, linewidth=0)
+    ax.plot(frame.index, frame["mean"], color=color, marker="o", markersize=3.5, linewidth=1.7, label=label)
+    ax.locator_params(axis="x", integer=True)
 
 
 def norms_by_layer(norms: Frame) -> list[Axes]:

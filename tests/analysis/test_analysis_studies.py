@@ -13,7 +13,7 @@ import sweep_files as files
 from hypothesis import given
 from hypothesis import strategies as st
 
-from analysis import load_sweep, studies
+from analysis import load_sweep, plots, studies
 from analysis.pareto import on_front
 from analysis.report import write_report
 from analysis.study_content import earned
@@ -181,6 +181,20 @@ def test_every_study_has_its_figure_and_numbers(directory: Path) -> None:
         assert text.count(f"## {heading}\n") >= 1, heading
     assert "Parameters and FLOPs by component" in text
     assert text.count("### Score, spread and stability") == 1
+
+
+@pytest.mark.parametrize("count", [6, 7])
+def test_many_methods_have_a_panel_each_to_show_their_concentration(count: int) -> None:
+    rows = [(f"m{m}", "o", seed, epoch, 2.0 + m + seed) for m in range(count) for seed in (0, 1) for epoch in (1, 2)]
+    axes = plots.concentration_by_epoch(frame(rows, "method order seed epoch value"))
+    together = count == 6
+    assert len(axes) == (1 if together else count)
+    for method, ax in enumerate([axes[0]] * count if together else axes):
+        lines = {tuple(np.asarray(line.get_ydata())) for line in ax.lines}
+        assert (method + 2.5,) * 2 in lines  # the mean over the seeds
+        assert len(lines) == count
+    if not together:
+        assert [ax.get_title() for ax in axes] == [f"m{m}" for m in range(count)]
 
 
 def test_what_a_part_earns_is_the_whole_minus_the_rest(directory: Path) -> None:
