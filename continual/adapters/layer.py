@@ -129,7 +129,6 @@ class LayerUse:
         dropout: What the layer's input goes through first.
         bank: The adapter's atoms and router.
         block: The state of the layer's block.
-        leads: Whether the layer is its block's first, the one whose state routes.
         shared: What it has in common with the other projections of its input.
         index: Which of them it is.
     """
@@ -140,9 +139,13 @@ class LayerUse:
     dropout: nn.Module
     bank: AtomBank
     block: BlockState
-    leads: bool
     shared: SharedInput
     index: int
+
+    @property
+    def leads(self) -> bool:
+        """Whether the layer is its block's first, the one whose state routes."""
+        return self.shared.leader == self.index
 
 
 class QueryableLinear(RoutedLinear):
@@ -203,7 +206,7 @@ class QueryableLinear(RoutedLinear):
         return [self._use(name, state, inputs) for name, state in states.items() if name in self.scaling]
 
     def _use(self, name: str, state: RoutingState, inputs: dict[tuple[str, str], SharedInput]) -> LayerUse:
-        weight_A, dropout, leads = self.queryable_A[name], self.queryable_dropout[name], name in self.leads
+        weight_A, dropout = self.queryable_A[name], self.queryable_dropout[name]
         shared = inputs.get((name, self.reads))
         # Dropout hides other places of the input from each projection.
         if shared is None or (self.training and isinstance(dropout, nn.Dropout)):
@@ -215,9 +218,8 @@ class QueryableLinear(RoutedLinear):
             dropout=dropout,
             bank=self._banks[name],
             block=state.blocks[self.blocks[name]],
-            leads=leads,
             shared=shared,
-            index=shared.join(weight_A, leads),
+            index=shared.join(weight_A, name in self.leads),
         )
 
     def _with_updates(self, result: Tensor, x: Tensor) -> Tensor:
@@ -244,15 +246,16 @@ class QueryableLinear(RoutedLinear):
         bank, block, shared = use.bank, use.block, use.shared
         h = use.dropout(self._cast_input_dtype(x, use.weight_A.dtype))
         together = shared.x is None and len(shared.weights_A) > 1  # else others wait for parts of another tensor
-        weights = shared.weights_A if together else [use.weight_A]
-        u = F.linear(h, torch.cat(weights) if together else use.weight_A).unflatten(-1, (len(weights), -1))
-        leader = shared.leader if together else 0 if use.leads else None
-        if leader is not None:
-            bank.route(block, u[..., leader, :])
-        routed = bank.apply_route(block, u)
         if not together:
-            return u.squeeze(-2), routed.squeeze(-2)
-        shared.x, shared.parts = x, dict(enumerate(zip(u.unbind(-2), routed.unbind(-2), strict=True)))
+            u = F.linear(h, use.weight_A)
+            if use.leads:
+                bank.route(block, u)
+            return u, bank.apply_route(block, u.unsqueeze(-2)).squeeze(-2)
+        u = F.linear(h, torch.cat(shared.weights_A)).unflatten(-1, (len(shared.weights_A), -1))
+        if shared.leader is not None:
+            bank.route(block, u[..., shared.leader, :])
+        shared.parts = dict(enumerate(zip(u.unbind(-2), bank.apply_route(block, u).unbind(-2), strict=True)))
+        shared.x = x
         return cast(tuple[Tensor, Tensor], shared.take(use.index, x))
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:

@@ -199,7 +199,7 @@ class AtomBank(nn.Module):
         source = u.detach() if self.config.detach_query else u
         block.state = F.rms_norm(source, (self.config.r,), eps=1e-6)
         block.route = self._weights(self.logits(block, block.state), block.shared.removed)
-        block.operator = mix(block.route, block.shared.atoms)
+        block.operator = routed_operator(block.route, block.shared.atoms)
 
     def logits(self, block: BlockState, z: Tensor) -> Tensor:
         """Return the routing logits g, (..., M), of ``block`` at the state z, (..., r)."""
@@ -261,7 +261,7 @@ class AtomBank(nn.Module):
         return routes
 
 
-def mix(route: Tensor, atoms: Tensor) -> Tensor:
+def routed_operator(route: Tensor, atoms: Tensor) -> Tensor:
     """Return sum_m alpha_m C_m, (..., r, r), of routes, (..., M), and atoms, (M, r, r)."""
     return (route @ atoms.flatten(1)).unflatten(-1, atoms.shape[1:])
 

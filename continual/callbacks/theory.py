@@ -23,6 +23,7 @@ from torch.linalg import matrix_norm, vector_norm
 
 from continual import devices
 from continual.adapters.layer import QueryableLinear
+from continual.adapters.router import routed_operator
 from continual.strategies.base import evaluating, forward_context
 
 RATIOS = ("weights", "operator", "update", "summary")
@@ -96,7 +97,7 @@ def _ratios(layer: QueryableLinear, h: Tensor) -> Iterator[tuple[tuple[str, int]
         if use.leads:
             routes = alpha.float().flatten(0, -2)
             yield ("weights", block), routes.abs().sum(dim=-1)
-            operators = torch.einsum("nm,mij->nij", routes[:: 1 + len(routes) // _MOST_OPERATORS], atoms)
+            operators = routed_operator(routes[:: 1 + len(routes) // _MOST_OPERATORS], atoms)
             yield ("operator", block), matrix_norm(operators, ord=2) / radius
             if part.earlier is not None:
                 summary = vector_norm(bank.depth_summary(part, z), dim=-1)

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from continual.adapters.layer import QueryableLinear
-from continual.adapters.router import mix
+from continual.adapters.router import routed_operator
 
 CASES: list[dict[str, Any]] = [
     {},
@@ -117,7 +117,7 @@ def test_flops_of_each_component_are_those_that_pytorch_counts(
     def operators() -> None:
         for block in state.blocks:
             assert block.route is not None
-            mix(block.route, bank.atoms)
+            routed_operator(block.route, bank.atoms)
 
     def applied() -> None:
         for layer in layers:

@@ -14,7 +14,7 @@ from continual.adapters import QueryableLoraConfig
 from continual.adapters.carrier import RouteCarrier
 from continual.adapters.layer import QueryableLinear
 from continual.adapters.queryable import QueryableLoraModel
-from continual.adapters.router import AtomBank, BlockState, SharedState, mix
+from continual.adapters.router import AtomBank, BlockState, SharedState, routed_operator
 
 
 def gradients(model: PeftModel, batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -156,7 +156,7 @@ def test_bfloat16_backbone_gets_a_float32_adapter(backbone, adapt, ids, instruct
 def routed(route: Tensor, u: Tensor, atoms: Tensor) -> Tensor:
     """Return S u of three projections and a bank with these atoms; lora_alpha / r is in them."""
     bank = AtomBank(QueryableLoraConfig(prior_weight=0), 0)
-    block = BlockState(SharedState(atoms, None), [], None, None, route=route, operator=mix(route, atoms))
+    block = BlockState(SharedState(atoms, None), [], None, None, operator=routed_operator(route, atoms))
     return bank.apply_route(block, u)
 
 
