@@ -76,8 +76,10 @@ def concentration_by_epoch(concentration: Frame) -> list[Axes]:
     Args:
         concentration: Columns method, order, seed, epoch, value (``studies.concentration_by_epoch``).
     """
-    spans = concentration.groupby(["method", "epoch"], sort=False)["value"].agg(["mean", "min", "max"])
-    own = {str(method): frame.droplevel("method") for method, frame in spans.groupby(level="method", sort=False)}
+    own = {
+        str(method): rows.groupby("epoch")["value"].agg(["mean", "min", "max"])
+        for method, rows in concentration.groupby("method", sort=False)
+    }
     if len(own) > _MOST_LINES:
         _, axes = style.panels(len(own), 4, 1.9, sharex=True, sharey=True)
         for (method, frame), ax in zip(own.items(), axes, strict=True):
@@ -88,8 +90,8 @@ def concentration_by_epoch(concentration: Frame) -> list[Axes]:
         style.outer_labels(axes, 4, "epoch", "largest / mean norm")
         return axes
     ax = style.new_figure(3.2, 7.5).subplots()
-    for (method, frame), color in zip(own.items(), style.COLORS, strict=False):
-        _line_and_band(ax, frame, color, method)
+    for method, color in _colors(list(own)).items():
+        _line_and_band(ax, own[method], color, method)
     ax.set(xlabel="epoch", ylabel="largest / mean norm")
     ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     return [ax]
