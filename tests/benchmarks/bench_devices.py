@@ -5,6 +5,7 @@ Processes of one device and of two are all there from the start and take turns; 
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from typing import IO, Any, cast
 import torch
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from measuring import Result, Setting, Stand
-from subjects import TEXT_LENGTHS, RandomText, ShapedLM, backbone_dtype, queryable, sequence
+from subjects import STAGE_ROWS, TEXT_LENGTHS, RandomText, ShapedLM, backbone_dtype, queryable, sequence
 
 from continual.module import ContinualModule
 from continual.quiet import quieten
@@ -29,7 +30,8 @@ def run(setting: Setting) -> Iterator[Result]:
     case = f"{shape} two devices"
     if not setting.wants(case) or (setting.cuda and torch.cuda.device_count() < 2):
         return
-    rows, steps = setting.pick(16, 4, 2), setting.pick(47, 4, 2)
+    rows = setting.pick(16, 4, 2)
+    steps = setting.pick(math.ceil(STAGE_ROWS / (2 * rows)), 4, 2)
     stand = Stand(setting.device, wall=True)
     with ExitStack() as stack:
         # The same rows in all: two devices make half of the steps.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ import lightning as L
 import torch
 from measuring import Result, Setting, Stand, Timings, spread
 from peft import get_peft_model
-from subjects import TEXT_LENGTHS, RandomText, ShapedLM, backbone_dtype, lora, queryable, sequence
+from subjects import STAGE_ROWS, TEXT_LENGTHS, RandomText, ShapedLM, backbone_dtype, lora, queryable, sequence
 from torch.nn.utils import clip_grad_norm_
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
@@ -22,8 +23,6 @@ from continual.sequence import Sequence as StageSequence
 from continual.stage_data import StageData
 
 BATCH_SIZE = 8
-EPOCH_STEPS = 188
-"""Batches of the 1,500 rows that a stage of the text suite trains on."""
 
 
 def run(setting: Setting) -> Iterator[Result]:
@@ -42,7 +41,8 @@ def run(setting: Setting) -> Iterator[Result]:
             if setting.wants(title):
                 yield from packed_rows(setting, Path(folder) / title, title, shape, steps, compiles)
         if setting.wants(f"{shape} against a naive recipe"):
-            yield from against_naive(setting, Path(folder) / "naive", shape, setting.pick(EPOCH_STEPS, steps, steps))
+            steps = setting.pick(math.ceil(STAGE_ROWS / BATCH_SIZE), steps, steps)
+            yield from against_naive(setting, Path(folder) / "naive", shape, steps)
 
 
 def through_lightning(setting: Setting, folder: Path, shape: str, steps: int, compiles: bool) -> Iterator[Result]:

@@ -35,6 +35,8 @@ _SHORT: dict[str, Any] = {"num_hidden_layers": 6, "vocab_size": 4096}
 TEXT_LENGTHS = (19, 21, 23, 24, 26, 28, 29, 32, 35, 39, 43, 48, 53, 59, 66, 72, 79, 90, 130, 256)
 """Tokens of prompt and answer of the text suite 'mixed' (eight tasks, 12,000 training rows, cut at 256), by SmolLM2's
 tokenizer: at the percentiles 2.5, 7.5 ... 97.5, so that each value stands for a twentieth of the rows."""
+STAGE_ROWS = 1500
+"""Rows that a stage of that suite trains on."""
 
 
 def shape(name: Literal["qwen2.5-0.5b", "smollm2-135m", "smollm2-short", "tiny", "one-layer"]) -> Any:
