@@ -1,5 +1,6 @@
 """A training stage on two devices against one, by Lightning's DDP: rows a second, each device with as many rows a step.
 
+At the text suite's lengths, where a GPU waits for its host, and at 512 tokens a row, where it computes.
 Processes of one device and of two are all there from the start and take turns; those that wait do nothing.
 """
 
@@ -27,23 +28,32 @@ from continual.quiet import quieten
 def run(setting: Setting) -> Iterator[Result]:
     """Time both; nothing on a machine with fewer than two GPUs."""
     shape = setting.pick("qwen2.5-0.5b", "smollm2-short", "tiny")
-    case = f"{shape} two devices"
-    if not setting.wants(case) or (setting.cuda and torch.cuda.device_count() < 2):
+    if setting.cuda and torch.cuda.device_count() < 2:
         return
     rows = setting.pick(16, 4, 2)
-    steps = setting.pick(math.ceil(STAGE_ROWS / (2 * rows)), 4, 2)
+    if setting.wants(case := f"{shape} two devices"):
+        steps = setting.pick(math.ceil(STAGE_ROWS / (2 * rows)), 4, 2)
+        yield _two_against_one(setting, case, shape, rows, steps)
+    if setting.cuda and setting.wants(case := f"{shape} two devices 8x512"):
+        yield _two_against_one(setting, case, shape, 8, 50, tokens=512)
+
+
+def _two_against_one(setting: Setting, case: str, shape: str, rows: int, steps: int, tokens: int = 0) -> Result:
+    """Time stages of ``steps`` steps on two devices and of twice as many on one, ``rows`` rows a device and step."""
     stand = Stand(setting.device, wall=True)
     with ExitStack() as stack:
         # The same rows in all: two devices make half of the steps.
-        groups = [stack.enter_context(Group(setting, shape, number, rows, 2 * steps // number)) for number in (1, 2)]
+        counts = [(number, rows, 2 * steps // number, tokens) for number in (1, 2)]
+        groups = [stack.enter_context(Group(setting, shape, *count)) for count in counts]
         for name, group in zip(("one", "two"), groups, strict=True):
             stand.add(name, lambda group=group: group.train, warm_up=1)
         timings = stand.run(setting.num_rounds(5))
-    detail = {"shape": shape, "rows_a_device": rows, "rows": 2 * rows * steps, "strategy": "ddp"} | timings.detail()
+    detail = {"shape": shape, "rows_a_device": rows, "rows": 2 * rows * steps, "tokens_a_row": tokens or TEXT_LENGTHS}
+    detail |= {"strategy": "ddp"} | timings.detail()
     detail |= {"backbone_dtype": backbone_dtype(setting), "adapter": "float32"}
     del detail["peak_bytes"]  # this process's: the models are in others
     ratio, goal = timings.ratio("one", "two"), ">= 1.8" if setting.cuda else None
-    yield Result("devices", case, "rows a second / one device's", **ratio, goal=goal, detail=detail)
+    return Result("devices", case, "rows a second / one device's", **ratio, goal=goal, detail=detail)
 
 
 class Group:
@@ -55,10 +65,11 @@ class Group:
         number: Of devices.
         rows: Rows a device and step.
         steps: Steps a stage.
+        tokens: Of each row; 0 for the text suite's lengths.
     """
 
-    def __init__(self, setting: Setting, shape: str, number: int, rows: int, steps: int) -> None:
-        arguments = [setting.device.type, shape, number, rows, steps, setting.seed]
+    def __init__(self, setting: Setting, shape: str, number: int, rows: int, steps: int, tokens: int) -> None:
+        arguments = [setting.device.type, shape, number, rows, steps, tokens, setting.seed]
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(find_free_network_port())}
         paths = [str(Path(__file__).parent), os.getcwd(), os.environ.get("PYTHONPATH", "")]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
@@ -91,11 +102,12 @@ class Group:
             process.communicate()
 
 
-def wait_and_train(device: str, shape: str, number: int, rows: int, steps: int, seed: int) -> None:
+def wait_and_train(device: str, shape: str, number: int, rows: int, steps: int, tokens: int, seed: int) -> None:
     """Make the run ready, then train a stage for every line of standard input, saying when it is done."""
     setting, out = Setting(torch.device(device), seed=seed), sys.stdout
     module = ContinualModule(ShapedLM(shape, seed, backbone_dtype(setting)), queryable())
-    lengths = [TEXT_LENGTHS[index % len(TEXT_LENGTHS)] for index in range(number * rows * steps)]
+    usual = (tokens - 3,) if tokens else TEXT_LENGTHS  # an answer is a space, a letter and the end mark
+    lengths = [usual[index % len(usual)] for index in range(number * rows * steps)]
     data = {"batch_size": number * rows, "max_tokens": 512}
     trainer: dict[str, Any] = {"devices": number, "strategy": "ddp"} if number > 1 else {"devices": 1}
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(None):
