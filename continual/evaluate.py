@@ -1,10 +1,10 @@
 """One batch of test rows through the adapted model: answers, what they earn, and the routes, from one forward pass.
 
 Labels are ranked by the summed log-likelihood of their tokens, end mark included, given the prompt. All labels of a
-row share one pass: their tokens stand behind the prompt, each label sees the prompt and itself alone, and positions
-start anew at each (a tree of answers with the prompt as its trunk).
+row share one pass, as a tree with the prompt as its trunk: what labels begin with stands behind the prompt, once where
+several begin alike, and each token sees the prompt and what comes before it in its own label alone.
 
-Shapes: B rows, P prompt columns, L label tokens, C candidate labels, V vocabulary, N blocks, M atoms.
+Shapes: B rows, P prompt columns, K nodes of the labels' tree, L label tokens, C labels, V vocabulary, N blocks, M atoms.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from continual.adapters import QueryableLoraModel, RoutedTuner
@@ -91,38 +92,34 @@ def label_log_likelihoods(model: Any, forward: dict[str, Tensor], candidates: Ca
     """
     ids, prompt_mask, positions = (forward[name] for name in ("input_ids", "attention_mask", "position_ids"))
     rest = {name: value for name, value in forward.items() if name in (*ROUTING_KEYWORDS, "task_ids")}
-    device, num_rows = ids.device, len(ids)
-    label_ids, segment, offset = (t.to(device) for t in (candidates.ids_L, candidates.segment_L, candidates.offset_L))
-    num_label = len(label_ids)
+    device, num_rows, num_nodes = ids.device, len(ids), len(candidates.node_ids_K)
     length = prompt_mask.sum(dim=1, keepdim=True)
     logits = model(
-        input_ids=torch.cat([ids, label_ids.expand(num_rows, -1)], dim=1),
-        attention_mask=_tree_mask(prompt_mask, segment, next(model.parameters()).dtype),
-        position_ids=torch.cat([positions, length + offset], dim=1),
-        logits_to_keep=num_label + 1,
+        input_ids=torch.cat([ids, candidates.node_ids_K.to(device).expand(num_rows, -1)], dim=1),
+        attention_mask=_tree_mask(prompt_mask, candidates.path_KK.to(device), next(model.parameters()).dtype),
+        position_ids=torch.cat([positions, length + candidates.depth_K.to(device)], dim=1),
+        logits_to_keep=num_nodes + 1,
         use_cache=False,
         **rest,
     ).logits
-    # Kept column 0 is the prompt's last token, column 1 + t label token t: a label's first token is predicted by the
-    # prompt, every later one by the token before it.
-    places = torch.arange(num_label, device=device)
-    predictor = torch.where(offset == 0, 0, places)
-    log_p = torch.zeros(num_rows, num_label, device=device)
-    for row in range(num_rows):  # row by row: a float32 copy of (B, L, V) would be the largest tensor of the run
-        log_p[row] = logits[row].float().log_softmax(dim=-1)[predictor, label_ids]
+    # Kept column 0 is the prompt's last token, column 1 + k that of node k.
+    predictor, tokens = (candidates.after_L + 1).to(device), candidates.ids_L.to(device)
+    # In parts: a float32 copy of (B, K, V) would be the largest tensor of the run. A GPU is not asked for each row by
+    # itself; a CPU is four times as fast over a row, whose memory it has at hand.
+    parts = logits.split(max(1, 2**24 // logits[0].numel()) if device.type == "cuda" else 1)
+    log_p = torch.cat([part.float().log_softmax(dim=-1)[:, predictor, tokens] for part in parts])
     # Summed on the CPU: a GPU adds up in an order that changes from run to run.
     scores = torch.zeros(num_rows, len(candidates.names), dtype=torch.float64)
-    return scores.index_add(1, segment.cpu(), log_p.cpu().double())
+    return scores.index_add(1, candidates.segment_L.cpu(), log_p.cpu().double())
 
 
-def _tree_mask(prompt_mask_BP: Tensor, segment_L: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the additive attention mask, (B, 1, P + L, P + L): causal, and labels do not see one another."""
+def _tree_mask(prompt_mask_BP: Tensor, path_KK: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the additive attention mask, (B, 1, P + K, P + K): causal, and a node sees the prompt and its own path."""
     num_rows, num_prompt = prompt_mask_BP.shape
-    num_label = len(segment_L)
-    width = num_prompt + num_label
+    width = num_prompt + len(path_KK)
     causal = torch.ones(width, width, dtype=torch.bool, device=prompt_mask_BP.device).tril()
-    causal[num_prompt:, num_prompt:] &= segment_L.unsqueeze(0) == segment_L.unsqueeze(1)
-    seen = torch.cat([prompt_mask_BP.bool(), torch.ones_like(prompt_mask_BP[:, :1]).bool().expand(-1, num_label)], 1)
+    causal[num_prompt:, num_prompt:] = path_KK
+    seen = F.pad(prompt_mask_BP.bool(), (0, len(path_KK)), value=True)
     allowed = causal.unsqueeze(0) & seen.unsqueeze(1)
     allowed |= torch.eye(width, dtype=torch.bool, device=allowed.device)  # padding sees itself: no row of -inf alone
     mask = torch.zeros(num_rows, 1, width, width, dtype=dtype, device=allowed.device)

@@ -212,7 +212,7 @@ class StageData(_Rows):
         if self.task.kind == "labels":
             others = self.seen_labels if self.score_seen_labels else []
             candidates = Candidates.of(self._module.backbone, self.task.labels or [], others)
-            extra = len(candidates.ids_L)
+            extra = len(candidates.node_ids_K)
         elif self.task.kind == "free":
             extra = self.max_answer_tokens
         lengths = [max(1, len(row.prompt_ids)) for row in rows]

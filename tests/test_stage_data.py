@@ -168,7 +168,7 @@ def test_lightning_moves_batches_to_the_device_candidates_included() -> None:
     moved = L.LightningModule().transfer_batch_to_device(batch, torch.device("meta"), 0)
     tensors = [
         *moved["forward"].values(),
-        *(getattr(moved["candidates"], f"{n}_L") for n in ("ids", "segment", "offset")),
+        *(value for value in vars(moved["candidates"]).values() if isinstance(value, torch.Tensor)),
     ]
     assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert moved["candidates"].names == ("x", "yy")
@@ -180,16 +180,23 @@ def test_lightning_moves_batches_to_the_device_candidates_included() -> None:
 # -- labels -----------------------------------------------------------------------------------------------------------
 
 
-def test_candidates_are_flattened_and_deduplicated() -> None:
+def test_candidates_are_deduplicated_and_what_they_begin_with_is_a_node_once() -> None:
     candidates = Candidates.of(BACKBONE, ["no", "no way"], ["yes", "no", "yes"])
     assert candidates.names == ("no", "no way", "yes")
     assert candidates.num_own == 2
     encoded = [BACKBONE.encode_answer(name) for name in candidates.names]
+    starts = list(dict.fromkeys(tuple(ids[:end]) for ids in encoded for end in range(1, len(ids))))
+    assert len(starts) == len(" no way") + len(" yes") - len(" ")  # a byte is a token, and all begin with a space
     for index, ids in enumerate(encoded):
         own = candidates.segment_L == index
         assert candidates.ids_L[own].tolist() == ids
-        assert candidates.offset_L[own].tolist() == list(range(len(ids)))
+        before = [starts[node] if node >= 0 else () for node in candidates.after_L[own].tolist()]
+        assert before == [tuple(ids[:end]) for end in range(len(ids))]
     assert len(candidates.ids_L) == sum(map(len, encoded))
+    assert candidates.node_ids_K.tolist() == [start[-1] for start in starts]
+    assert candidates.depth_K.tolist() == [len(start) - 1 for start in starts]
+    continued = [[start[: len(other)] == other for other in starts] for start in starts]
+    assert candidates.path_KK.tolist() == continued
 
 
 @pytest.mark.parametrize(("score_seen_labels", "names"), [(True, ("b", "a", "c")), (False, ("b", "a"))])
@@ -269,9 +276,9 @@ def test_rows_of_two_lengths_share_no_large_batch() -> None:
 
 def test_scoring_batches_count_the_labels_columns() -> None:
     rows = [("", "q" * 10, "x")] * 12  # 18 tokens a prompt, with "\nAnswer:"
-    labels = MemoryTask(rows, kind="labels", labels=["x", "yy"])  # 3 + 4 tokens
+    labels = MemoryTask(rows, kind="labels", labels=["x", "yy"])  # " ", " x", " y" and " yy"
     free = MemoryTask(rows)  # 3 tokens an answer
-    for task, columns in ((labels, 18 + 7), (free, 18 + 3)):
+    for task, columns in ((labels, 18 + 4), (free, 18 + 3)):
         data = prepared(task, eval_batch_tokens=4 * columns)
         assert [len(batch["rows"]) for batch in data.test_dataloader()] == [4, 4, 4]
         data.eval_batch_tokens -= 1

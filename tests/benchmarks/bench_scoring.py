@@ -51,8 +51,8 @@ def _scoring(
     return stages, [move_data_to_device(batch, setting.device) for batch in batches]
 
 
-def _lengths(setting: Setting, usual: int) -> list[int]:
-    count = setting.pick(20 * usual, usual, 3)
+def _lengths(setting: Setting, usual: int, on_gpu: int) -> list[int]:
+    count = setting.pick(on_gpu, usual, 3)
     return [TEXT_LENGTHS[(7 * index) % len(TEXT_LENGTHS)] for index in range(count)]  # 7: long and short in any few
 
 
@@ -62,7 +62,7 @@ def _lengths(setting: Setting, usual: int) -> list[int]:
 @torch.inference_mode()
 def labels(setting: Setting, folder: Path, shape: str) -> Iterator[Result]:
     """Time all labels from one pass against a full forward a label, and compare their scores in float32."""
-    task = RandomText(_lengths(setting, 6), LABELS, seed=setting.seed)
+    task = RandomText(_lengths(setting, 6, 480), LABELS, seed=setting.seed)
     stages, batches = _scoring(setting, folder / "labels", shape, queryable(), task)
     model, rows = cast(Any, stages.module.model), stages.data[0]._encoded["test"].rows
     instruction = _instruction(stages.module, task)
@@ -87,9 +87,9 @@ def labels(setting: Setting, folder: Path, shape: str) -> Iterator[Result]:
     handle = model.get_base_model().register_forward_pre_hook(_counter(counted), with_kwargs=True)
     tree()
     handle.remove()
-    prompt_tokens, columns = sum(len(row.prompt_ids) for row in rows), len(candidates.ids_L)
+    prompt_tokens, columns = sum(len(row.prompt_ids) for row in rows), len(candidates.node_ids_K)
     computed = sum(len(b["rows"]) * (b["forward"]["input_ids"].shape[1] + columns) for b in batches)
-    detail = {"shape": shape, "rows": len(rows), "labels": len(LABELS), "label_tokens": columns}
+    detail = {"shape": shape, "rows": len(rows), "labels": len(LABELS), "label_nodes": columns}
     detail |= {"backbone_dtype": backbone_dtype(setting), "adapter": "ours", "prompt_tokens": prompt_tokens}
     detail |= {"tokens_computed": computed} | timings.detail()
     case = f"{shape} {len(LABELS)} labels"
@@ -164,7 +164,7 @@ def _apart(setting: Setting, folder: Path, shape: str, task: Task) -> float:
 
 def recording(setting: Setting, folder: Path, shape: str) -> Iterator[Result]:
     """Time scoring with routes recorded and summed up, as in every run, against scoring alone."""
-    task = RandomText(_lengths(setting, 12), LABELS[:4], seed=setting.seed)
+    task = RandomText(_lengths(setting, 12, 240), LABELS[:4], seed=setting.seed)
     stages, batches = _scoring(setting, folder / "routes", shape, queryable(), task)
     module, keys, trained = stages.module, stages._keys(1), {stages.data[0].name: 1}
 
@@ -203,7 +203,7 @@ def free_answers(setting: Setting, folder: Path, shape: str) -> Iterator[Result]
     The static cache comes with recorded steps, as ``model.cuda_graphs`` has it; on a CPU, which records none, bare.
     """
     new_tokens = setting.pick(64, 16, 8)
-    task = RandomText(_lengths(setting, 4), answer_length=new_tokens - 2, seed=setting.seed)  # a space, an end mark
+    task = RandomText(_lengths(setting, 4, 80), answer_length=new_tokens - 2, seed=setting.seed)  # a space, an end mark
     ours, batches = _scoring(setting, folder / "ours", shape, queryable(), task)
     theirs, _ = _scoring(setting, folder / "theirs", shape, lora(), task)
     record = on_cuda if setting.cuda else lambda step: step
