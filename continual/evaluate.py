@@ -4,7 +4,7 @@ Labels are ranked by the summed log-likelihood of their tokens, end mark include
 row share one pass, as a tree with the prompt as its trunk: what labels begin with stands behind the prompt, once where
 several begin alike, and each token sees the prompt and what comes before it in its own label alone.
 
-Shapes: B rows, P prompt columns, K nodes of the labels' tree, L label tokens, C labels, V vocabulary, N blocks, M atoms.
+Shapes: B rows, P prompt columns, K nodes of the tree, L label tokens, C labels, V vocabulary, N blocks, M atoms.
 """
 
 from __future__ import annotations
