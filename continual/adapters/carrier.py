@@ -71,7 +71,7 @@ class RouteCarrier:
 
     def _set(self, parts: Sequence[list[LayerUse] | None]) -> None:
         for layer, part in zip(self.layers, parts, strict=True):
-            layer.routing_state = part
+            layer.give(part)
 
 
 def carriers_of(model: nn.Module, layers: Iterable[QueryableLinear]) -> list[RouteCarrier]:

@@ -46,6 +46,13 @@ class RoutedLinear(nn.Module, BaseTunerLayer):
         """The frozen layer's own weight."""
         return cast(Tensor, self.get_base_layer().weight)
 
+    def give(self, state: Any) -> None:
+        """Set ``routing_state``."""
+        if torch.compiler.is_compiling():
+            self.routing_state = state
+        else:  # past nn.Module, which takes a hundred times as long, for hundreds of layers a pass
+            vars(self)["routing_state"] = state
+
     def trains(self, adapter_name: str) -> bool:
         """Say whether the adapter's tensors here have gradients (all but an A that is never trained)."""
         return any(getattr(self, name)[adapter_name].requires_grad for name in self.adapter_layer_names)
@@ -170,6 +177,8 @@ class QueryableLinear(RoutedLinear):
         self.leads: set[str] = set()
         self.frozen_A: set[str] = set()
         self.reads = ""
+        # The same entries without nn.Module's search for each, of which a pass would make hundreds.
+        self._own: Any = self.queryable_A._parameters, self.queryable_B._parameters, self.queryable_dropout._modules
         # A reference, not a submodule: the tuner owns the banks, so that each is saved once.
         self._banks: dict[str, AtomBank] = {}
 
@@ -206,7 +215,8 @@ class QueryableLinear(RoutedLinear):
         return [self._use(name, state, inputs) for name, state in states.items() if name in self.scaling]
 
     def _use(self, name: str, state: RoutingState, inputs: dict[tuple[str, str], SharedInput]) -> LayerUse:
-        weight_A, dropout = self.queryable_A[name], self.queryable_dropout[name]
+        weights_A, weights_B, dropouts = self._own
+        weight_A, dropout = weights_A[name], dropouts[name]
         shared = inputs.get((name, self.reads))
         # Dropout hides other places of the input from each projection.
         if shared is None or (self.training and isinstance(dropout, nn.Dropout)):
@@ -214,7 +224,7 @@ class QueryableLinear(RoutedLinear):
         return LayerUse(
             name=name,
             weight_A=weight_A,
-            weight_B=self.queryable_B[name],
+            weight_B=weights_B[name],
             dropout=dropout,
             bank=self._banks[name],
             block=state.blocks[self.blocks[name]],

@@ -130,7 +130,7 @@ class RoutedTuner(LayerTuner):
 
     def _give(self, states: dict[str, Any] | None) -> None:
         for layer in self._adapted:
-            layer.routing_state = states
+            layer.give(states)
 
     def _end_pass(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         self._give(None)

@@ -209,6 +209,7 @@ def free_answers(setting: Setting, folder: Path, shape: str) -> Iterator[Result]
     record = on_cuda if setting.cuda else lambda step: step
     texts: dict[str, list[str]] = {}
 
+    @torch.inference_mode()  # as Lightning tests
     def answer() -> None:
         outcomes = [score_batch(ours.module, task, batch, new_tokens) for batch in batches]
         texts["ours"] = [text for outcome in outcomes for text in outcome.predictions]
