@@ -34,6 +34,9 @@ ROW_KEYWORDS = ("text_ids", "row_features", "gate_instruction")
 """Keywords that the gate reads: token ids of each row's own text, (B, L), negative where padded; or its features as
 they are, (B, F); and the encoding of its instruction, (B, E)."""
 
+_MOST_READ = 2**14
+"""Texts whose features are kept, 2 to 4 KB each, beside those of the batch at hand."""
+
 Observer = Callable[[nn.Module, str, Tensor, Tensor], None]
 
 
@@ -61,6 +64,7 @@ class GrowingBank:
         self.factored: dict[str, dict[str, Factored]] = {}
         self._seen: tuple[Any, ...] = ()
         self._uses: dict[str, Tensor | None] = {}
+        self._read: dict[tuple[int, ...], Tensor] = {}
 
     @property
     def names(self) -> list[str]:
@@ -104,11 +108,22 @@ class GrowingBank:
 
     def choose(self, rows: dict[str, Tensor | None]) -> Tensor:
         """Return the index of each row's stage, (B,); see ``StageGate.choose``."""
-        features, lengths = self.features(rows)
+        features, lengths = self.features(rows) if rows["text_ids"] is None else self._known_features(rows["text_ids"])
         chosen = self.gate.choose(features, lengths, rows["gate_instruction"])
         found = chosen.unique().tolist()
         self._chosen, self._abstains = [index for index in found if index >= 0], found[:1] == [-1]
         return chosen
+
+    def _known_features(self, ids_BL: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the ``features`` of texts, each computed once: test rows are scored after every stage."""
+        texts = [tuple(token for token in row if token >= 0) for row in ids_BL.tolist()]
+        if new := [place for place, text in enumerate(texts) if text not in self._read]:
+            if len(self._read) + len(new) > _MOST_READ:
+                self._read, new = {}, list(range(len(texts)))
+            found, _ = self.features({"text_ids": ids_BL[new], "row_features": None})
+            self._read |= {texts[place]: own for place, own in zip(new, found.cpu(), strict=True)}
+        features = torch.stack([self._read[text] for text in texts])
+        return features.to(ids_BL.device), torch.tensor([len(text) for text in texts], device=ids_BL.device)
 
     @torch.no_grad()
     def features(self, rows: dict[str, Tensor | None]) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from continual.adapters import QueryableLoraConfig
+from continual.adapters import QueryableLoraConfig, growing
 from continual.adapters.gate import StageGate
 from continual.adapters.growing import GrowingBank
 
@@ -121,6 +121,23 @@ def test_features_are_the_bare_backbones(backbone, grown) -> None:
     features, lengths = bank.features({"text_ids": text, "row_features": None})
     torch.testing.assert_close(features, states[:, 1:].mean(dim=1), rtol=1e-4, atol=1e-4)
     assert lengths.tolist() == [9] * 4
+
+
+def test_a_texts_features_are_computed_once_however_it_is_padded(grown, monkeypatch) -> None:
+    model, bank = grown(THREE)
+    text, prompts = mixed()
+    computed, features = [], bank.features
+    monkeypatch.setattr(bank, "features", lambda rows: computed.append(len(rows["text_ids"])) or features(rows))
+    first = model(prompts[:3], text_ids=text[:3]).logits
+    assert computed == [3]
+    padded = torch.cat([text, torch.full((5, 4), -1)], dim=1)
+    again = model(prompts, text_ids=padded).logits  # two rows are new
+    assert computed == [3, 2]
+    torch.testing.assert_close(again[:3], first)
+    assert torch.equal(bank.chosen_B, bank.gate.choose(*features({"text_ids": text, "row_features": None})))
+    monkeypatch.setattr(growing, "_MOST_READ", 6)
+    model(prompts[:2].flip(0), text_ids=texts(0, 2, seed=11))  # no room: what was kept goes
+    assert computed == [3, 2, 2] and len(bank._read) == 2
 
 
 def test_routes_of_every_token_sum_to_one_over_nothing_and_all_atoms(grown) -> None:
