@@ -17,6 +17,8 @@ Array = NDArray[np.float64]
 NUM_DRAWS = 2000
 FEW_CELLS = 5
 """An interval over so few cells is rough."""
+_ROUNDING = 1e-12
+"""What the sum of rows that cancel may be off 0 by, as a share of the largest draw."""
 
 
 def mean_weights(orders: Sequence[Hashable]) -> Array:
@@ -80,6 +82,7 @@ def means(rows: Sequence[Array], weights: Array, counts: Sequence[Array]) -> Arr
 
 
 def interval(draws: Array, level: float = 0.95) -> tuple[float, float]:
-    """Return the percentile interval of ``draws``."""
-    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    """Return the percentile interval of ``draws``; a bound that rounding alone keeps from 0 is 0."""
+    bounds = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.where(np.abs(bounds) <= _ROUNDING * np.abs(draws).max(), 0.0, bounds)
     return float(low), float(high)

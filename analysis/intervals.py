@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
+from analysis import hierarchy
 from analysis.frames import Frame
 from analysis.tables import task_names
 
@@ -74,8 +75,7 @@ def interval(drawn: Array, measure: Callable[[ArrayLike], float], level: float =
     values = np.array([measure(matrix) for matrix in drawn])
     if np.isnan(values).any():
         return None
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    return hierarchy.interval(values, level)
 
 
 def smallest_difference(num_rows: int) -> float:
@@ -110,5 +110,4 @@ def correlation_interval(
     values = values[~np.isnan(values)]
     if len(values) < num_draws / 2:
         return None
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    return hierarchy.interval(values, level)

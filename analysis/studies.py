@@ -12,10 +12,11 @@ import numpy as np
 import pandas as pd
 
 from analysis import hierarchy
+from analysis.differences import verdict
 from analysis.frames import Frame
 from analysis.load import RunError, load_run
 from analysis.pareto import SIZES
-from analysis.sweeps import ABOVE, BELOW, EVEN, Sweep
+from analysis.sweeps import Sweep
 
 LAST_SHARE = 5
 """Training is judged over the last fifth of a stage's steps."""
@@ -141,10 +142,9 @@ def paired_by_cell(values: Frame, baseline: str) -> Frame:
         if len(differences) > 1:
             draws = hierarchy.cell_weights(orders, np.random.default_rng(0)) @ differences
             low, high = hierarchy.interval(draws)
-        verdict = ABOVE if low > 0 else BELOW if high < 0 else EVEN
         mean = float(hierarchy.mean_weights(orders) @ differences)
         rough = len(differences) <= hierarchy.FEW_CELLS
-        rows.append((method, len(differences), mean, low, high, verdict, rough))
+        rows.append((method, len(differences), mean, low, high, verdict(low, high), rough))
     return pd.DataFrame(rows, columns=["method", "cells", "difference", "low", "high", "verdict", "rough"])
 
 

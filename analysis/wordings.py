@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
+from analysis import hierarchy
 from analysis.frames import Frame
 from analysis.intervals import NUM_DRAWS
 from analysis.load import Run
@@ -38,6 +39,6 @@ def wording_table(run: Run, num_draws: int = NUM_DRAWS) -> Frame:
         for _, pair in by_task:
             counts = generator.multinomial(len(pair), np.full(len(pair), 1 / len(pair)), size=num_draws)
             drawn += counts @ (pair["own"] - pair["trained"]).to_numpy() / len(pair) / by_task.ngroups
-        low, high = np.quantile(drawn, [0.025, 0.975])
+        low, high = hierarchy.interval(drawn)
         found.append([*kind, by_task.ngroups, score, base, score - base, low, high])  # type: ignore[misc]
     return pd.DataFrame(found, columns=COLUMNS)

@@ -17,7 +17,7 @@ import pytest
 import sweep_files as files
 import test_analysis_page as page_tests
 
-from analysis import RunError, hierarchy, load_sweep, method_table, paired_differences, plots, published
+from analysis import RunError, differences, hierarchy, load_sweep, method_table, paired_differences, plots, published
 from analysis.report import main, write_report
 from analysis.sweep_content import compare, edges
 from analysis.sweep_figures import sweep_plates
@@ -264,6 +264,17 @@ def test_weights_of_redrawn_cells() -> None:
     assert drawn.sum(axis=1) == pytest.approx(1)
     assert drawn.mean(axis=0) == pytest.approx(hierarchy.mean_weights(orders), abs=0.01)
     assert set(np.round(drawn[:, 3] * 3).astype(int)) == {0, 1, 2, 3}  # order y is drawn 0 to 3 times of 3
+
+
+@pytest.mark.parametrize(("off", "verdict"), [(2e-19, "not told apart"), (1e-6, "above")])
+def test_rounding_alone_does_not_keep_an_interval_from_0(off: float, verdict: str) -> None:
+    draws = np.linspace(0, 0.01, 1001) + off
+    low, high = hierarchy.interval(draws, level=1.0)
+    assert low == (0 if off < 1e-9 else off) and high == pytest.approx(0.01 + off)
+    assert differences.verdict(low, high) == verdict
+    assert hierarchy.interval(-draws, level=1.0) == (-high, -low)
+    assert differences.verdict(-high, -low) == verdict.replace("above", "below")
+    assert hierarchy.interval(np.zeros(9)) == (0, 0)
 
 
 def test_rows_shared_by_cells_widen_the_interval() -> None:

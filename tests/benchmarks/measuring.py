@@ -144,9 +144,10 @@ class Stand:
         self.device, self.wall = device, wall or device.type == "cuda"
         self._calls: dict[str, Callable[[], Any]] = {}
         self._resident: dict[str, int] = {}
-        if device.type == "cuda":  # what matrix products work in would else be the first subject's memory
+        # What matrix products work in on a GPU, on the way back too, would else be the first subject's memory.
+        with torch.inference_mode(False), torch.enable_grad():
             square = torch.ones(64, 64, device=device, requires_grad=True)
-            torch.nn.functional.linear(square, square, square[0]).sum().backward()  # the way back has its own
+            torch.nn.functional.linear(square, square, square[0]).sum().backward()
 
     def add(self, name: str, build: Callable[[], Callable[[], Any]], warm_up: int = 2) -> None:
         """Build a subject and let it warm up."""
