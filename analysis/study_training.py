@@ -84,7 +84,7 @@ def add_gradients(gradients: Frame, found: Studies) -> None:
                 "Gradient norms by layer and method (Fig. 3)",
                 "L2 norm of the gradient of each layer's own adapter weights, mean over recorded steps, stages and "
                 "cells. A bank that all layers share has a panel of its own, and so has a layer that is alone of its "
-                "kind.",
+                "kind; many methods have a panel each, the others grey.",
                 "Line charts of gradient norm by layer depth, a line a method.",
                 lambda: figure_of(plots.norms_by_layer(norms)),
             )

@@ -106,6 +106,8 @@ def _line_and_band(ax: Axes, frame: Frame, color: Any, label: str | None = None)
 def norms_by_layer(norms: Frame) -> list[Axes]:
     """Draw the mean gradient norm by depth, a panel a kind of layer and a line a method (the paper's Fig. 3).
 
+    More methods than are told apart by colour have a panel each where layers are of one kind, the others' lines grey.
+
     Args:
         norms: Columns method, layer, value (``studies.norms_by_layer``).
     """
@@ -114,6 +116,8 @@ def norms_by_layer(norms: Frame) -> list[Axes]:
     counts = norms.groupby("kind")["depth"].nunique()
     deep = [kind for kind in dict.fromkeys(norms["kind"]) if kind != BANK and counts[kind] > 1]
     alone = [kind for kind in dict.fromkeys(norms["kind"]) if kind not in deep]
+    if norms["method"].nunique() > _MOST_LINES and len(deep) == 1:
+        return _norms_by_method(norms, deep[0], alone)
     figure, axes = style.panels(len(deep) + len(alone), 4, 2.8)
     colors = _colors(norms["method"])
     for kind, ax in zip([*deep, *alone], axes, strict=True):
@@ -133,6 +137,26 @@ def norms_by_layer(norms: Frame) -> list[Axes]:
     axes[0].set_ylabel("gradient norm")
     handles = [style.key_line(color, method) for method, color in colors.items()]
     figure.legend(handles=handles, loc="outside upper center", ncols=6)
+    return axes
+
+
+def _norms_by_method(norms: Frame, deep: str, alone: Sequence[str]) -> list[Axes]:
+    """Draw a panel a method, and one a layer that is alone of its kind."""
+    layers = norms[norms["kind"] == deep]
+    own = {str(method): rows.sort_values("depth") for method, rows in layers.groupby("method", sort=False)}
+    _, axes = style.panels(len(own) + len(alone), 4, 1.9)
+    for (method, rows), ax in zip(own.items(), axes, strict=False):
+        for other in own.keys() - {method}:
+            ax.plot(own[other]["depth"], own[other]["value"], color=style.CONTEXT, linewidth=1, zorder=0)
+        ax.plot(rows["depth"], rows["value"], color=style.ACCENT, marker=".", markersize=4, linewidth=1.5)
+        ax.set(title=style.short(method), ylim=(0, 1.08 * layers["value"].max()))
+        ax.locator_params(axis="x", integer=True, nbins=8)
+    style.outer_labels(axes, 4, "layer depth", "gradient norm")
+    for kind, ax in zip(alone, axes[len(own) :], strict=True):
+        values = norms[norms["kind"] == kind].groupby("method", sort=False)["value"].mean()[::-1]
+        ax.barh([style.short(str(method)) for method in values.index], values, color=style.ACCENT, height=0.7)
+        ax.set(title=style.short(kind, 22), xlabel="gradient norm", ylabel="")
+        ax.tick_params(axis="y", labelsize=6.5)
     return axes
 
 

@@ -197,6 +197,23 @@ def test_many_methods_have_a_panel_each_to_show_their_concentration(count: int) 
         assert [ax.get_title() for ax in axes] == [f"m{m}" for m in range(count)]
 
 
+@pytest.mark.parametrize("count", [6, 7])
+def test_many_methods_have_a_panel_each_to_show_their_gradient_norms(count: int) -> None:
+    rows = [(f"m{m}", f"model.layers.{depth}", 1.0 + m + depth) for m in range(count) for depth in (1, 0)]
+    rows += [(f"m{m}", "bank", 0.5 + m) for m in range(1, count)]  # m0 has no bank
+    *layers, bank = plots.norms_by_layer(frame(rows, "method layer value"))
+    together = count == 6
+    assert len(layers) == (1 if together else count)
+    for method, ax in enumerate(layers * count if together else layers):
+        assert (1.0 + method, 2.0 + method) in {tuple(np.asarray(line.get_ydata())) for line in ax.lines}
+        assert len(ax.lines) == count
+    assert bank.get_title() == "bank" and len(bank.patches) == count - 1
+    if not together:
+        assert [ax.get_title() for ax in layers] == [f"m{m}" for m in range(count)]
+        assert [name.get_text() for name in bank.get_yticklabels()] == [f"m{m}" for m in range(count - 1, 0, -1)]
+        assert [patch.get_width() for patch in bank.patches] == [0.5 + m for m in range(count - 1, 0, -1)]  # type: ignore[attr-defined]
+
+
 def test_what_a_part_earns_is_the_whole_minus_the_rest(directory: Path) -> None:
     found = earned(load_sweep(directory)).set_index("method")
     assert set(found.index) == {"no_prior", "detached"}
