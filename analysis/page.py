@@ -198,10 +198,15 @@ def _section(page: Page, key: str, title: str, lead: str, figures: Sequence[Figu
 
 
 def _plain(text: object) -> str:
-    """Return text for markdown: one line, with what would be read as markup made harmless."""
+    """Return text for markdown: one line, with what would be read as markup made harmless, and nothing else changed.
+
+    A "<" opens a tag, and an "&" names a character, by what follows alone (CommonMark 0.31, 2.5 and 6.6); a terminal
+    shows "x < 1" as it is.
+    """
     line = " ".join(str(text).split())
     line = re.sub(r"([\\`*|])", r"\\\1", line).replace("](", r"]\(")
-    return line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    line = re.sub(r"&(?=#|\w+;)", "&amp;", line)
+    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", re.sub(r"^>", "&gt;", line))
 
 
 def _text_table(table: Table) -> str:

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from html import unescape
 from math import log
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import pytest
 import analysis
 from analysis import load, load_run, summarise, tables
 from analysis.figures import plates
+from analysis.page import _plain
 from analysis.report import main, write_report
 from analysis.summary import KEYS
 from continual import records
@@ -193,6 +195,18 @@ def test_markup_is_escaped_everywhere(make_run: MakeRun) -> None:
     assert html.count("<script") == 1 and "<img" not in html and "&lt;script&gt;" in html and "a<b>" not in html
     assert "<script" not in text and "<img" not in text and "<b>" not in text
     assert "line break \\| pipe" in text and "](http" not in text
+
+
+@pytest.mark.parametrize("text", ["x < 1 & y > 2", "p <= 0.05", "a<-b", "R&D", "0 < p, q->r", "5 > 4; 3<4"])
+def test_signs_that_open_no_markup_are_read_as_written(text: str) -> None:
+    assert _plain(text) == text
+
+
+@pytest.mark.parametrize("text", ["<b>", "</b>", "<!-- x", "<?x", "&lt;b>", "&#60;b>", "> quoted"])
+def test_signs_that_open_markup_are_escaped(text: str) -> None:
+    escaped = _plain(text)
+    assert escaped != text and unescape(escaped) == text
+    assert not re.search(r"<[A-Za-z/!?]|&(?!lt;|gt;|amp;)|^>", escaped)
 
 
 @pytest.mark.usefixtures("sketched")
