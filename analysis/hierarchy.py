@@ -84,5 +84,6 @@ def means(rows: Sequence[Array], weights: Array, counts: Sequence[Array]) -> Arr
 def interval(draws: Array, level: float = 0.95) -> tuple[float, float]:
     """Return the percentile interval of ``draws``; a bound that rounding alone keeps from 0 is 0."""
     bounds = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
-    low, high = np.where(np.abs(bounds) <= _ROUNDING * np.abs(draws).max(), 0.0, bounds)
+    largest = np.abs(draws[np.isfinite(draws)]).max(initial=0.0)
+    low, high = np.where(np.abs(bounds) <= _ROUNDING * largest, 0.0, bounds)
     return float(low), float(high)

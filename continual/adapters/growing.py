@@ -35,7 +35,7 @@ ROW_KEYWORDS = ("text_ids", "row_features", "gate_instruction")
 they are, (B, F); and the encoding of its instruction, (B, E)."""
 
 _MOST_READ = 2**14
-"""Texts whose features are kept, 2 to 4 KB each, beside those of the batch at hand."""
+"""Texts whose features are kept, beside those of the batch at hand; 4 bytes a feature, on the CPU."""
 
 Observer = Callable[[nn.Module, str, Tensor, Tensor], None]
 

@@ -177,8 +177,8 @@ class QueryableLinear(RoutedLinear):
         self.leads: set[str] = set()
         self.frozen_A: set[str] = set()
         self.reads = ""
-        # The same entries without nn.Module's search for each, of which a pass would make hundreds.
-        self._own: Any = self.queryable_A._parameters, self.queryable_B._parameters, self.queryable_dropout._modules
+        # What those hold, found without nn.Module's search, of which a pass would make hundreds.
+        self._entries: Any = self.queryable_A._parameters, self.queryable_B._parameters, self.queryable_dropout._modules
         # A reference, not a submodule: the tuner owns the banks, so that each is saved once.
         self._banks: dict[str, AtomBank] = {}
 
@@ -215,7 +215,7 @@ class QueryableLinear(RoutedLinear):
         return [self._use(name, state, inputs) for name, state in states.items() if name in self.scaling]
 
     def _use(self, name: str, state: RoutingState, inputs: dict[tuple[str, str], SharedInput]) -> LayerUse:
-        weights_A, weights_B, dropouts = self._own
+        weights_A, weights_B, dropouts = self._entries
         weight_A, dropout = weights_A[name], dropouts[name]
         shared = inputs.get((name, self.reads))
         # Dropout hides other places of the input from each projection.
