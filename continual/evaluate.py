@@ -103,14 +103,20 @@ def label_log_likelihoods(model: Any, forward: dict[str, Tensor], candidates: Ca
         **rest,
     ).logits
     # Kept column 0 is the prompt's last token, column 1 + k that of node k.
-    predictor, tokens = (candidates.after_L + 1).to(device), candidates.ids_L.to(device)
-    # In parts: a float32 copy of (B, K, V) would be the largest tensor of the run. A GPU is not asked for each row by
-    # itself; a CPU is four times as fast over a row, whose memory it has at hand.
-    parts = logits.split(max(1, 2**24 // logits[0].numel()) if device.type == "cuda" else 1)
-    log_p = torch.cat([part.float().log_softmax(dim=-1)[:, predictor, tokens] for part in parts])
+    # A CPU is four times as fast row by row, in memory that it has at hand; a GPU is not asked for each row by itself.
+    rows = max(1, 2**24 // logits[0].numel()) if device.type == "cuda" else 1
+    log_p = _log_p(logits, (candidates.after_L + 1).to(device), candidates.ids_L.to(device), rows)
     # Summed on the CPU: a GPU adds up in an order that changes from run to run.
     scores = torch.zeros(num_rows, len(candidates.names), dtype=torch.float64)
     return scores.index_add(1, candidates.segment_L.cpu(), log_p.cpu().double())
+
+
+def _log_p(logits_BKV: Tensor, columns_L: Tensor, tokens_L: Tensor, rows: int) -> Tensor:
+    """Return the log-probability of each token in its column, (B, L), in float32.
+
+    So many ``rows`` are taken at once: a float32 copy of all logits would be the largest tensor of the run.
+    """
+    return torch.cat([part.float().log_softmax(dim=-1)[:, columns_L, tokens_L] for part in logits_BKV.split(rows)])
 
 
 def _tree_mask(prompt_mask_BP: Tensor, path_KK: Tensor, dtype: torch.dtype) -> Tensor:

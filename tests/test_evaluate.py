@@ -127,6 +127,17 @@ def test_one_tree_pass_equals_a_full_pass_for_each_label(kind: str, attention: A
     torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 5, 9])
+def test_log_probabilities_do_not_depend_on_the_rows_taken_at_once(rows: int) -> None:
+    logits = torch.randn(5, 3, 7, generator=torch.Generator().manual_seed(0), dtype=torch.bfloat16)
+    columns, tokens = torch.tensor([0, 2, 1, 2]), torch.tensor([6, 0, 3, 3])
+    found = evaluate._log_p(logits, columns, tokens, rows)
+    whole = logits.double().log_softmax(dim=-1)
+    expected = torch.stack([whole[:, column, token] for column, token in zip(columns, tokens, strict=True)], dim=1)
+    assert found.dtype is torch.float32
+    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_instructions_change_the_scores() -> None:
     module = adapted("queryable")
     rows = rows_of(module.backbone, PROMPTS, INSTRUCTIONS)
