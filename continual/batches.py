@@ -1,17 +1,16 @@
-"""Rows as a model takes them: tokenised once, put into batches of like length, and padded.
+"""Rows as a model takes them: tokenised once, and a batch of them padded, or laid into one sequence.
 
 Training rows are padded on the right and need no attention mask; their labels cover the columns from the first answer
 of the batch on, so that the head of the language model runs on those alone. Packed, they lie one after the other in a
 single row without padding, and the labels are those of the answers' tokens alone. Prompts to be scored are padded on
 the left, so that the last column predicts the first token of any answer.
 
-Shapes: B rows of a batch, P prompt columns, S prompt and answer columns, L tokens of all candidate labels, K nodes of
-their tree.
+Shapes: B rows of a batch, P prompt columns, S prompt and answer columns, L tokens of a text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, Literal, cast
@@ -19,9 +18,9 @@ from typing import Any, Literal, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import Sampler
 
-from continual.backbones import Backbone, CausalLM
+from continual.backbones import Backbone
+from continual.candidates import Candidates
 from continual.errors import ConfigError
 from continual.instructions import InstructionEncoder
 from continual.wordings import TRAINING, Wording, opening
@@ -105,55 +104,6 @@ class EncodedTask:
         self.cut_rows += cut > 0
         self.cut_tokens += cut
         return Row(source, at_gate, prompt, self.backbone.encode_answer(source["answer"]))
-
-
-@dataclass  # not frozen: Lightning moves its tensors to the device
-class Candidates:
-    """The labels that a row's prompt is scored against, as a tree whose nodes one pass computes.
-
-    A node is what one or several labels begin with, short of a whole label: a label's last token, its end mark, is only
-    ever predicted.
-
-    Attributes:
-        names: Label texts; the first ``num_own`` are the task's own, the rest were seen in other stages.
-        num_own: How many are the task's own.
-        ids_L: Token ids of all labels, end marks included, one label after the other.
-        segment_L: Which label a token belongs to.
-        after_L: Index of the node that predicts a token; -1 for the prompt.
-        node_ids_K: Last token id of each node; what a node continues comes before it.
-        depth_K: Tokens of a node before its last.
-        path_KK: Whether a node (row) is, or continues, another (column).
-    """
-
-    names: tuple[str, ...]
-    num_own: int
-    ids_L: Tensor
-    segment_L: Tensor
-    after_L: Tensor
-    node_ids_K: Tensor
-    depth_K: Tensor
-    path_KK: Tensor
-
-    @classmethod
-    def of(cls, backbone: CausalLM, own: Sequence[str], others: Sequence[str] = ()) -> Candidates:
-        """Encode the labels ``own`` and those of ``others`` that are not among them."""
-        names = tuple(dict.fromkeys([*own, *others]))
-        encoded = [tuple(backbone.encode_answer(name)) for name in names]
-        starts = dict.fromkeys(ids[:end] for ids in encoded for end in range(1, len(ids)))
-        nodes = {start: index for index, start in enumerate(starts)}
-        path = torch.zeros(len(nodes), len(nodes), dtype=torch.bool)
-        for start, index in nodes.items():
-            path[index, [nodes[start[:end]] for end in range(1, len(start) + 1)]] = True
-        return cls(
-            names,
-            len(own),
-            torch.tensor([token for ids in encoded for token in ids]),
-            torch.tensor([index for index, ids in enumerate(encoded) for _ in ids]),
-            torch.tensor([nodes.get(ids[:end], -1) for ids in encoded for end in range(len(ids))]),
-            torch.tensor([start[-1] for start in nodes], dtype=torch.long),
-            torch.tensor([len(start) - 1 for start in nodes], dtype=torch.long),
-            path,
-        )
 
 
 def is_packed(batch: dict[str, Any]) -> bool:
@@ -315,60 +265,3 @@ def padded(ids: Sequence[list[int]]) -> Tensor:
     """Return token ids of several texts, (B, L), padded with -1."""
     width = max(1, *map(len, ids))
     return torch.tensor([tokens + [-1] * (width - len(tokens)) for tokens in ids])
-
-
-class LengthBatches(Sampler[list[int]]):
-    """Batches of rows of like length, in an order that the seed and the epoch alone decide.
-
-    Rows are shuffled, cut into pools of ``pool`` batches, sorted by length within a pool and batched; the batches are
-    shuffled. Each pass over the sampler is the next epoch.
-
-    Args:
-        lengths: Tokens of every row.
-        batch_size: Rows a batch.
-        seed: Decides the order.
-        pool: Batches that are sorted together; the smaller, the more random, the larger, the less padding.
-    """
-
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, pool: int = 8) -> None:
-        self.lengths, self.batch_size, self.seed, self.pool = lengths, batch_size, seed, pool
-        self.epoch = 0
-
-    def __len__(self) -> int:
-        return -(-len(self.lengths) // self.batch_size)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
-        self.epoch += 1
-        order = torch.randperm(len(self.lengths), generator=generator).tolist()
-        size = self.batch_size * self.pool
-        pools = [sorted(order[i : i + size], key=lambda row: self.lengths[row]) for i in range(0, len(order), size)]
-        batches = [p[i : i + self.batch_size] for p in pools for i in range(0, len(p), self.batch_size)]
-        for index in torch.randperm(len(batches), generator=generator).tolist():
-            yield batches[index]
-
-
-def token_batches(lengths: Sequence[int], extra: int, max_tokens: int, least: int = 1) -> list[list[int]]:
-    """Return batches of row indices, longest rows first, of at most ``max_tokens`` padded tokens (at least one row).
-
-    A batch a quarter full ends where the next row is less than two thirds as wide: few rows of very different lengths
-    would else be padding for the most part.
-
-    Args:
-        lengths: Prompt tokens of every row.
-        extra: Columns that scoring adds to every row (the tree of its labels, or its answer).
-        max_tokens: Rows times columns of a batch.
-        least: Batches there have to be, where there are as many rows.
-    """
-    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
-    batches: list[list[int]] = []
-    width = 0
-    for row in order:
-        full = len(batches[-1]) * width if batches else max_tokens
-        narrow = 4 * full >= max_tokens and 3 * (lengths[row] + extra) < 2 * width
-        shared = batches and len(batches[-1]) >= max(1, len(order) // least)
-        if full + width > max_tokens or narrow or shared or not batches:
-            batches.append([])
-            width = lengths[row] + extra
-        batches[-1].append(row)
-    return batches

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from continual.adapters import QueryableLoraModel, RoutedTuner
 from continual.adapters.carrier import ROUTING_KEYWORDS
-from continual.batches import Candidates
+from continual.candidates import Candidates
 from continual.generation import generate, on_cuda
 from tasks import Task
 

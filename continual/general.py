@@ -17,7 +17,8 @@ from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
 from continual import devices
-from continual.batches import IGNORED, Collator, Row, token_batches
+from continual.batch_order import token_batches
+from continual.batches import IGNORED, Collator, Row
 from continual.errors import ConfigError
 from continual.strategies.base import forward_context
 

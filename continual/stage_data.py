@@ -14,7 +14,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from continual import devices
-from continual.batches import Candidates, Collator, EncodedTask, LengthBatches, Row, token_batches
+from continual.batch_order import LengthBatches, token_batches
+from continual.batches import Collator, EncodedTask, Row
+from continual.candidates import Candidates
 from continual.errors import ConfigError
 from continual.packing import check_packing
 from continual.wordings import TRAINING, Wording, opening, varied

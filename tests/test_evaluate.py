@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from continual import evaluate
 from continual.adapters import QueryableLoraConfig
 from continual.backbones import MLPRegressor, TinyCausalLM
-from continual.batches import Candidates, Collator, Row
+from continual.batches import Collator, Row
+from continual.candidates import Candidates
 from continual.evaluate import Outcome, is_routed, label_log_likelihoods, score_batch
 from continual.module import ContinualModule
 from continual.stage_data import StageData

@@ -16,7 +16,9 @@ from peft import LoraConfig
 
 from continual.adapters import QueryableLoraConfig
 from continual.backbones import MLPRegressor, TinyCausalLM
-from continual.batches import IGNORED, Candidates, EncodedTask, LengthBatches, token_batches
+from continual.batch_order import LengthBatches, token_batches
+from continual.batches import IGNORED, EncodedTask
+from continual.candidates import Candidates
 from continual.errors import ConfigError
 from continual.module import ContinualModule
 from continual.stage_data import StageData

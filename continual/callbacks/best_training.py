@@ -16,7 +16,8 @@ from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
 from continual import devices
-from continual.batches import IGNORED, token_batches
+from continual.batch_order import token_batches
+from continual.batches import IGNORED
 from continual.errors import ConfigError
 from continual.strategies import Sequential
 from continual.strategies.base import adapter_tensors, evaluating, forward_context

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from torch.utils.data import Sampler
 
-from continual.batches import LengthBatches
+from continual.batch_order import LengthBatches
 from continual.strategies.base import Strategy
 
 if TYPE_CHECKING:

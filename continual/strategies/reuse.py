@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import Sampler
 
 from continual.adapters import QueryableLoraConfig
-from continual.batches import LengthBatches
+from continual.batch_order import LengthBatches
 from continual.errors import ConfigError
 from continual.strategies.library import PerTask
 

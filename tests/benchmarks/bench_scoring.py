@@ -17,7 +17,9 @@ from subjects import TEXT_LENGTHS, RandomText, ShapedLM, backbone_dtype, lora, q
 from torch import Tensor
 
 from continual import evaluate
-from continual.batches import Candidates, Row, token_batches
+from continual.batch_order import token_batches
+from continual.batches import Row
+from continual.candidates import Candidates
 from continual.evaluate import label_log_likelihoods, score_batch
 from continual.generation import generate, on_cuda
 from continual.module import ContinualModule

@@ -17,7 +17,8 @@ import yaml
 
 import analysis.report
 from continual import experiment, manifest, run
-from continual.batches import Collator, Row, token_batches
+from continual.batch_order import token_batches
+from continual.batches import Collator, Row
 from continual.sequence import Sequence
 
 ROOT = Path(__file__).resolve().parents[2]

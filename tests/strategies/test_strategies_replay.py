@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from continual.batches import LengthBatches, Row
+from continual.batch_order import LengthBatches
+from continual.batches import Row
 from continual.files import size_bytes
 from continual.strategies import DERPlusPlus, ExperienceReplay
 from continual.strategies.base import Strategy, evaluating
