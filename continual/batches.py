@@ -156,6 +156,7 @@ class Collator:
         task_id: What to tell an adapter that has to be told the task of its rows; None for any other.
         pack_to: 0 where rows with answers are padded; otherwise they are laid into one sequence, of a length that is a
             multiple of this.
+        masks_padding: Whether a batch with answers tells tokens from padding, as "token_mask".
     """
 
     def __init__(
@@ -169,8 +170,9 @@ class Collator:
         share: slice = slice(None),
         task_id: int | None = None,
         pack_to: int = 0,
+        masks_padding: bool = False,
     ) -> None:
-        self.task_id, self.pack_to = task_id, pack_to
+        self.task_id, self.pack_to, self.masks_padding = task_id, pack_to, masks_padding
         self.backbone: Any = backbone
         self.with_instructions, self.answers = with_instructions, answers
         self.candidates, self.encoder, self.row_inputs, self.share = candidates, encoder, row_inputs, share
@@ -212,7 +214,10 @@ class Collator:
             padding = width - row.length
             ids.append(row.prompt_ids + row.answer_ids + [pad] * padding)
             labels.append([IGNORED] * (len(row.prompt_ids) - first) + row.answer_ids + [IGNORED] * padding)
-        return {"forward": {"input_ids": torch.tensor(ids)}, "labels": torch.tensor(labels)}
+        forward = {"input_ids": torch.tensor(ids)}
+        if self.masks_padding:
+            forward["token_mask"] = (torch.arange(width) < torch.tensor([[row.length] for row in rows])).long()
+        return {"forward": forward, "labels": torch.tensor(labels)}
 
     def _packed(self, rows: Sequence[Row]) -> dict[str, Any]:
         """Lay rows end to end: where positions begin again, so does what a token attends to.
@@ -227,6 +232,8 @@ class Collator:
         of_tokens = {"input_ids": ids, "position_ids": torch.cat([torch.arange(length) for length in lengths])}
         if self.with_instructions or self.row_inputs is not None:
             of_tokens["row_of_token"] = torch.arange(len(rows)).repeat_interleave(torch.tensor(lengths))
+        if self.masks_padding:
+            of_tokens["token_mask"] = torch.ones_like(ids)
         forward = {name: F.pad(each, (0, -len(ids) % self.pack_to)).unsqueeze(0) for name, each in of_tokens.items()}
         return {"forward": forward | {"logits_to_keep": answers - 1}, "labels": ids[answers].unsqueeze(0)}
 

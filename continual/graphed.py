@@ -32,7 +32,7 @@ _PACKED_COLUMNS = 256
 """The same for the tokens of packed rows, which are a batch in one row."""
 _SIGHTINGS = 3
 """How often a shape has to come before recording it pays: that costs as much as a few passes."""
-_OF_TOKENS = {"input_ids": 0, "position_ids": 0, "row_of_token": 0}
+_OF_TOKENS = {"input_ids": 0, "position_ids": 0, "row_of_token": 0, "token_mask": 0}
 _PADDING = {"logits_to_keep": 0, "instruction_ids": -1, "text_ids": -1} | _OF_TOKENS
 
 
@@ -41,8 +41,7 @@ class GraphedPasses:
 
     Rows are padded on the right, which no token before the padding sees and no label asks for; behind packed rows, each
     token of padding is a row by itself. A shape's first passes run as they are; so do those that a strategy makes by
-    itself. A loss over all tokens, such as that of experts which are to be used alike, counts the padding. Gradients
-    lie where the next replay writes its own: they have to be used, or copied, before it.
+    itself. Gradients lie where the next replay writes its own: they have to be used, or copied, before it.
 
     Args:
         module: The module, on its device and with the parameters that the stage trains.

@@ -161,6 +161,11 @@ class ContinualModule(L.LightningModule):
         """Whether the adapter's forward pass has to be told which task its rows are of."""
         return isinstance(self.adapter, PolyConfig)
 
+    @property
+    def masks_padding(self) -> bool:
+        """Whether the adapter's own loss, over all tokens, has to be told them from padding."""
+        return bool(getattr(self.adapter, "balance_weight", 0))
+
     def parameter_counts(self) -> dict[str, int]:
         """Return the number of trainable parameters and of all; a packed weight counts as what it stands for."""
         sizes = [(num_weights(p), p.requires_grad) for p in self.parameters()]

@@ -54,10 +54,9 @@ class StageData(_Rows):
             out by ``validation_rows``; test rows are not even encoded then.
         packing: Lay the rows of a training batch one after the other into one sequence, each blind to the others,
             instead of padding them to the longest: the same rows, loss and gradients. There is no padding but for the
-            seven tokens at most that model.compile wants. Dropout is drawn for other tokens then, and a loss over all
-            of them, such as that of experts which are to be used alike, counts no padding. Pays where lengths differ:
-            attention is computed over the whole sequence, and masked. Refused where the backbone or the adapter would
-            not keep rows apart.
+            seven tokens at most that model.compile wants. Dropout is drawn for other tokens then. Pays where lengths
+            differ: attention is computed over the whole sequence, and masked. Refused where the backbone or the adapter
+            would not keep rows apart.
     """
 
     def __init__(
@@ -250,6 +249,7 @@ class StageData(_Rows):
             share,
             task_id,
             pack_to,
+            module.masks_padding,
         )
 
 

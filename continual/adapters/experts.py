@@ -57,7 +57,8 @@ class ExpertPass:
     """What the routers of one adapter leave behind in one forward pass.
 
     Attributes:
-        mask_BT: 1 for tokens, 0 for padding; None where the model was given no such mask.
+        mask_BT: 1 for tokens, 0 for padding: what the model was given as ``token_mask``, or as ``attention_mask``; None
+            where it was given neither.
         routes: Each projection's routing weights, (..., E), in the order of the model.
         logits: Each projection's routing logits, (..., E).
     """
@@ -120,7 +121,7 @@ class ExpertTuner(RoutedTuner):
         self._last: dict[str, ExpertPass] = {}
 
     def _begin_pass(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        mask = kwargs.get("attention_mask")
+        mask = kwargs.pop("token_mask", kwargs.get("attention_mask"))
         mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
         states = {}
         for name in self.active_adapters:

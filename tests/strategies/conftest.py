@@ -26,7 +26,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     },
     "experts": {
         "class_path": "continual.adapters.MoeLoraConfig",
-        "init_args": {"r": 2, "num_experts": 4, "top_k": 2, "balance_weight": 0.0,
+        "init_args": {"r": 2, "num_experts": 4, "top_k": 2, "balance_weight": 0.5,
                       "target_modules": ["q_proj", "v_proj"]},
     },
     "regressor": {

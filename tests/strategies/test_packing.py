@@ -14,7 +14,7 @@ from spreading import spread
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Lfm2Config, OPTConfig, PreTrainedConfig, PreTrainedModel, Qwen2Config
 
-from continual import experiment
+from continual import experiment, graphed
 from continual.backbones import TinyCausalLM
 from continual.batches import Collator, Row
 from continual.errors import ConfigError
@@ -118,6 +118,21 @@ def test_padding_behind_packed_rows_changes_nothing(prepared: Prepared) -> None:
     module.compiles = stages[0].packing = True
     lengths = {batch["forward"]["input_ids"].shape[1] for batch in stages[0].train_dataloader()}
     assert all(length % 8 == 0 for length in lengths)
+
+
+def test_the_experts_loss_counts_no_padding(prepared: Prepared) -> None:
+    module, stages = prepared("Sequential", "experts")
+    spread(module, 0.3)
+    module.train()
+    assert module.masks_padding
+    rows = mixed(stages)
+    padded = stages[0].collate(rows)
+    assert padded["forward"]["token_mask"].sum(dim=1).tolist() == [row.length for row in rows]
+    layouts = [padded, graphed._padded(padded)[0], packed(stages[0], rows), packed(stages[0], rows, pack_to=64)]
+    losses = [module.training_pass(batch)[0] for batch in layouts]
+    torch.testing.assert_close(losses, losses[:1] * 4, rtol=1e-5, atol=1e-6)
+    del padded["forward"]["token_mask"]
+    assert (module.training_pass(padded)[0] - losses[0]).abs() > 1e-4
 
 
 def test_every_process_packs_its_own_rows(prepared: Prepared) -> None:
