@@ -28,7 +28,6 @@ class Candidates:
         segment_L: Which label a token belongs to.
         after_L: Index of the node that predicts a token; -1 for the prompt.
         node_ids_K: Last token id of each node; what a node continues comes before it.
-        depth_K: Tokens of a node before its last.
         path_KK: Whether a node (row) is, or continues, another (column).
     """
 
@@ -38,8 +37,12 @@ class Candidates:
     segment_L: Tensor
     after_L: Tensor
     node_ids_K: Tensor
-    depth_K: Tensor
     path_KK: Tensor
+
+    @property
+    def depth_K(self) -> Tensor:
+        """Tokens of each node before its last, (K,)."""
+        return self.path_KK.sum(dim=1) - 1
 
     @classmethod
     def of(cls, backbone: CausalLM, own: Sequence[str], others: Sequence[str] = ()) -> Candidates:
@@ -58,6 +61,5 @@ class Candidates:
             torch.tensor([index for index, ids in enumerate(encoded) for _ in ids]),
             torch.tensor([nodes.get(ids[:end], -1) for ids in encoded for end in range(len(ids))]),
             torch.tensor([start[-1] for start in nodes], dtype=torch.long),
-            torch.tensor([len(start) - 1 for start in nodes], dtype=torch.long),
             path,
         )

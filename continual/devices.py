@@ -65,7 +65,7 @@ def check_module(module: ContinualModule, trainer: L.Trainer) -> None:
     if module.cuda_graphs:
         raise ConfigError("model.cuda_graphs records one process's passes alone: take it out, or trainer.devices=1")
     name = type(module.adapter).__name__
-    if getattr(module.adapter, "balance_weight", 0) or name == "LilyConfig":
+    if module.balances_experts or name == "LilyConfig":
         what = "balances its experts" if name != "LilyConfig" else "averages its routes"
         raise ConfigError(f"model.adapter: {name} {what} over a whole batch, which several devices share: take one")
     if isinstance(trainer.strategy, ModelParallelStrategy):

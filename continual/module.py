@@ -162,8 +162,8 @@ class ContinualModule(L.LightningModule):
         return isinstance(self.adapter, PolyConfig)
 
     @property
-    def masks_padding(self) -> bool:
-        """Whether the adapter's own loss, over all tokens, has to be told them from padding."""
+    def balances_experts(self) -> bool:
+        """Whether the adapter has a loss of its own over all tokens of a batch, which have to be told from padding."""
         return bool(getattr(self.adapter, "balance_weight", 0))
 
     def parameter_counts(self) -> dict[str, int]:

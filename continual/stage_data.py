@@ -249,7 +249,7 @@ class StageData(_Rows):
             share,
             task_id,
             pack_to,
-            module.masks_padding,
+            module.balances_experts,
         )
 
 

@@ -63,7 +63,7 @@ def stub(backbone: Any = BACKBONE, uses_instructions: bool = False) -> Any:
         backbone=backbone,
         uses_instructions=uses_instructions,
         takes_task_ids=False,
-        masks_padding=False,
+        balances_experts=False,
         instruction_encoder=None,
         row_inputs=None,
         strategy=Sequential(),

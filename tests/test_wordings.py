@@ -39,7 +39,7 @@ class WordsTask(Task):
 class Stub:
     """What StageData asks of a module."""
 
-    backbone, uses_instructions, takes_task_ids, masks_padding = BACKBONE, True, False, False
+    backbone, uses_instructions, takes_task_ids, balances_experts = BACKBONE, True, False, False
     instruction_encoder, row_inputs = None, None
 
 

@@ -124,7 +124,7 @@ def test_the_experts_loss_counts_no_padding(prepared: Prepared) -> None:
     module, stages = prepared("Sequential", "experts")
     spread(module, 0.3)
     module.train()
-    assert module.masks_padding
+    assert module.balances_experts
     rows = mixed(stages)
     padded = stages[0].collate(rows)
     assert padded["forward"]["token_mask"].sum(dim=1).tolist() == [row.length for row in rows]
