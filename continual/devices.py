@@ -62,8 +62,6 @@ def check_module(module: ContinualModule, trainer: L.Trainer) -> None:
     """Raise ConfigError where the loaded module cannot be spread, or would learn something else than on one device."""
     if trainer.world_size == 1:
         return
-    if module.cuda_graphs:
-        raise ConfigError("model.cuda_graphs records one process's passes alone: take it out, or trainer.devices=1")
     name = type(module.adapter).__name__
     if module.balances_experts or name == "LilyConfig":
         what = "balances its experts" if name != "LilyConfig" else "averages its routes"
@@ -71,8 +69,9 @@ def check_module(module: ContinualModule, trainer: L.Trainer) -> None:
     if isinstance(trainer.strategy, ModelParallelStrategy):
         if not any(_frozen(module, layer) for layer in _decoder_layers(module)):
             raise ConfigError("trainer.strategy: there are no frozen decoder layers to cut into shards: take ddp")
-        if module.compiles:
-            raise ConfigError("model.compile has not been made to work on shards: take it out, or ddp")
+        for name, asked in (("model.compile", module.compiles), ("model.cuda_graphs", module.cuda_graphs)):
+            if asked:
+                raise ConfigError(f"{name} has not been made to work on shards: take it out, or ddp")
 
 
 def check_data(data: StageData, num_devices: int) -> None:

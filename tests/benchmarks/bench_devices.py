@@ -1,6 +1,7 @@
 """A training stage on two devices against one, by Lightning's DDP: rows a second, each device with as many rows a step.
 
-At the text suite's lengths, where a GPU waits for its host, and at 512 tokens a row, where it computes.
+At the text suite's lengths, where a GPU waits for its host, and at 512 tokens a row, where it computes; on GPUs also
+compiled and recorded.
 Processes of one device and of two are all there from the start and take turns; those that wait do nothing.
 """
 
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
+from bench_training import MODES
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from measuring import Result, Setting, Stand
 from subjects import STAGE_ROWS, TEXT_LENGTHS, RandomText, ShapedLM, backbone_dtype, queryable, sequence
@@ -31,25 +33,30 @@ def run(setting: Setting) -> Iterator[Result]:
     if setting.cuda and torch.cuda.device_count() < 2:
         return
     rows = setting.pick(16, 4, 2)
-    if setting.wants(case := f"{shape} two devices"):
-        steps = setting.pick(math.ceil(STAGE_ROWS / (2 * rows)), 4, 2)
-        yield _two_against_one(setting, case, shape, rows, steps)
-    if setting.cuda and setting.wants(case := f"{shape} two devices 8x512"):
-        yield _two_against_one(setting, case, shape, 8, 50, tokens=512)
+    steps = setting.pick(math.ceil(STAGE_ROWS / (2 * rows)), 4, 2)
+    for how in ("eager", "compiled graphs") if setting.cuda else ("eager",):
+        # Each stage records anew, which takes as long on two devices: stages of few fast steps would show that alone.
+        times = 1 if how == "eager" else 6
+        if setting.wants(case := f"{shape} two devices {how}"):
+            yield _two_against_one(setting, case, shape, how, rows, times * steps)
+        if setting.cuda and setting.wants(case := f"{shape} two devices 8x512 {how}"):
+            yield _two_against_one(setting, case, shape, how, 8, times * 50, tokens=512)
 
 
-def _two_against_one(setting: Setting, case: str, shape: str, rows: int, steps: int, tokens: int = 0) -> Result:
+def _two_against_one(
+    setting: Setting, case: str, shape: str, how: str, rows: int, steps: int, tokens: int = 0
+) -> Result:
     """Time stages of ``steps`` steps on two devices and of twice as many on one, ``rows`` rows a device and step."""
     stand = Stand(setting.device, wall=True)
     with ExitStack() as stack:
         # The same rows in all: two devices make half of the steps.
         counts = [(number, rows, 2 * steps // number, tokens) for number in (1, 2)]
-        groups = [stack.enter_context(Group(setting, shape, *count)) for count in counts]
+        groups = [stack.enter_context(Group(setting, shape, how, *count)) for count in counts]
         for name, group in zip(("one", "two"), groups, strict=True):
             stand.add(name, lambda group=group: group.train, warm_up=1)
         timings = stand.run(setting.num_rounds(5))
     detail = {"shape": shape, "rows_a_device": rows, "rows": 2 * rows * steps, "tokens_a_row": tokens or TEXT_LENGTHS}
-    detail |= {"strategy": "ddp"} | timings.detail()
+    detail |= {"strategy": "ddp", "mode": how} | timings.detail()
     detail |= {"backbone_dtype": backbone_dtype(setting), "adapter": "float32"}
     del detail["peak_bytes"]  # this process's: the models are in others
     ratio, goal = timings.ratio("one", "two"), ">= 1.8" if setting.cuda else None
@@ -62,14 +69,15 @@ class Group:
     Args:
         setting: Device and seed.
         shape: The backbone's.
+        how: One of bench_training's ``MODES``.
         number: Of devices.
         rows: Rows a device and step.
         steps: Steps a stage.
         tokens: Of each row; 0 for the text suite's lengths.
     """
 
-    def __init__(self, setting: Setting, shape: str, number: int, rows: int, steps: int, tokens: int) -> None:
-        arguments = [setting.device.type, shape, number, rows, steps, tokens, setting.seed]
+    def __init__(self, setting: Setting, shape: str, how: str, number: int, rows: int, steps: int, tokens: int) -> None:
+        arguments = [setting.device.type, shape, how, number, rows, steps, tokens, setting.seed]
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(find_free_network_port())}
         paths = [str(Path(__file__).parent), os.getcwd(), os.environ.get("PYTHONPATH", "")]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
@@ -102,10 +110,13 @@ class Group:
             process.communicate()
 
 
-def wait_and_train(device: str, shape: str, number: int, rows: int, steps: int, tokens: int, seed: int) -> None:
+def wait_and_train(
+    device: str, shape: str, how: str, number: int, rows: int, steps: int, tokens: int, seed: int
+) -> None:
     """Make the run ready, then train a stage for every line of standard input, saying when it is done."""
     setting, out = Setting(torch.device(device), seed=seed), sys.stdout
-    module = ContinualModule(ShapedLM(shape, seed, backbone_dtype(setting)), queryable())
+    fast: dict[str, Any] = dict.fromkeys(MODES[how], True)
+    module = ContinualModule(ShapedLM(shape, seed, backbone_dtype(setting)), queryable(), **fast)
     usual = (tokens - 3,) if tokens else TEXT_LENGTHS  # an answer is a space, a letter and the end mark
     lengths = [usual[index % len(usual)] for index in range(number * rows * steps)]
     data = {"batch_size": number * rows, "max_tokens": 512}
@@ -122,4 +133,4 @@ def wait_and_train(device: str, shape: str, number: int, rows: int, steps: int, 
 if __name__ == "__main__":
     quieten()
     torch.set_num_threads(1)
-    wait_and_train(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:]))
+    wait_and_train(sys.argv[1], sys.argv[2], sys.argv[3], *map(int, sys.argv[4:]))

@@ -47,17 +47,24 @@ SCENARIOS: dict[str, Tree] = {
     "fisher": {"model.strategy": strategy("EWC", weight=100.0, estimator="empirical", fisher_rows=5)},
     "distilled": {"model.strategy": strategy("LwF")},
     "joint": {"model.strategy": strategy("Joint"), "bounds": ["per_task"]},
+    "recorded": {"model.cuda_graphs": True},
 }
-QUICK = ("plain", "growing")
+QUICK = ("plain", "growing", "recorded")
 
 # Imports once, then forks two processes for each run, as torchrun would start them; the second may write nothing.
 FORKER = """
 import json, os, signal, socket, sys, time
 import torch
 torch.set_num_threads(1)
-from continual import manifest, records, run
+from recording import Recorder
+from continual import graphed, manifest, records, run
 from continual.module import ContinualModule
 from continual.strategies import Strategy
+
+def record(self, start=ContinualModule.on_train_start):
+    start(self)
+    if self.cuda_graphs:
+        self._graphed = graphed.GraphedPasses(self, Recorder())
 
 def refuse(*arguments, **keywords):
     os._exit(97)
@@ -67,6 +74,7 @@ def start(rank, port, argv, dies):
     if child:
         return child
     os.environ.update(LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    ContinualModule.on_train_start, graphed._SIGHTINGS = record, 1  # as on a GPU, but from the first pass on
     if rank:
         records.append = records.truncate = manifest.create = manifest.Manifest.commit = Strategy.save = refuse
         ContinualModule.save_adapter = refuse
@@ -107,7 +115,8 @@ for line in sys.stdin:
 @pytest.fixture(scope="module")
 def forked() -> Iterator[Callable[..., list[int]]]:
     """Runs a command line of ``continual.run`` in two processes and returns their exit codes."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "strategies")])  # recording.py is there
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-c", FORKER]
     with subprocess.Popen(
         command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -264,9 +273,13 @@ def test_torchrun_starts_both(written: Callable, of_two: Callable, contents: Cal
         (["trainer.strategy=ddp_spawn"], "a run has many: take ddp"),
         (["trainer.strategy=fsdp"], "requires a GPU"),
         (["trainer.strategy={class_path: lightning.pytorch.strategies.ModelParallelStrategy}"], "tensor_parallel_size"),
+        ([f"trainer.strategy={json.dumps(SHARDED['strategy'])}", "model.compile=true"], "model.compile has not been"),
+        (
+            [f"trainer.strategy={json.dumps(SHARDED['strategy'])}", "model.cuda_graphs=true"],
+            "model.cuda_graphs has not",
+        ),
         (["data.batch_size=1"], "data.batch_size (1)"),
         (["stages.*.task.init_args.test_rows=1"], "rows to score (1)"),
-        (["model.cuda_graphs=true"], "model.cuda_graphs"),
         (
             [
                 "model.adapter={class_path: continual.adapters.MoeLoraConfig, init_args: "

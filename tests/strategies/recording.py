@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
+
+Recorded = Callable[..., tuple[Tensor, ...]]
 
 
 @contextmanager
@@ -36,3 +39,23 @@ class NoWaiting(TorchDispatchMode):
         if name in self.FORBIDDEN or by_mask:
             raise AssertionError(f"{name} cannot be recorded")
         return func(*args, **(kwargs or {}))
+
+
+class Recorder:
+    """Stands in for ``torch.cuda.make_graphed_callables``: a trace repeats tensor operations and runs no Python."""
+
+    def __init__(self) -> None:
+        self.shapes: list[tuple[torch.Size, ...]] = []
+
+    def __call__(self, callable: torch.nn.Module, own: tuple[Tensor, ...]) -> Recorded:
+        self.shapes.append(tuple(tensor.shape for tensor in own))
+        with capturing():
+            trace = make_fx(lambda *tensors: callable(*tensors))(*own)
+
+        def replay(*tensors: Tensor) -> tuple[Tensor, ...]:
+            for static, given in zip(own, tensors, strict=True):
+                assert static.shape == given.shape and static.data_ptr() != given.data_ptr()
+                static.copy_(given)
+            return trace(*own)
+
+        return replay

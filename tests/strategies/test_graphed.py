@@ -12,10 +12,9 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Trainer
 from peft import PeftModel
-from recording import NoWaiting, capturing
+from recording import NoWaiting, Recorded, Recorder, capturing
 from spreading import spread
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from continual import graphed
 from continual.batches import IGNORED
@@ -26,27 +25,6 @@ from continual.module import ContinualModule
 from continual.stage_data import StageData
 
 BANK = {"GrowingBank": {"background_rows": 0}}
-Recorded = Callable[..., tuple[Tensor, ...]]
-
-
-class Recorder:
-    """Stands in for ``torch.cuda.make_graphed_callables``: a trace repeats tensor operations and runs no Python."""
-
-    def __init__(self) -> None:
-        self.shapes: list[tuple[torch.Size, ...]] = []
-
-    def __call__(self, callable: torch.nn.Module, own: tuple[Tensor, ...]) -> Recorded:
-        self.shapes.append(tuple(tensor.shape for tensor in own))
-        with capturing():
-            trace = make_fx(lambda *tensors: callable(*tensors))(*own)
-
-        def replay(*tensors: Tensor) -> tuple[Tensor, ...]:
-            for static, given in zip(own, tensors, strict=True):
-                assert static.shape == given.shape and static.data_ptr() != given.data_ptr()
-                static.copy_(given)
-            return trace(*own)
-
-        return replay
 
 
 def gradients(module: ContinualModule, loss: Tensor) -> list[Tensor | None]:
