@@ -39,26 +39,29 @@ class LengthBatches(Sampler[list[int]]):
             yield batches[index]
 
 
-def token_batches(lengths: Sequence[int], extra: int, max_tokens: int, least: int = 1) -> list[list[int]]:
+def token_batches(
+    lengths: Sequence[int], extra: int, max_tokens: int, full: float = 0.25, least: int = 1
+) -> list[list[int]]:
     """Return batches of row indices, longest rows first, of at most ``max_tokens`` padded tokens (at least one row).
 
-    A batch a quarter full ends where the next row is less than two thirds as wide: few rows of very different lengths
-    would else be padding for the most part.
+    A batch that is full enough ends where the next row is less than two thirds as wide: few rows of very different
+    lengths would else be padding for the most part.
 
     Args:
         lengths: Prompt tokens of every row.
         extra: Columns that scoring adds to every row (the tree of its labels, or its answer).
         max_tokens: Rows times columns of a batch.
+        full: Share of ``max_tokens`` that makes a batch full enough: as many tokens as another batch costs by itself.
         least: Batches there have to be, where there are as many rows.
     """
     order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
     batches: list[list[int]] = []
     width = 0
     for row in order:
-        full = len(batches[-1]) * width if batches else max_tokens
-        narrow = 4 * full >= max_tokens and 3 * (lengths[row] + extra) < 2 * width
+        tokens = len(batches[-1]) * width if batches else max_tokens
+        narrow = tokens >= full * max_tokens and 3 * (lengths[row] + extra) < 2 * width
         shared = batches and len(batches[-1]) >= max(1, len(order) // least)
-        if full + width > max_tokens or narrow or shared or not batches:
+        if tokens + width > max_tokens or narrow or shared or not batches:
             batches.append([])
             width = lengths[row] + extra
         batches[-1].append(row)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -61,6 +62,7 @@ def stub(backbone: Any = BACKBONE, uses_instructions: bool = False) -> Any:
     """Return what StageData asks of a module."""
     return SimpleNamespace(
         backbone=backbone,
+        device=torch.device("cpu"),
         uses_instructions=uses_instructions,
         takes_task_ids=False,
         balances_experts=False,
@@ -255,9 +257,14 @@ def test_a_second_epoch_of_the_loader_has_another_order() -> None:
     assert sorted(sum(epochs[0], [])) == sorted(sum(epochs[1], [])) == list(range(40))
 
 
-@given(lengths=st.lists(st.integers(1, 60), max_size=60), extra=st.integers(0, 20), most=st.integers(1, 300))
-def test_token_batches_keep_to_their_bound(lengths: list[int], extra: int, most: int) -> None:
-    batches = token_batches(lengths, extra, most)
+@given(
+    lengths=st.lists(st.integers(1, 60), max_size=60),
+    extra=st.integers(0, 20),
+    most=st.integers(1, 300),
+    full=st.sampled_from([0.25, 0.5]),
+)
+def test_token_batches_keep_to_their_bound(lengths: list[int], extra: int, most: int, full: float) -> None:
+    batches = token_batches(lengths, extra, most, full)
     assert sorted(row for batch in batches for row in batch) == list(range(len(lengths)))
     sizes = [len(batch) * (max(lengths[row] for row in batch) + extra) for batch in batches]
     assert all(size <= most or len(batch) == 1 for size, batch in zip(sizes, batches, strict=True))
@@ -265,16 +272,28 @@ def test_token_batches_keep_to_their_bound(lengths: list[int], extra: int, most:
     assert flat == sorted(flat, reverse=True)
     for before, after in zip(batches, batches[1:], strict=False):  # no batch ends before it has to, or should
         width, next_width = (lengths[batch[0]] + extra for batch in (before, after))
-        narrow = next_width / width < 2 / 3 and len(before) * width >= most / 4
+        narrow = next_width / width < 2 / 3 and len(before) * width >= most * full
         assert (len(before) + 1) * width > most or narrow
     for batch, size in zip(batches, sizes, strict=True):  # a batch that is full enough is not padding for the most part
         width = lengths[batch[0]] + extra
-        assert all(lengths[row] + extra >= width * 2 / 3 for row in batch[-(-most // (4 * width)) :]), size
+        assert all(lengths[row] + extra >= width * 2 / 3 for row in batch[math.ceil(most * full / width) :]), size
 
 
 def test_rows_of_two_lengths_share_no_large_batch() -> None:
     assert token_batches([5] * 4 + [30] * 4, 0, 400) == [[4, 5, 6, 7], [0, 1, 2, 3]]
     assert len(token_batches([5] * 4 + [30] * 4, 0, 4000)) == 1  # so few rows that another pass would cost more
+
+
+@pytest.mark.parametrize("device, sizes, uneven", [("cpu", [8192, 1808], 2), ("cuda", [10_000], 1)])
+def test_scoring_batches_are_as_large_as_the_device_likes_them(device: str, sizes: list[int], uneven: int) -> None:
+    module = stub()
+    data = prepared(MemoryTask([("", "why?", "x")]), module)
+    module.device = torch.device(device)
+    assert [len(batch) for batch in data.scoring_batches([1] * 10_000)] == sizes
+    data.eval_batch_tokens = 1600
+    assert [len(batch) for batch in data.scoring_batches([1] * 2000)] == [1600, 400]
+    # 600 tokens of wide rows are more than a quarter of a batch, and less than half of one.
+    assert len(data.scoring_batches([4] * 150 + [1] * 50)) == uneven
 
 
 def test_scoring_batches_count_the_labels_columns() -> None:
@@ -284,7 +303,7 @@ def test_scoring_batches_count_the_labels_columns() -> None:
     for task, columns in ((labels, 18 + 4), (free, 18 + 3)):
         data = prepared(task, eval_batch_tokens=4 * columns)
         assert [len(batch["rows"]) for batch in data.test_dataloader()] == [4, 4, 4]
-        data.eval_batch_tokens -= 1
+        data.eval_batch_tokens = 4 * columns - 1
         assert len(next(iter(data.test_dataloader()))["rows"]) == 3
 
 

@@ -16,7 +16,6 @@ from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
 from continual import devices
-from continual.batch_order import token_batches
 from continual.batches import IGNORED
 from continual.errors import ConfigError
 from continual.strategies import Sequential
@@ -92,7 +91,7 @@ def training_accuracy(module: ContinualModule, data: StageData) -> float:
     """Return the share of ``data``'s training rows answered right (see the module's docstring), or minus the MSE."""
     rows, total = data.train_rows, 0.0
     with evaluating(module), forward_context(module):
-        batches = token_batches([row.length for row in rows], 0, data.eval_batch_tokens)
+        batches = data.scoring_batches([row.length for row in rows])
         for batch in batches[devices.own_batches(module)]:
             padded: Any = move_data_to_device(data.collate([rows[index] for index in batch]), module.device)
             outputs, labels = module.outputs(padded), padded["labels"]

@@ -157,21 +157,21 @@ def scoring_share(setting: Setting) -> Iterator[Result]:
     """Compute the share of a run's time that scoring takes, from the time a row of each kind takes.
 
     Ten stages, 1,000 training rows and 500 test rows each, for one epoch and for three; the text suite's lengths and
-    four labels a task.
+    the same four labels for all tasks. All tasks are scored at once, as after a stage in the middle.
     """
     shape, count = setting.pick("qwen2.5-0.5b", "smollm2-short", "tiny"), setting.pick(500, 60, 4)
+    tasks, test_rows, trained = 10, 500, 10 * 1000
     lengths = [TEXT_LENGTHS[index % len(TEXT_LENGTHS)] for index in range(count)]
-    task = RandomText(lengths, ["yes", "no", "so", "may"], seed=setting.seed)
+    suite = [RandomText(lengths, ["yes", "no", "so", "may"], seed=setting.seed + task) for task in range(tasks)]
     module = ContinualModule(ShapedLM(shape, setting.seed, backbone_dtype(setting)), queryable(), compile=setting.cuda)
     with tempfile.TemporaryDirectory() as folder:
-        stages = sequence(setting, Path(folder) / "run", module, [task], {"batch_size": setting.pick(32, 8, 2)})
+        stages = sequence(setting, Path(folder) / "run", module, suite, {"batch_size": setting.pick(32, 8, 2)})
         trainers = [stages._fit(1)]
         stand = Stand(setting.device)
         stand.add("train", lambda: lambda: trainers.append(stages._fit(1)), warm_up=0)
-        stand.add("score", lambda: lambda: stages._score(1, trainers[-1]), warm_up=1)
+        stand.add("score", lambda: lambda: stages._score(tasks // 2, trainers[-1]), warm_up=1)
         timings = stand.run(setting.num_rounds(3))
-    train, score = timings.median("train") / count, timings.median("score") / count
-    tasks, test_rows, trained = 10, 500, 10 * 1000
+    train, score = timings.median("train") / count, timings.median("score") / (tasks * count)
     scored = {"all": 11 * tasks, "seen": tasks + sum(range(1, tasks + 1)), "final": 2 * tasks + tasks - 1}
     for epochs, (scoring, times) in itertools.product((1, 3), scored.items()):
         share = times * test_rows * score / (times * test_rows * score + epochs * trained * train)
@@ -182,24 +182,28 @@ def scoring_share(setting: Setting) -> Iterator[Result]:
 
 
 def curves(setting: Setting) -> Iterator[Result]:
-    """Time a training step by the number of atoms, the rank, the number of blocks and of slices, one at a time."""
+    """Time a training step by the number of atoms, the rank, the number of blocks and of slices, one at a time.
+
+    On a GPU steps are recorded: what differs would else be lost in the time that launches take.
+    """
     axes = {"num_atoms": (4, 16, 64, 256), "r": (4, 8, 16, 32), "num_blocks": (1, 2, 3, 6), "slices": (1, 4, 10)}
     size = setting.pick((("qwen2.5-0.5b", 8, 512)), ("smollm2-short", 4, 64), ("tiny", 2, 16))
     for axis, values in axes.items():
-        if not setting.wants(f"curve {axis}"):
+        case = f"{size[0]} curve {'rank' if axis == 'r' else axis}"
+        if not setting.wants(case):
             continue
         stand, names = Stand(setting.device), []
         for value in [values[0], values[-1]] if setting.tiny else values:
             names.append(f"{axis}={value}")
-            stand.add(names[-1], partial(_point, setting, size, axis, value))
+            stand.add(names[-1], partial(_point, setting, size, axis, value), warm_up=setting.pick(3, 2, 1))
         timings = stand.run(setting.num_rounds(7), repeats=setting.pick(5, 1, 1))
         for name in names:
             detail = {"shape": size[0], "rows": size[1], "tokens": size[2], "against": names[0]} | timings.detail()
             ratio = timings.ratio(name, names[0])
-            yield Result("growth", f"{size[0]} curve {axis}", f"step at {name} / at {names[0]}", **ratio, detail=detail)
+            yield Result("growth", case, f"step at {name} / at {names[0]}", **ratio, detail=detail)
 
 
 def _point(setting: Setting, size: tuple[str, int, int], axis: str, value: int) -> Any:
     config = queryable(**({} if axis == "slices" else {axis: value}))
     prepare = partial(grow, num_slices=value) if axis == "slices" else None
-    return step_of(Case(*size), config, setting, prepare=prepare)
+    return step_of(Case(*size), config, setting, setting.pick("graphs", "eager", "eager"), prepare)
