@@ -54,7 +54,7 @@ QUICK = ("plain", "growing", "recorded")
 # Imports once, then forks two processes for each run, as torchrun would start them; the second may write nothing.
 FORKER = """
 import json, os, signal, socket, sys, time
-import torch
+import torch, torchmetrics
 torch.set_num_threads(1)
 from recording import Recorder
 from continual import graphed, manifest, records, run
@@ -68,6 +68,9 @@ def record(self, start=ContinualModule.on_train_start):
 
 def refuse(*arguments, **keywords):
     os._exit(97)
+
+# Lightning's metrics and ours would gather tensors on the CPU, which NCCL, the GPUs' backend, does not take.
+torchmetrics.metric.gather_all_tensors = refuse
 
 def start(rank, port, argv, dies):
     child = os.fork()
