@@ -9,6 +9,7 @@ Shapes: B rows, P prompt columns, K nodes of the tree, L label tokens, C labels,
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
     from continual.module import ContinualModule
 
 
+_ROUNDING = 0.1
+"""Nats, and more than that, by which a label's score differs from batch to batch (bfloat16)."""
+
+
 @dataclass
 class Outcome:
     """What a batch of test rows came to.
@@ -39,6 +44,7 @@ class Outcome:
         targets: Each row's true answer (regression: the true value).
         seen_values: Label tasks: 1.0 where the answer is right among all labels seen; None where only own ones count.
         generated_values: Label tasks: 1.0 where the generated text is the label; None where nothing is generated.
+        rivals: Label tasks: labels of stages to come that might be likelier than each row's answer among all.
         routes: Routing weights of each block and token of the prompt, (N, B, P, M); None without a router.
         stages: Name of the stage that a growing bank's gate chose for each row, "" for none; None without a gate.
         prompt_mask: 1 for the prompt's own tokens, 0 for padding, (B, P); None without routes.
@@ -50,6 +56,7 @@ class Outcome:
     targets: list[Any]
     seen_values: list[float] | None = None
     generated_values: list[float] | None = None
+    rivals: list[tuple[str, ...]] | None = None
     routes: Tensor | None = None
     prompt_mask: Tensor | None = None
     stages: list[str] | None = None
@@ -85,6 +92,8 @@ def score_batch(module: ContinualModule, task: Task, batch: dict[str, Any], max_
 def label_log_likelihoods(model: Any, forward: dict[str, Tensor], candidates: Candidates) -> Tensor:
     """Return log p(label | prompt), (B, C), of every candidate label, from one pass over prompt and labels; on the CPU.
 
+    Behind these, of each later label, what it can come to at most.
+
     Args:
         model: The language model.
         forward: Left-padded prompts: input_ids, attention_mask, position_ids, (B, P), and the instruction keyword.
@@ -107,7 +116,7 @@ def label_log_likelihoods(model: Any, forward: dict[str, Tensor], candidates: Ca
     rows = max(1, 2**24 // logits[0].numel()) if device.type == "cuda" else 1
     log_p = _log_p(logits, (candidates.after_L + 1).to(device), candidates.ids_L.to(device), rows)
     # Summed on the CPU: a GPU adds up in an order that changes from run to run.
-    scores = torch.zeros(num_rows, len(candidates.names), dtype=torch.float64)
+    scores = torch.zeros(num_rows, len(candidates.names) + len(candidates.later), dtype=torch.float64)
     return scores.index_add(1, candidates.segment_L.cpu(), log_p.cpu().double())
 
 
@@ -134,7 +143,8 @@ def _tree_mask(prompt_mask_BP: Tensor, path_KK: Tensor, dtype: torch.dtype) -> T
 
 def _rank_labels(module: ContinualModule, task: Task, batch: dict[str, Any]) -> Outcome:
     candidates: Candidates = batch["candidates"]
-    scores = label_log_likelihoods(module.model, batch["forward"], candidates)
+    found = label_log_likelihoods(module.model, batch["forward"], candidates)
+    scores, most = found.split([len(candidates.names), len(candidates.later)], dim=1)
     for place, row in enumerate(batch["rows"]):
         if "num_choices" in row:  # the task's further labels name choices that this row does not have
             scores[place, row["num_choices"] : candidates.num_own] = -torch.inf
@@ -150,6 +160,8 @@ def _rank_labels(module: ContinualModule, task: Task, batch: dict[str, Any]) -> 
     if len(candidates.names) > candidates.num_own:
         among_all = [candidates.names[index] for index in scores.argmax(dim=1).tolist()]
         outcome.seen_values = [float(p == t) for p, t in zip(among_all, targets, strict=True)]
+    might_win = (most > scores.amax(dim=1, keepdim=True) - _ROUNDING).tolist()
+    outcome.rivals = [tuple(itertools.compress(candidates.later, own)) for own in might_win]
     return outcome
 
 

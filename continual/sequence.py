@@ -26,6 +26,7 @@ from continual.callbacks.progress import ScoreTable, plan
 from continual.errors import ConfigError, RunError, memory_named
 from continual.experiment import Experiment
 from continual.general import GeneralRecorder
+from continual.known_answers import KnownAnswers
 from continual.manifest import Manifest
 from continual.other_words import Slot, check_fit, score_slots
 from continual.stage_data import AllTasks, StageData
@@ -47,6 +48,7 @@ class Sequence:
         self.data: list[StageData] = []
         self.scores, self.routes = ScoreRecorder(), RouteRecorder()
         self.tokens = TokenRecorder(experiment.token_sample)
+        self.known = KnownAnswers()
         self.gradients, self.progress = GradientRecorder(), StageProgress()
         self.general = GeneralRecorder() if experiment.general_ability else None
         self.best = BestTraining() if experiment.best_checkpoint else None
@@ -116,6 +118,7 @@ class Sequence:
                 self.manifest.commit(self.run_dir)
                 # Only now: until the commit, resuming would start from what the stage before left.
                 shutil.rmtree(self._strategy_folder(index - 1), ignore_errors=True)
+                self._known_answers(index - 1).unlink(missing_ok=True)
             table.show(self._title(index), self.scores.headline())
 
     # -- one stage ----------------------------------------------------------------------------------------------------
@@ -161,16 +164,22 @@ class Sequence:
         self._see_labels(index)
         trained = {data.name: stage for stage, data in enumerate(self.data, start=1)}
         scored = self.scored_after(index)
-        self.scores.start(self._keys(index), scored)
-        self.routes.start(self._keys(index), scored, trained)
         self.tokens.start(self._keys(index), scored, trained)
+        # Of tasks whose tokens are sampled every row is computed.
+        known = self.known.of(self.module, [data for data in scored if data.name not in self.tokens.wanted])
+        self.scores.start(self._keys(index), scored, known.answers)
+        self.routes.start(self._keys(index), scored, trained, known.routes)
         if self.general is not None:
             self.general.start(self._keys(index))
-        self._test(trainer, scored)
+        if count := sum(map(len, known.rows.values())):
+            total = sum(len(data.scored_rows) for data in scored)
+            print(f"  {count:,} of {total:,} test rows are answered as before", flush=True)
+        self._test(trainer, scored, known.rows)
+        self.known.learn(self.module, self.scores, self.routes)
 
-    def _test(self, trainer: L.Trainer, tasks: list[StageData]) -> None:
+    def _test(self, trainer: L.Trainer, tasks: list[StageData], known: dict[str, set[int]] | None = None) -> None:
         with devices.staying(self.module):
-            trainer.test(self.module, datamodule=AllTasks(tasks), verbose=False)
+            trainer.test(self.module, datamodule=AllTasks(tasks, known), verbose=False)
 
     def _let_go(self) -> None:
         """Let the stage's trainer go, which Lightning leaves with the data it was given."""
@@ -229,8 +238,9 @@ class Sequence:
     def _see_labels(self, index: int) -> None:
         """Tell all data which labels were seen up to stage ``index``."""
         seen = [label for data in self.data[:index] for label in data.task.labels or []]
+        later = [label for data in self.data[index:] for label in data.task.labels or []]
         for data in self.data:
-            data.seen_labels = seen
+            data.seen_labels, data.later_labels = seen, later
 
     def _write(self, index: int) -> None:
         tables = {"scores": self.scores.rows, "answers": self.scores.answers, **self.routes.tables}
@@ -257,6 +267,8 @@ class Sequence:
         self.module.strategy.save_adapter(self.module, folder)
         if index:
             self.module.strategy.save(self._strategy_folder(index))
+        if index < len(self.data):
+            self.known.write(self._known_answers(index))
 
     # -- what stands around it ----------------------------------------------------------------------------------------
 
@@ -267,6 +279,9 @@ class Sequence:
 
     def _strategy_folder(self, index: int) -> Path:
         return self.run_dir / "strategy" / f"stage-{index:02d}"
+
+    def _known_answers(self, index: int) -> Path:
+        return self.run_dir / f"known-answers-{index:02d}.parquet"
 
     def _seed(self, index: int) -> int:
         return (self.experiment.seed * 1009 + index) % 2**32
@@ -315,6 +330,7 @@ class Sequence:
             self.module.strategy.load(self.module, self._strategy_folder(finished))
         if finished >= 0:
             self.module.strategy.load_adapter(self.module, self.run_dir / "adapters" / f"stage-{finished:02d}")
+            self.known.read(self._known_answers(finished))
             routing = records.read(self.run_dir, "routing")
             self.routes.restore(routing.query("stage <= @finished"))
 

@@ -6,7 +6,7 @@ Rows are read and encoded once, by ``batches``; the strategy of the module may m
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import lightning as L
@@ -102,6 +102,7 @@ class StageData(_Rows):
         self.name: str = type(task).__name__
         self.index: int = 0  # its place among the stages
         self.seen_labels: list[str] = []
+        self.later_labels: list[str] = []
         self._encoded: dict[str, EncodedTask] = {}
 
     def prepare(self, module: Any) -> None:
@@ -194,13 +195,14 @@ class StageData(_Rows):
         """Return the held-out training rows, to be scored; none by default."""
         return [self._scoring_loader(self.held_out_rows)] if self.held_out_rows else []
 
-    def test_dataloader(self, share: slice = slice(None)) -> DataLoader:
+    def test_dataloader(self, share: slice = slice(None), known: Collection[int] = ()) -> DataLoader:
         """Return the rows that the task is scored on, its test rows unless ``score_rows`` says otherwise.
 
         Args:
             share: Which of the batches to return.
+            known: Rows to leave out, by their index.
         """
-        return self._scoring_loader(self.scored_rows, share)
+        return self._scoring_loader([row for row in self.scored_rows if row.source["row"] not in known], share)
 
     @property
     def _pack_to(self) -> int:
@@ -215,8 +217,8 @@ class StageData(_Rows):
     def _scoring_loader(self, rows: list[Row], share: slice = slice(None)) -> DataLoader:
         candidates, extra = None, 0
         if self.task.kind == "labels":
-            others = self.seen_labels if self.score_seen_labels else []
-            candidates = Candidates.of(self._module.backbone, self.task.labels or [], others)
+            others = (self.seen_labels, self.later_labels) if self.score_seen_labels else ()
+            candidates = Candidates.of(self._module.backbone, self.task.labels or [], *others)
             extra = len(candidates.node_ids_K)
         elif self.task.kind == "free":
             extra = self.max_answer_tokens
@@ -263,12 +265,20 @@ class StageData(_Rows):
 
 
 class AllTasks(_Rows):
-    """The test rows of every stage, one loader each; of several processes each gets its share of the batches."""
+    """The test rows of every stage, one loader each; of several processes each gets its share of the batches.
 
-    def __init__(self, stages: list[StageData]) -> None:
+    Args:
+        stages: The stages' data.
+        known: Rows to leave out, by task.
+    """
+
+    def __init__(self, stages: list[StageData], known: Mapping[str, Collection[int]] | None = None) -> None:
         super().__init__()
-        self.stages = stages
+        self.stages, self.known = stages, known or {}
 
     def test_dataloader(self) -> list[Any]:
         """Return a loader for each task, in training order."""
-        return [data.test_dataloader(devices.own_batches(data._module)) for data in self.stages]
+        return [
+            data.test_dataloader(devices.own_batches(data._module), self.known.get(data.name, ()))
+            for data in self.stages
+        ]

@@ -111,6 +111,26 @@ def tree_scores(model: Any, backbone: Any, rows: list[Row], names: list[str], in
 # -- labels -----------------------------------------------------------------------------------------------------------
 
 
+def test_later_labels_come_to_no_more_than_they_begin_with() -> None:
+    module = adapted("queryable", TinyCausalLM())
+    model: Any = module.model
+    rows = rows_of(module.backbone, PROMPTS, INSTRUCTIONS)
+    own, later = ["yes", "yellow", "no"], ["yell", "yet", "none", "maybe", "no"]
+    forward = Collator(module.backbone, True, answers=False)(rows)["forward"]
+    with torch.inference_mode():
+        candidates = Candidates.of(module.backbone, own, (), later)
+        found = label_log_likelihoods(model, forward, candidates)
+        alone = label_log_likelihoods(model, forward, Candidates.of(module.backbone, own))
+        scores = label_log_likelihoods(model, forward, Candidates.of(module.backbone, candidates.later))
+    assert candidates.later == ("yell", "yet", "none", "maybe")
+    torch.testing.assert_close(found[:, :3], alone)  # they ask for no node
+    assert len(candidates.node_ids_K) == len(Candidates.of(module.backbone, own).node_ids_K)
+    most = found[:, 3:]
+    assert (most > scores - 1e-5).all()
+    torch.testing.assert_close(most[:, 0], scores[:, 0])  # " yell" is in the tree as far as its last letter
+    assert (most[:, 1:] > scores[:, 1:] + 0.1).all()
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("kind", ["plain", "lora", "queryable"])
 @pytest.mark.parametrize(

@@ -9,13 +9,15 @@ distance is read: two samples of one task are never 0 apart.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import lightning as L
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from analysis.routing import entropy_nats, js_divergence, kl_divergence, total_variation
@@ -30,11 +32,13 @@ class RouteRecorder(L.Callback):
         usage: Stage -> task -> usage of each block, (N, M): all that drift is measured against. Of stages before the
             last one, that is what each task's own stage left; with every other task's it would grow with the cube of
             their number, where a bank grows.
+        computed: Task -> sums of the batches that were computed, of all processes; empty unless asked for.
     """
 
     def __init__(self) -> None:
         self.usage: dict[int, dict[str, np.ndarray]] = {}
         self.tables: dict[str, list[dict[str, Any]]] = {}
+        self.computed: dict[str, list[RouteSums]] = {}
 
     def restore(self, routing: pd.DataFrame) -> None:
         """Take the usages of finished stages from the table ``routing``."""
@@ -44,11 +48,25 @@ class RouteRecorder(L.Callback):
             table = group.pivot(index="block", columns="atom", values="value").sort_index().sort_index(axis=1)
             self.usage.setdefault(int(stage), {})[task] = table.to_numpy()
 
-    def start(self, keys: dict[str, Any], tasks: list[Any], trained_stage: dict[str, int]) -> None:
-        """Begin scoring ``tasks``; ``trained_stage`` says after which stage each task was learnt."""
+    def start(
+        self,
+        keys: dict[str, Any],
+        tasks: list[Any],
+        trained_stage: dict[str, int],
+        known: Mapping[str, RouteSums] | None = None,
+    ) -> None:
+        """Begin scoring ``tasks``.
+
+        Args:
+            keys: The columns run, seed and stage.
+            tasks: StageData, in loader order.
+            trained_stage: After which stage each task was learnt.
+            known: Sums of rows that are not computed, by task; with it, even empty, sums of the others are kept by row.
+        """
         self.keys, self.tasks, self.trained_stage = keys, tasks, trained_stage
         self.tables = {"routing": [], "separation": [], "drift": []}
         self._sums: dict[str, _TaskRoutes] = {}
+        self._known, self._own, self.computed = known, dict[str, list[RouteSums]](), {}
         for stage in [stage for stage in self.usage if stage < keys["stage"] - 1]:
             own = {name: usage for name, usage in self.usage.pop(stage).items() if trained_stage.get(name) == stage}
             self.usage |= {stage: own} if own else {}
@@ -67,7 +85,10 @@ class RouteRecorder(L.Callback):
         if outcome.routes is None or outcome.prompt_mask is None:
             return
         name = self.tasks[dataloader_idx].name
-        self._sums.setdefault(name, _TaskRoutes()).add(outcome.routes, outcome.prompt_mask, outcome.rows)
+        sums = RouteSums.of(outcome.routes, outcome.prompt_mask, outcome.rows)
+        self._sums.setdefault(name, _TaskRoutes()).add(sums)
+        if self._known is not None:
+            self._own.setdefault(name, []).append(sums)
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Compute usage, entropies, separation and drift from the routes of all processes."""
@@ -76,6 +97,12 @@ class RouteRecorder(L.Callback):
         self._sums = {name: sum(each[1:], start=each[0]) for name, each in own.items() if each}
         if not self._sums:
             return
+        if self._known is not None:
+            for found in devices.of_batches(self._own, pl_module):  # type: ignore[arg-type]
+                for name, sums in found.items():
+                    self.computed.setdefault(name, []).extend(sums)
+            for name, sums in self._known.items():
+                self._sums[name].add(sums.widened(self._sums[name].num_atoms))
         stage = self.keys["stage"]
         self.usage[stage] = {name: sums.usage() for name, sums in self._sums.items()}
         for name, sums in self._sums.items():
@@ -126,6 +153,36 @@ class RouteRecorder(L.Callback):
         self.tables[table].append(self.keys | {"task": task} | columns | measured)
 
 
+@dataclass
+class RouteSums:
+    """Routes of rows, summed over the tokens of each row's prompt; in float64, on the CPU.
+
+    Attributes:
+        rows: Index of each row within its split.
+        weights_NBM: Routing weights of each block.
+        entropy_NB: Entropies in nats.
+        tokens_B: Tokens.
+    """
+
+    rows: list[int]
+    weights_NBM: Tensor
+    entropy_NB: Tensor
+    tokens_B: Tensor
+
+    @classmethod
+    def of(cls, routes_NBPM: Tensor, mask_BP: Tensor, rows: Iterable[int]) -> RouteSums:
+        """Sum a batch's routes over the tokens that ``mask_BP`` marks; all blocks at once, since each call costs."""
+        routes = routes_NBPM.float().masked_fill(~mask_BP.bool().unsqueeze(-1), 0.0)
+        entropy = -torch.xlogy(routes, routes).sum(dim=(2, 3))
+        tokens = mask_BP.sum(dim=1)
+        return cls(list(rows), routes.sum(dim=2).double().cpu(), entropy.double().cpu(), tokens.double().cpu())
+
+    def widened(self, num_atoms: int) -> RouteSums:
+        """Return the same over ``num_atoms`` atoms: a bank has grown by some that nothing went to."""
+        weights = F.pad(self.weights_NBM, (0, num_atoms - self.weights_NBM.shape[2]))
+        return replace(self, weights_NBM=weights)
+
+
 class _TaskRoutes:
     """Sums of one task's routing weights over tokens, for each half of its rows."""
 
@@ -134,17 +191,14 @@ class _TaskRoutes:
         self.entropy: Tensor | None = None  # (N,)
         self.tokens = torch.zeros(2, dtype=torch.float64)
 
-    def add(self, routes_NBPM: Tensor, mask_BP: Tensor, rows: Iterable[int]) -> None:
-        """Add a batch's routes over the tokens that ``mask_BP`` marks; all blocks at once, since each call costs."""
-        routes = routes_NBPM.float().masked_fill(~mask_BP.bool().unsqueeze(-1), 0.0)
-        half = torch.tensor([_half_of(row) for row in rows])
-        per_row = routes.sum(dim=2).double().cpu()  # (N, B, M)
-        tokens = mask_BP.sum(dim=1).double().cpu()
-        summed = torch.stack([per_row[:, half == side].sum(dim=1) for side in (0, 1)])
-        entropy = -torch.xlogy(routes, routes).sum(dim=(1, 2, 3)).double().cpu()
+    def add(self, sums: RouteSums) -> None:
+        """Add rows."""
+        half = torch.tensor([_half_of(row) for row in sums.rows])
+        summed = torch.stack([sums.weights_NBM[:, half == side].sum(dim=1) for side in (0, 1)])
+        entropy = sums.entropy_NB.sum(dim=1)
         self.weights = summed if self.weights is None else self.weights + summed
         self.entropy = entropy if self.entropy is None else self.entropy + entropy
-        self.tokens += torch.stack([tokens[half == side].sum() for side in (0, 1)])
+        self.tokens += torch.stack([sums.tokens_B[half == side].sum() for side in (0, 1)])
 
     def __add__(self, other: _TaskRoutes) -> _TaskRoutes:
         """Return the sums over both, neither of them empty."""
@@ -152,6 +206,12 @@ class _TaskRoutes:
         for name, tensor in vars(self).items():
             setattr(total, name, tensor + getattr(other, name))
         return total
+
+    @property
+    def num_atoms(self) -> int:
+        """M; something has been added."""
+        assert self.weights is not None
+        return self.weights.shape[2]
 
     @property
     def num_tokens(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,16 +18,29 @@ from continual.evaluate import Outcome
 
 
 class ScoreRecorder(L.Callback):
-    """Turns outcomes into rows for the tables ``scores`` and ``answers``."""
+    """Turns outcomes into rows for the tables ``scores`` and ``answers``.
+
+    Attributes:
+        computed: Task -> outcomes of the batches that were computed, of all processes, without their routes.
+    """
 
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
         self.answers: list[dict[str, Any]] = []
+        self.computed: dict[str, list[Outcome]] = {}
 
-    def start(self, keys: dict[str, Any], tasks: list[Any]) -> None:
-        """Begin scoring ``tasks`` (StageData, in loader order); ``keys`` are the columns run, seed and stage."""
-        self.keys, self.tasks = keys, tasks
-        self.rows, self.answers = [], []
+    def start(
+        self, keys: dict[str, Any], tasks: list[Any], known: Mapping[str, tuple[Outcome, list[Any]]] | None = None
+    ) -> None:
+        """Begin scoring ``tasks``.
+
+        Args:
+            keys: The columns run, seed and stage.
+            tasks: StageData, in loader order.
+            known: Outcomes of rows that are not computed, and the rows, by task.
+        """
+        self.keys, self.tasks, self._known = keys, tasks, known or {}
+        self.rows, self.answers, self.computed = [], [], {}
         self._outcomes: list[list[tuple[Outcome, list[Any]]]] = [[] for _ in tasks]
         self.chosen: dict[str, Counter[str]] = {}
         self._milliseconds: list[float] = []
@@ -57,7 +71,9 @@ class ScoreRecorder(L.Callback):
         """Compute the scores from the answers of all processes."""
         for data, own in zip(self.tasks, self._outcomes, strict=True):
             metrics, given, count = _metrics_of(data), ([], []), 0
-            for outcome, sources in devices.in_order(own, pl_module):  # type: ignore[arg-type]
+            outcomes = devices.in_order(own, pl_module)  # type: ignore[arg-type]
+            self.computed[data.name] = [outcome for outcome, _ in outcomes]
+            for outcome, sources in [*outcomes, *filter(None, [self._known.get(data.name)])]:
                 self._take_in(data, metrics, outcome)
                 given[0].extend(sources)
                 given[1].extend(outcome.predictions)

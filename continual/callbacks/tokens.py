@@ -30,18 +30,22 @@ class TokenRecorder(L.Callback):
 
     Args:
         num_tokens: Tokens kept of a task; 0 for none.
+
+    Attributes:
+        wanted: The tasks that are sampled.
     """
 
     def __init__(self, num_tokens: int) -> None:
         self.num_tokens = num_tokens
         self.rows: list[dict[str, Any]] = []
+        self.wanted: list[str] = []
 
     def start(self, keys: dict[str, Any], tasks: list[Any], trained_stage: dict[str, int]) -> None:
         """Begin scoring ``tasks``; ``trained_stage`` says after which stage each task was learnt."""
         self.keys, self.tasks, self.rows = keys, tasks, []
         self._kept: dict[str, list[tuple[int, tuple[int, int, list[int], NDArray[np.float32]]]]] = {}
         stage, last = keys["stage"], max(trained_stage.values(), default=0)
-        self._wanted = [data.name for data in tasks if self.num_tokens and stage in (trained_stage[data.name], last)]
+        self.wanted = [data.name for data in tasks if self.num_tokens and stage in (trained_stage[data.name], last)]
 
     def on_test_batch_end(
         self,
@@ -55,7 +59,7 @@ class TokenRecorder(L.Callback):
         """Keep those of a batch's tokens that are in the sample so far."""
         outcome: Outcome = outputs
         name, ids = self.tasks[dataloader_idx].name, batch["forward"].get("input_ids")
-        if name not in self._wanted or outcome.routes is None or ids is None:  # a regression row has no tokens
+        if name not in self.wanted or outcome.routes is None or ids is None:  # a regression row has no tokens
             return
         if not isinstance(pl_module.tuner, QueryableLoraModel):
             return

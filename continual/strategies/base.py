@@ -94,6 +94,17 @@ class Strategy(L.Callback):
     def end_stage(self, module: ContinualModule, data: StageData, stage: int) -> None:
         """Keep what later stages need of this one."""
 
+    def answered_by(self, module: ContinualModule) -> dict[str, tuple[str, ...]] | None:
+        """Return the parts that answer the rows sent to each stage, if they never change after it; "" for no stage.
+
+        None where training may change any answer.
+        """
+        return None
+
+    def sent_to(self, module: ContinualModule, rows: Sequence[Row]) -> list[str]:
+        """Return the stage that answers each row, of those that ``answered_by`` names."""
+        raise NotImplementedError
+
     def begin_untasked(self, module: ContinualModule) -> None:
         """Get ready to score text of no task, after the tasks of a test and before it ends."""
 

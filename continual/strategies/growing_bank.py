@@ -50,7 +50,7 @@ from continual.strategies.bank_parts import (
     write_bank,
     write_freely,
 )
-from continual.strategies.base import Strategy, evaluating, require_at_least
+from continual.strategies.base import Strategy, evaluating, forward_context, require_at_least
 
 if TYPE_CHECKING:
     from continual.batches import Row
@@ -313,6 +313,21 @@ class GrowingBank(Strategy):
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Let the gate decide."""
         bank_of(cast(Any, pl_module)).in_use = None
+
+    def answered_by(self, module: ContinualModule) -> dict[str, tuple[str, ...]]:
+        """Return each stage's slices: frozen once the stage is over."""
+        return {"": ()} | {name: tuple(anchors.adapters) for name, anchors in bank_of(module).gate.stages.items()}
+
+    @torch.no_grad()
+    def sent_to(self, module: ContinualModule, rows: Sequence[Row]) -> list[str]:
+        """Return the stage that the gate chooses for each row."""
+        bank, inputs = bank_of(module), cast(RowInputs, module.row_inputs)
+        names, found = [*bank.gate.stages, ""], []  # the last one is ABSTAIN's
+        with evaluating(module), forward_context(module):
+            for start in range(0, len(rows), 512):
+                keywords = {key: value.to(module.device) for key, value in inputs(rows[start : start + 512]).items()}
+                found += bank.choose({"text_ids": None, "row_features": None} | keywords).tolist()
+        return [names[index] for index in found]
 
     # -- on disk ------------------------------------------------------------------------------------------------------
 

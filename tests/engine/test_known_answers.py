@@ -1,0 +1,148 @@
+"""Rows of a growing bank whose answers are known are not computed again, and come to what computing them would give."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from continual import evaluate
+from continual.known_answers import Known, KnownAnswers
+from continual.sequence import Sequence
+from continual.stage_data import StageData
+from continual.strategies import GrowingBank
+
+Tree = dict[str, Any]
+NUM_ROWS = {"animals": 6, "colours": 6, "counting": 7, "relations": 7}
+
+
+def reasoning(name: str, dataset: str, instruction: str) -> Tree:
+    arguments = {"dataset": dataset, "instruction": instruction, "train_rows": 8, "test_rows": 7}
+    return {"name": name, "task": {"class_path": "tasks.ReasoningTask", "init_args": arguments}}
+
+
+@pytest.fixture
+def growing(tree: Tree) -> Tree:
+    """Four stages of a growing bank, two of labels and two of free answers."""
+    tree["model"]["strategy"] = {
+        "class_path": "continual.strategies.GrowingBank",
+        "init_args": {"background_rows": 8, "probe_rows": 12, "instruction_encoder": "backbone"},
+    }
+    tree["data"] |= {"max_tokens": 1024}
+    tree["stages"] += [
+        reasoning("counting", "letter_counting", "Count how often the letter occurs."),
+        reasoning("relations", "aiw", "Work out the family relation and give a number."),
+    ]
+    return tree
+
+
+@pytest.fixture
+def found(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, int]]:
+    """How many rows of each task were known, scoring by scoring."""
+    found, of = list[dict[str, int]](), KnownAnswers.of
+
+    def counted(self: KnownAnswers, module: Any, tasks: list[StageData]) -> Known:
+        known = of(self, module, tasks)
+        assert {name: len(sums.rows) for name, sums in (known.routes or {}).items()} == {
+            name: len(rows) for name, rows in known.rows.items()
+        }
+        found.append({name: len(rows) for name, rows in known.rows.items()})
+        return known
+
+    monkeypatch.setattr(KnownAnswers, "of", counted)
+    return found
+
+
+@pytest.mark.parametrize("scoring", ["all", "seen"])
+def test_known_answers_are_those_that_computing_gives(
+    growing: Tree,
+    write: Callable,
+    engine: Callable,
+    tmp_path: Path,
+    found: list[dict[str, int]],
+    monkeypatch: pytest.MonkeyPatch,
+    scoring: str,
+) -> None:
+    growing |= {"token_sample": 0, "scoring": scoring}
+    config = write(growing)
+    assert engine(config, "--out", tmp_path / "known").code == 0
+    assert len(found) == 5 and found[0] == {} and sum(map(len, found)) >= 5
+    assert all(count < NUM_ROWS[name] for known in found for name, count in known.items())  # one row at least is left
+    monkeypatch.setattr(GrowingBank, "answered_by", lambda self, module: None)
+    assert engine(config, "--out", tmp_path / "computed").code == 0
+    assert found[5:] == [{}] * 5
+    names = sorted(path.name for path in (tmp_path / "computed").glob("*.parquet"))
+    assert names == sorted(path.name for path in (tmp_path / "known").glob("*.parquet"))
+    assert {"scores.parquet", "answers.parquet", "routing.parquet", "drift.parquet", "separation.parquet"} <= {*names}
+    for name in names:
+        known, computed = (pd.read_parquet(tmp_path / run / name) for run in ("known", "computed"))
+        pd.testing.assert_frame_equal(known, computed, check_exact=False, rtol=1e-5, atol=1e-6, obj=name)
+
+
+def test_rows_are_computed_where_their_tokens_are_sampled(
+    growing: Tree, write: Callable, engine: Callable, tmp_path: Path, found: list[dict[str, int]]
+) -> None:
+    assert engine(write(growing), "token_sample=9", "--out", tmp_path / "run").code == 0
+    own = list(NUM_ROWS)
+    assert found[-1] == {}  # after the last stage every task is sampled
+    assert not any(own[stage - 1] in found[stage] for stage in (1, 2, 3)) and any(found)
+    tokens = pd.read_parquet(tmp_path / "run" / "tokens.parquet")
+    counts = tokens.drop_duplicates(["stage", "task", "row", "place"]).value_counts(["stage", "task"])
+    assert len(counts) == 7 and set(counts) == {9}
+
+
+@pytest.fixture
+def killed(growing: Tree, write: Callable, engine: Callable, tmp_path: Path) -> Path:
+    """The directory of a run that ended before its third stage was trained."""
+    fit = Sequence._fit
+
+    def fail(self: Sequence, index: int) -> Any:
+        if index == 3:
+            raise RuntimeError("killed")
+        return fit(self, index)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(Sequence, "_fit", fail)
+        engine(write(growing | {"token_sample": 0}), "--out", tmp_path / "killed")
+    assert [path.name for path in (tmp_path / "killed").glob("known*")] == ["known-answers-02.parquet"]
+    return tmp_path / "killed"
+
+
+def test_a_killed_run_knows_what_it_knew(
+    killed: Path, growing: Tree, write: Callable, engine: Callable, contents: Callable, found: list[dict[str, int]]
+) -> None:
+    whole = killed.with_name("whole")
+    assert engine(write(growing | {"token_sample": 0}), "--out", whole).code == 0
+    assert engine("--resume", killed).code == 0
+    assert found[5:] == found[3:5] and all(found[3:5])
+    assert contents(killed) == contents(whole)
+    assert not list(whole.glob("known*")) and not list(killed.glob("known*"))
+
+
+def test_a_damaged_file_of_known_answers_is_one_line(killed: Path, engine: Callable) -> None:
+    (killed / "known-answers-02.parquet").write_bytes(b"PAR1 no more")
+    before = {path: path.read_bytes() for path in killed.rglob("*") if path.is_file()}
+    result = engine("--resume", killed)
+    assert result.code != 0 and result.err.count("\n") == 1
+    assert "cannot read the known answers" in result.err and "known-answers-02.parquet" in result.err
+    assert {path: path.read_bytes() for path in killed.rglob("*") if path.is_file()} == before
+
+
+def test_rows_are_computed_again_where_a_label_seen_since_may_win(
+    growing: Tree,
+    write: Callable,
+    engine: Callable,
+    tmp_path: Path,
+    found: list[dict[str, int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    growing["stages"].insert(1, growing["stages"].pop())  # animals, relations, colours, counting
+    config = write(growing | {"token_sample": 0})
+    for rounding in (-1e9, 1e9):  # no label might win; every label might
+        monkeypatch.setattr(evaluate, "_ROUNDING", rounding)
+        assert engine(config, "--out", tmp_path / f"{rounding}").code == 0
+    never, always = found[:5], found[5:]
+    assert all("animals" in known for known in (never[2], never[3], never[4], always[2], always[4]))
+    assert "animals" not in always[3]  # colours' labels have been seen
+    assert [{**known, "animals": 5} for known in always[3:]] == never[3:]
