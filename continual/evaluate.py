@@ -84,6 +84,8 @@ def score_batch(module: ContinualModule, task: Task, batch: dict[str, Any], max_
         else:
             outcome = _predict(module, batch)
     outcome.stages = _chosen_stages(module)
+    if not passes and tuner is not None and tuner.growing and tuner.growing.gate.stages:
+        passes = [{}]  # the gate left every row to the backbone
     if passes:
         _keep_prompt_routes(outcome, _routes_of(module, passes[0], batch), batch)
     return outcome

@@ -114,9 +114,9 @@ class KnownAnswers:
         """Take up what was just computed, out of the recorders."""
         parts = module.strategy.answered_by(module) or {}
         for task, sums in routes.computed.items():
-            sums_of = {tuple(each.rows): each for each in sums}  # the same batches, in another order
-            for outcome in scores.computed[task]:
-                rows = _rows_of(outcome, parts, sums_of[tuple(outcome.rows)])
+            outcomes = {tuple(outcome.rows): outcome for outcome in scores.computed[task]}
+            for batch in sums:  # the same batches, in another order
+                rows = _rows_of(outcomes[tuple(batch.rows)], parts, batch)
                 self._rows.setdefault(task, {}).update(rows)
         scores.computed, routes.computed = {}, {}
 

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from continual import evaluate
+from continual.adapters.gate import ABSTAIN, StageGate
 from continual.known_answers import Known, KnownAnswers
 from continual.sequence import Sequence
 from continual.stage_data import StageData
@@ -146,3 +147,24 @@ def test_rows_are_computed_again_where_a_label_seen_since_may_win(
     assert all("animals" in known for known in (never[2], never[3], never[4], always[2], always[4]))
     assert "animals" not in always[3]  # colours' labels have been seen
     assert [{**known, "animals": 5} for known in always[3:]] == never[3:]
+
+
+def test_routes_are_the_same_in_any_batches(growing: Tree, write: Callable, engine: Callable, tmp_path: Path) -> None:
+    # A margin that half of the rows do not clear: they are left to the backbone, some of them as a whole batch.
+    choose = StageGate.choose
+
+    def wavering(self: StageGate, features: Any, lengths: Any, instruction: Any = None) -> Any:
+        chosen = choose(self, features, lengths, instruction)
+        return chosen.where(features[:, 0] > features[:, 1], ABSTAIN)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StageGate, "choose", wavering)
+        for tokens in (1, 10_000):
+            arguments = [f"data.eval_batch_tokens={tokens}", "token_sample=0", "--out", tmp_path / str(tokens)]
+            assert engine(write(growing), *arguments).code == 0
+    alone, together = (pd.read_parquet(tmp_path / str(tokens) / "routing.parquet") for tokens in (1, 10_000))
+    nowhere = together.query("metric == 'usage' and atom == 0")
+    assert nowhere["value"].between(0.01, 0.99).any()
+    pd.testing.assert_frame_equal(
+        alone.drop(columns="run"), together.drop(columns="run"), check_exact=False, rtol=1e-3, atol=1e-5
+    )
