@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -98,17 +98,19 @@ class KnownAnswers:
         """
         if (parts := module.strategy.answered_by(module)) is None:
             return Known({}, None)
-        known = Known({}, {})
+        answers: dict[str, tuple[Outcome, list[dict[str, Any]]]] = {}
+        routes: dict[str, RouteSums] = {}
         for data in tasks:
             before = self._rows.get(data.name, {})
             rows = [row for row in data.scored_rows if row.source["row"] in before]
-            sent = devices.gathered(module.strategy.sent_to(module, rows))[0]  # on a tie processes may not agree
+            # The first process's word for all: on a tie theirs may differ.
+            sent = devices.gathered(module.strategy.sent_to(module, rows))[0]
             answered = [(row, before[row.source["row"]], stage) for row, stage in zip(rows, sent, strict=True)]
             seen = set(data.seen_labels)
             holds = [each for each in answered if each[1].parts == parts[each[2]] and not seen & {*each[1].rivals}]
             if kept := holds[: len(data.scored_rows) - devices.num_processes()]:
-                known.answers[data.name], cast(dict, known.routes)[data.name] = _together(kept)
-        return known
+                answers[data.name], routes[data.name] = _together(kept)
+        return Known(answers, routes)
 
     def learn(self, module: ContinualModule, scores: ScoreRecorder, routes: RouteRecorder) -> None:
         """Take up what was just computed, out of the recorders."""

@@ -9,6 +9,7 @@
     penalty         each step: what is added to the loss
     on_before_optimizer_step   each step (Lightning's own hook): the gradients may be changed
     end_stage       the stage is trained, the model is still on its device
+    answered_by, sent_to   before the stage is scored: which test rows have the answers that they had
     save            the stage is scored; what is written here is all that the next stage may know of this one
 
 Everything random is drawn from the stage's own seed (``data.seed``), so that no random state has to be kept.
