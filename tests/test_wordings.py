@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
@@ -40,7 +41,7 @@ class Stub:
     """What StageData asks of a module."""
 
     backbone, uses_instructions, takes_task_ids, balances_experts = BACKBONE, True, False, False
-    instruction_encoder, row_inputs = None, None
+    instruction_encoder, row_inputs, device = None, None, torch.device("cpu")
 
 
 def encode(wording: Wording = TRAINING, options: Any = "listed", task: Task | None = None) -> EncodedTask:

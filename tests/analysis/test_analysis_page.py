@@ -52,6 +52,9 @@ class Browser:
         self.devtools("Emulation.setDeviceMetricsOverride", metrics)
         self.devtools("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
         self.call("POST", f"{self.session}/url", {"url": page.resolve().as_uri()})
+        deadline = time.monotonic() + 60  # on a busy machine the driver may answer before the page is whole
+        while self.run("return document.readyState") != "complete" and time.monotonic() < deadline:
+            time.sleep(0.05)
 
     def devtools(self, command: str, params: dict[str, Any]) -> Any:
         return self.call("POST", f"{self.session}/goog/cdp/execute", {"cmd": command, "params": params})

@@ -147,7 +147,7 @@ def written(base_tree: Tree, tmp_path_factory: pytest.TempPathFactory) -> Callab
     folder = tmp_path_factory.mktemp("devices")
 
     def written(scenario: str, trainer: Tree | None = None) -> Path:
-        tree = copy.deepcopy(base_tree) | {"data": UNEVEN}
+        tree = copy.deepcopy(base_tree | {"data": UNEVEN})
         tree["trainer"] |= {"max_epochs": 2, **(trainer or {})}
         for key, value in SCENARIOS[scenario].items():
             group, _, last = key.rpartition(".")
