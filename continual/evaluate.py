@@ -202,8 +202,7 @@ def _chosen_stages(module: ContinualModule) -> list[str] | None:
     growing = module.tuner and module.tuner.growing
     if not growing or growing.chosen_B is None:
         return None
-    names = [*growing.gate.stages, ""]  # the last one is ABSTAIN's
-    return [names[index] for index in growing.chosen_B.tolist()]
+    return growing.stages_of(growing.chosen_B)
 
 
 def _routes_of(module: ContinualModule, recorded: dict[str, list[Tensor]], batch: dict[str, Any]) -> list[Tensor]:

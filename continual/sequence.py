@@ -238,7 +238,8 @@ class Sequence:
     def _see_labels(self, index: int) -> None:
         """Tell all data which labels were seen up to stage ``index``."""
         seen = [label for data in self.data[:index] for label in data.task.labels or []]
-        later = [label for data in self.data[index:] for label in data.task.labels or []]
+        keeps = self.module.strategy.answered_by(self.module) is not None  # else nobody asks what is to come
+        later = [label for data in self.data[index:] for label in data.task.labels or []] if keeps else []
         for data in self.data:
             data.seen_labels, data.later_labels = seen, later
 

@@ -114,6 +114,11 @@ class GrowingBank:
         self._chosen, self._abstains = [index for index in found if index >= 0], found[:1] == [-1]
         return chosen
 
+    def stages_of(self, chosen_B: Tensor) -> list[str]:
+        """Return the names of the stages that ``choose`` chose; "" for none."""
+        names = [*self.gate.stages, ""]  # the last one is ABSTAIN's
+        return [names[index] for index in chosen_B.tolist()]
+
     def _known_features(self, ids_BL: Tensor) -> tuple[Tensor, Tensor]:
         """Return the ``features`` of texts, each computed once: test rows are scored after every stage."""
         texts = [tuple(token for token in row if token >= 0) for row in ids_BL.tolist()]

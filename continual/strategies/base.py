@@ -102,7 +102,7 @@ class Strategy(L.Callback):
         """
         return None
 
-    def sent_to(self, module: ContinualModule, rows: Sequence[Row]) -> list[str]:
+    def sent_to(self, module: ContinualModule, rows: list[Row]) -> list[str]:
         """Return the stage that answers each row, of those that ``answered_by`` names."""
         raise NotImplementedError
 

@@ -276,8 +276,7 @@ class GrowingBank(Strategy):
         encoding, parts = inputs.encode(data.task.instruction), []
         with evaluating(module):
             for start in range(0, len(rows), 64)[devices.own_batches(module)]:
-                keywords = {key: value.to(module.device) for key, value in inputs(rows[start : start + 64]).items()}
-                found = bank.features({"text_ids": None, "row_features": None} | keywords)
+                found = bank.features(self._keywords(module, rows[start : start + 64]))
                 parts.append(tuple(tensor.cpu() for tensor in found))
         features, lengths = (torch.cat(part) for part in zip(*devices.in_order(parts, module), strict=True))
         best = bank.gate.add(data.name, features, lengths, self._groups(data, rows, features), encoding)
@@ -319,15 +318,18 @@ class GrowingBank(Strategy):
         return {"": ()} | {name: tuple(anchors.adapters) for name, anchors in bank_of(module).gate.stages.items()}
 
     @torch.no_grad()
-    def sent_to(self, module: ContinualModule, rows: Sequence[Row]) -> list[str]:
+    def sent_to(self, module: ContinualModule, rows: list[Row]) -> list[str]:
         """Return the stage that the gate chooses for each row."""
-        bank, inputs = bank_of(module), cast(RowInputs, module.row_inputs)
-        names, found = [*bank.gate.stages, ""], []  # the last one is ABSTAIN's
+        bank, found = bank_of(module), list[str]()
         with evaluating(module), forward_context(module):
             for start in range(0, len(rows), 512):
-                keywords = {key: value.to(module.device) for key, value in inputs(rows[start : start + 512]).items()}
-                found += bank.choose({"text_ids": None, "row_features": None} | keywords).tolist()
-        return [names[index] for index in found]
+                found += bank.stages_of(bank.choose(self._keywords(module, rows[start : start + 512])))
+        return found
+
+    def _keywords(self, module: ContinualModule, rows: list[Row]) -> dict[str, Tensor | None]:
+        """Return what the gate reads of rows, on the module's device."""
+        given = cast(RowInputs, module.row_inputs)(rows)
+        return {"text_ids": None, "row_features": None} | {name: each.to(module.device) for name, each in given.items()}
 
     # -- on disk ------------------------------------------------------------------------------------------------------
 
