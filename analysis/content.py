@@ -257,13 +257,18 @@ def general_table(run: Run) -> Table | None:
 
 def stage_table(run: Run) -> Table:
     """The stages in order, with their instruction and the time they took."""
-    seconds = run.manifest.get("stage_seconds") or {}
-    rows = [[Cell("0", 0), Cell("untrained"), Cell("–"), cell(maybe_float(seconds.get("0")), 1)]]
-    for index, task in enumerate(run.stages):
+    whole, scoring = (run.manifest.get(key) or {} for key in ("stage_seconds", "scoring_seconds"))
+
+    def spent(stage: int) -> list[Cell]:
+        return [cell(maybe_float(seconds.get(str(stage))), 1) for seconds in (whole, scoring)]
+
+    rows = [[Cell("0", 0), Cell("untrained"), Cell("–"), *spent(0)]]
+    for index, task in enumerate(run.stages, start=1):
         text = str((run.tasks.get(task) or {}).get("instruction") or "–")
-        spent = cell(maybe_float(seconds.get(str(index + 1))), 1)
-        rows.append([Cell(str(index + 1), index + 1), Cell(task), Cell(text), spent])
-    return make_table("stages", "Stages", ["stage", "task", "instruction", "seconds"], rows)
+        rows.append([Cell(str(index), index), Cell(task), Cell(text), *spent(index)])
+    total, scored = (sum(maybe_float(spent) or 0.0 for spent in seconds.values()) for seconds in (whole, scoring))
+    note = f"Scoring took {scored / total:.0%} of the time." if scored and total else ""
+    return make_table("stages", "Stages", ["stage", "task", "instruction", "seconds", "of these scoring"], rows, note)
 
 
 def fact_table(run: Run) -> Table:

@@ -176,7 +176,7 @@ def _wrong(manifest: Mapping[str, Any]) -> str:
         return "a stage is named twice"
     if not isinstance(finished, int) or isinstance(finished, bool) or not -1 <= finished <= len(stages):
         return f"finished_stage is a number from -1 to {len(stages)}, the number of stages, not {finished!r}"
-    for key in ("tasks", "model", "environment", "stage_seconds"):
+    for key in ("tasks", "model", "environment", "stage_seconds", "scoring_seconds"):
         if not isinstance(manifest.get(key) or {}, Mapping):
             return f"{key} is an object"
     odd = [name for name, facts in (manifest.get("tasks") or {}).items() if not isinstance(facts, Mapping)]

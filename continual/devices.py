@@ -58,6 +58,13 @@ def check(trainer: L.Trainer) -> None:
         )
 
 
+def spare(trainer: L.Trainer) -> None:
+    """Let DDP leave out what no run needs and none asked for: a second place for gradients, and buffers' rounds."""
+    if isinstance(trainer.strategy, DDPStrategy):  # no pass changes a buffer, and all processes begin with the same
+        needless = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
+        trainer.strategy._ddp_kwargs = needless | trainer.strategy._ddp_kwargs
+
+
 def check_module(module: ContinualModule, trainer: L.Trainer) -> None:
     """Raise ConfigError where the loaded module cannot be spread, or would learn something else than on one device."""
     if trainer.world_size == 1:

@@ -32,7 +32,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import ModelParallelStrategy
 
-from continual import bounds, manifest
+from continual import bounds, devices, manifest
 from continual.errors import ConfigError, one_line
 from continual.explain import explain
 from continual.module import ContinualModule
@@ -130,9 +130,11 @@ class Experiment:
         if isinstance(arguments.get("strategy"), ModelParallelStrategy):
             arguments["inference_mode"] = False  # layers that are put together in scoring are written to in training
         try:
-            return L.Trainer(**arguments)
+            trainer = L.Trainer(**arguments)
         except (ValueError, TypeError, MisconfigurationException) as error:
             raise ConfigError(f"trainer: {one_line(error)}") from error
+        devices.spare(trainer)
+        return trainer
 
 
 def make_parser(parser: ArgumentParser | None = None) -> ArgumentParser:

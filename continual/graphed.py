@@ -37,11 +37,13 @@ _PADDING = {"logits_to_keep": 0, "instruction_ids": -1, "text_ids": -1} | _OF_TO
 
 
 class GraphedPasses:
-    """The training passes of one stage; call it as ``module.training_pass``, with the same result up to rounding.
+    """A module's training passes; call it as ``module.training_pass``, with the same result up to rounding.
 
     Rows are padded on the right, which no token before the padding sees and no label asks for; behind packed rows, each
-    token of padding is a row by itself. A shape's first passes run as they are; so do those that a strategy makes by
+    token of padding is a row by itself. A shape's first passes are not recorded, nor are those that a strategy makes by
     itself. Gradients lie where the next replay writes its own: they have to be used, or copied, before it.
+
+    Recordings serve later stages too, as long as their passes read and train the very same tensors (``hold``).
 
     Args:
         module: The module, on its device and with the parameters that the stage trains.
@@ -56,6 +58,15 @@ class GraphedPasses:
         self._capture = capture or _on_cuda()
         self._sightings: Counter[Any] = Counter()
         self._passes: dict[Any, Callable[..., tuple[Tensor, ...]]] = {}
+        self._read = _read_by(module)
+
+    def hold(self) -> bool:
+        """Say whether the module's passes still read what they read when this was made, and train the same of it."""
+        now = _read_by(self.module)
+        return len(now) == len(self._read) and all(
+            tensor is before and rest == rest_before
+            for (tensor, *rest), (before, *rest_before) in zip(now, self._read, strict=True)
+        )
 
     def __call__(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
         """Return a batch's loss and, where the strategy asks for them, its outputs; see ``training_pass``."""
@@ -63,14 +74,17 @@ class GraphedPasses:
         tensors = {**padded["forward"], "labels": padded["labels"]}
         shape = tuple((name, *tensor.shape) for name, tensor in tensors.items())
         self._sightings[shape] += 1
-        if self._sightings[shape] < _SIGHTINGS:
-            with uncached_casts():  # as recorded: what is compiled in these passes is what is recorded
-                return self.module.training_pass(batch)
-        if shape not in self._passes:
+        if shape not in self._passes and self._sightings[shape] >= _SIGHTINGS:
             self._passes[shape] = self._recorded(tensors)
-        loss, *outputs = self._passes[shape](*tensors.values())
-        columns = slice(first, first + batch["labels"].shape[-1])
-        return loss, outputs[0][:, columns] if outputs and batch["labels"].dim() == 2 else next(iter(outputs), None)
+        if shape in self._passes:
+            loss, *outputs = self._passes[shape](*tensors.values())
+            found = next(iter(outputs), None)
+        else:
+            with uncached_casts():  # padded and as recorded: what is computed, and compiled, is what is recorded
+                loss, found = self.module.training_pass(padded)
+        if found is not None and found.dim() > 1:
+            found = found[:, first : first + batch["labels"].shape[-1]]
+        return loss, found
 
     def _recorded(self, tensors: dict[str, Tensor]) -> Callable[..., tuple[Tensor, ...]]:
         own = tuple(tensor.clone() for tensor in tensors.values())
@@ -80,6 +94,7 @@ class GraphedPasses:
     def release(self) -> None:
         """Give up the recordings and their memory; what replays them refers to itself, so that it is collected."""
         self._passes.clear()
+        self._read.clear()
         gc.collect()
         if self.module.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -101,6 +116,14 @@ class _Pass(nn.Module):
         labels = forward.pop("labels")
         loss, outputs = module.training_pass({"forward": forward, "labels": labels})
         return (loss,) if outputs is None else (loss, outputs)
+
+
+def _read_by(module: ContinualModule) -> list[tuple[Tensor, int, bool]]:
+    """Return the tensors that a training pass may read, with where each lies and whether it is trained."""
+    growing = None if module.tuner is None else module.tuner.growing
+    idle = set() if growing is None else {id(tensor) for tensor in growing.idle()}
+    tensors = [*module.parameters(), *module.buffers()]
+    return [(tensor, tensor.data_ptr(), tensor.requires_grad) for tensor in tensors if id(tensor) not in idle]
 
 
 def _padded(batch: dict[str, Any]) -> tuple[dict[str, Any], int]:

@@ -49,7 +49,8 @@ class ContinualModule(L.LightningModule):
         gradient_checkpointing: Recompute activations in the backward pass (non-reentrant) to save memory.
         compile: Train through torch.compile (``continual.compiled``); scoring is not compiled.
         cuda_graphs: Replay training passes as CUDA graphs (``continual.graphed``), but where the trainer accumulates
-            gradients, and the steps of free answers (``continual.generation``); without effect on other devices.
+            gradients, and the steps of free answers (``continual.generation``); without effect on other devices. What
+            is recorded of training is kept for later stages, and so is its memory, while they train the same tensors.
         encoder: Sentence encoder for the instruction prior of a backbone without words; a name or a folder.
         start_from: A PEFT folder (a run's adapters/stage-NN, say) whose weights the adapter starts from.
         strategy: What keeps earlier stages from being forgotten; plain fine-tuning by default.
@@ -130,6 +131,7 @@ class ContinualModule(L.LightningModule):
 
     def renew_adapter(self) -> None:
         """Put a fresh adapter, drawn from torch's generator, on the backbone as it was loaded."""
+        self.forget_recordings()
         self.model = None  # before the new one is there: two backbones may not fit
         self._build()
 
@@ -212,11 +214,13 @@ class ContinualModule(L.LightningModule):
         return loss, outputs if self.strategy.has_penalty else None
 
     def on_train_start(self) -> None:
-        """Lightning's hook: what was recorded holds for one stage, and so does who watches the loss."""
+        """Lightning's hook: what was recorded may not hold any more, and others may watch the loss."""
         if self.global_rank:  # the first process's generator, on other rows, would drop the same places as there
             torch.manual_seed(torch.initial_seed() + self.global_rank)
-        records = self.cuda_graphs and self.device.type == "cuda" and self.trainer.accumulate_grad_batches == 1
-        self._graphed = GraphedPasses(self) if records else None
+        if self._graphed is not None and not (self._records and self._graphed.hold()):
+            self.forget_recordings()
+        if self._records and self._graphed is None:
+            self._graphed = GraphedPasses(self)
         # Logging costs a step more than our callbacks do together, and they read the loss from the step's output.
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
         self._logs_loss = any(not type(callback).__module__.startswith("continual.") for callback in callbacks)
@@ -231,10 +235,18 @@ class ContinualModule(L.LightningModule):
 
     def on_train_end(self) -> None:
         """Lightning's hook."""
+        adalora.end(self.model)
+
+    @property
+    def _records(self) -> bool:
+        """Whether the stage's training passes are recorded."""
+        return self.cuda_graphs and self.device.type == "cuda" and self.trainer.accumulate_grad_batches == 1
+
+    def forget_recordings(self) -> None:
+        """Give up recorded training passes and their memory, which they otherwise keep from stage to stage."""
         if self._graphed is not None:
             self._graphed.release()
             self._graphed = None
-        adalora.end(self.model)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Lightning's hook."""

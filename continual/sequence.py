@@ -120,6 +120,7 @@ class Sequence:
                 shutil.rmtree(self._strategy_folder(index - 1), ignore_errors=True)
                 self._known_answers(index - 1).unlink(missing_ok=True)
             table.show(self._title(index), self.scores.headline())
+        self.module.forget_recordings()
 
     # -- one stage ----------------------------------------------------------------------------------------------------
 
@@ -161,6 +162,7 @@ class Sequence:
     def _score(self, index: int, trainer: L.Trainer) -> None:
         if index == 0:
             self.progress.title = f"stage 0/{len(self.data)} untrained"
+        started = time.monotonic()
         self._see_labels(index)
         trained = {data.name: stage for stage, data in enumerate(self.data, start=1)}
         scored = self.scored_after(index)
@@ -176,6 +178,7 @@ class Sequence:
             print(f"  {count:,} of {total:,} test rows are answered as before", flush=True)
         self._test(trainer, scored, known.rows)
         self.known.learn(self.module, self.scores, self.routes)
+        self.manifest.scoring_seconds[str(index)] = round(time.monotonic() - started, 1)
 
     def _test(self, trainer: L.Trainer, tasks: list[StageData], known: dict[str, set[int]] | None = None) -> None:
         with devices.staying(self.module):

@@ -216,6 +216,31 @@ class GrowingBank:
         named = self.tuner.model.named_modules()
         return {place: m for place, m in named if isinstance(m, QueryableLinear) and name in m.queryable_B}
 
+    def _places(self, name: str) -> list[tuple[Any, str]]:
+        """Return where each tensor of a slice is registered: a mapping, and the tensor's key there."""
+        bank = self.tuner.queryable_bank[name]
+        own: list[tuple[Any, str]] = [(kept, key) for kept in (bank._parameters, bank._buffers) for key in kept]
+        layers = self.layers(name).values()
+        return own + [(kept, name) for layer in layers for kept in (layer.queryable_A, layer.queryable_B)]
+
+    def idle(self) -> list[Tensor]:
+        """Return the tensors of slices that no row uses; none where the gate decides."""
+        names = [] if self.in_use is None else [name for name in self.names if name not in self.in_use]
+        return [kept[key] for name in names for kept, key in self._places(name)]
+
+    @torch.no_grad()
+    def exchange(self, one: str, other: str) -> None:
+        """Exchange the tensors of two slices, but not what they hold.
+
+        A new slice is thus trained where the last one was, and what is recorded of that stage's passes serves it too.
+        """
+        for (kept, key), (kept_other, key_other) in zip(self._places(one), self._places(other), strict=True):
+            tensor, another = kept[key], kept_other[key_other]
+            held = tensor.clone()
+            tensor.copy_(another)
+            another.copy_(held)
+            kept[key], kept_other[key_other] = another, tensor
+
     @torch.no_grad()
     def copy(self, source: str, target: str) -> None:
         """Start the slice ``target`` from what ``source`` is."""

@@ -54,7 +54,7 @@ def find_packaged(package: str, inside: str, requirement: str) -> Path:
     for folder in (spec.submodule_search_locations or []) if spec else []:
         if (found := Path(folder) / inside).exists():
             return found
-    what = f"the model {inside!r}" if spec is None else f"{inside!r} in the package {package}"
+    what = requirement.partition("==")[0] if spec is None else f"{inside!r} in the package {package}"
     raise ConfigError(f"{what} is not installed: run `{sys.executable} -m pip install --no-deps {requirement}`")
 
 

@@ -157,9 +157,12 @@ class GrowingBank(Strategy):
         """Add the stage's slice."""
         # Known before loaders start workers, which could not read embeddings that lie on a GPU.
         cast(RowInputs, module.row_inputs).encode(data.task.instruction)
-        if (name := slice_name(stage)) != FIRST:
+        bank, name = bank_of(module), slice_name(stage)
+        if name != FIRST:
+            last = bank.names[-1]
             add_slice(module, name)
-        bank_of(module).train_only(name)
+            bank.exchange(last, name)
+        bank.train_only(name)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Choose what the new slice takes up, now that the model is on its device."""
@@ -203,6 +206,7 @@ class GrowingBank(Strategy):
         adapters, kept = self._own(name), 1.0
         if self._source and self._loss(module, data, self._source) <= limit:
             adapters, kept = self._source, 0.0
+            bank.exchange(name, bank.names[-2])  # what was trained goes on to the next stage
             cast(Any, module.model).delete_adapter(name)
             bank.train_only(name)  # nothing trains: PEFT makes what is left trainable
         elif self.prune_tolerance:

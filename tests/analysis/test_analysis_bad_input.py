@@ -81,6 +81,7 @@ def test_a_manifest_that_is_no_json_object(
         ({"tasks": {"one": "accuracy"}}, "tasks.one is an object"),
         ({"model": "SmolLM2"}, "model is an object"),
         ({"stage_seconds": [1.0]}, "stage_seconds is an object"),
+        ({"scoring_seconds": 1.0}, "scoring_seconds is an object"),
     ],
 )
 def test_a_manifest_of_another_shape(

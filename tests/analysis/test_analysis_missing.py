@@ -63,3 +63,16 @@ def test_a_run_whose_earlier_stages_trained_nothing(make_run: MakeRun) -> None:
     assert written["backward_transfer"] is None and written["learning_accuracy"] is None
     assert set(written["reasons"]) >= {"backward_transfer", "learning_accuracy", "forgetting"}
     assert "–" in (directory / "report" / "report.md").read_text()
+
+
+@pytest.mark.usefixtures("sketched")
+@pytest.mark.parametrize("facts", [{}, None, {"0": "soon"}])
+def test_a_run_that_does_not_say_how_long_scoring_took(facts: dict[str, object] | None, make_run: MakeRun) -> None:
+    directory = make_run(num_rows=10, num_atoms=6, num_blocks=2, num_steps=6)
+    manifest = directory / "manifest.json"
+    state = json.loads(manifest.read_text())
+    spent = [sum(state[key].values()) for key in ("scoring_seconds", "stage_seconds")]
+    share = f"Scoring took {spent[0] / spent[1]:.0%} of the time."
+    assert share in write_report(directory).read_text()
+    manifest.write_text(json.dumps(state | {"scoring_seconds": facts}))
+    assert "of the time." not in write_report(directory).read_text()

@@ -24,10 +24,10 @@ from continual.evaluate import label_log_likelihoods, score_batch
 from continual.generation import generate, on_cuda
 from continual.module import ContinualModule
 from continual.sequence import Sequence as StageSequence
+from continual.stage_data import _SCORING_CPU, _SCORING_GPU
 from tasks import Task
 
 LABELS = ["a", "on", "cat", "sky", "to", "green", "it", "up", "moon", "be", "salt", "we", "iron", "no"]
-EVAL_TOKENS = 8192  # the product's default
 
 
 def run(setting: Setting) -> Iterator[Result]:
@@ -47,7 +47,7 @@ def _scoring(
 ) -> tuple[StageSequence, list[dict[str, Any]]]:
     """Return a run of the product on one task, ready to score, and the task's batches on the device."""
     backbone = ShapedLM(shape, setting.seed, dtype or backbone_dtype(setting))
-    stages = sequence(setting, folder, ContinualModule(backbone, adapter), [task], {"eval_batch_tokens": EVAL_TOKENS})
+    stages = sequence(setting, folder, ContinualModule(backbone, adapter), [task], {})
     stages.module.to(setting.device).eval()
     batches = list(stages.data[0].test_dataloader())
     return stages, [move_data_to_device(batch, setting.device) for batch in batches]
@@ -121,7 +121,8 @@ def _one_by_one(model: Any, rows: list[Row], answers: list[list[int]], instructi
     requests = [(row, label) for row in range(len(rows)) for label in range(len(answers))]
     lengths = [len(rows[row].prompt_ids) + len(answers[label]) - 1 for row, label in requests]
     scores = torch.zeros(len(rows), len(answers), dtype=torch.float64)
-    for batch in token_batches(lengths, 0, EVAL_TOKENS):
+    tokens, _ = _SCORING_GPU if instruction.is_cuda else _SCORING_CPU  # as many as the product's batches
+    for batch in token_batches(lengths, 0, tokens):
         width, most = max(lengths[index] for index in batch), max(len(answers[requests[index][1]]) for index in batch)
         ids = torch.zeros(len(batch), width, dtype=torch.long)
         for place, index in enumerate(batch):
@@ -137,8 +138,8 @@ def _one_by_one(model: Any, rows: list[Row], answers: list[list[int]], instructi
             row, label = requests[index]
             end = lengths[index] - first
             own = logits[place, end - len(answers[label]) : end].float().log_softmax(dim=-1)
-            tokens = torch.tensor(answers[label], device=own.device).unsqueeze(1)
-            scores[row, label] = own.gather(1, tokens).double().sum().item()
+            wanted = torch.tensor(answers[label], device=own.device).unsqueeze(1)
+            scores[row, label] = own.gather(1, wanted).double().sum().item()
     return scores
 
 

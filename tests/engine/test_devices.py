@@ -65,11 +65,6 @@ from continual import graphed, manifest, records, run
 from continual.module import ContinualModule
 from continual.strategies import Strategy
 
-def record(self, start=ContinualModule.on_train_start):
-    start(self)
-    if self.cuda_graphs:
-        self._graphed = graphed.GraphedPasses(self, Recorder())
-
 def refuse(*arguments, **keywords):
     os._exit(97)
 
@@ -81,7 +76,8 @@ def start(rank, port, argv, dies):
     if child:
         return child
     os.environ.update(LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    ContinualModule.on_train_start, graphed._SIGHTINGS = record, 1  # as on a GPU, but from the first pass on
+    ContinualModule._records = property(lambda module: module.cuda_graphs)  # as on a GPU, but from the first pass on
+    graphed._on_cuda, graphed._SIGHTINGS = Recorder, 1
     if rank:
         records.append = records.truncate = manifest.create = manifest.Manifest.commit = Strategy.save = refuse
         ContinualModule.save_adapter = refuse
@@ -203,7 +199,7 @@ def assert_same_run(one: Path, two: Path) -> None:
     assert not answers.duplicated(["stage", "task", "row"]).any()
     state, other = (json.loads((run_dir / "manifest.json").read_text()) for run_dir in (one, two))
     assert other["complete"] and state.keys() == other.keys()
-    own = {"run", "config_sha256", "environment", "stage_seconds", "milliseconds_a_row"}
+    own = {"run", "config_sha256", "environment", "stage_seconds", "scoring_seconds", "milliseconds_a_row"}
     assert {k: v for k, v in state.items() if k not in own} == {k: v for k, v in other.items() if k not in own}
     assert (state["environment"]["num_devices"], other["environment"]["num_devices"]) == (1, 2)
     files = [{str(p.relative_to(run_dir)) for p in run_dir.rglob("*") if p.is_file()} for run_dir in (one, two)]

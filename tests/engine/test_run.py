@@ -37,7 +37,8 @@ def test_the_command_runs_the_smoke_configuration(tmp_path: Path) -> None:
     run_dir = tmp_path / "deep" / "smoke"
     state = json.loads((run_dir / "manifest.json").read_text())
     assert state["complete"] and state["finished_stage"] == 2 and state["stages"] == ["letter_counting", "aiw"]
-    assert set(state["stage_seconds"]) == {"0", "1", "2"}
+    assert set(state["stage_seconds"]) == set(state["scoring_seconds"]) == {"0", "1", "2"}
+    assert all(state["scoring_seconds"][stage] <= spent for stage, spent in state["stage_seconds"].items())
     assert {path.stem for path in run_dir.glob("*.parquet")} == TABLES
     assert (run_dir / "report" / "report.html").is_file()
     assert sorted(path.name for path in (run_dir / "adapters").iterdir()) == ["stage-00", "stage-01", "stage-02"]

@@ -23,6 +23,8 @@ from continual.errors import RunError
 from continual.graphed import GraphedPasses
 from continual.module import ContinualModule
 from continual.stage_data import StageData
+from continual.strategies import GrowingBank
+from continual.strategies.bank_parts import FIRST
 
 BANK = {"GrowingBank": {"background_rows": 0}}
 
@@ -208,24 +210,42 @@ def test_a_cuda_graph_gives_the_plain_losses_and_gradients(
     assert len(passes._passes) == 2
 
 
-def test_stages_record_anew_and_learn_the_same(sequence: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    def scores(run: str) -> list[float]:
-        made = sequence("Sequential", "queryable", rows=16, run=run)
+LORA, BANK_ALONE = {"adapter": "lora"}, {"background_rows": 0, "reuse": "none"}
+METHODS: dict[str, dict[str, Any]] = {
+    "Sequential": {}, "EWC": {}, "LwF": {}, "AGEM": LORA, "ExperienceReplay": {}, "CLoRA": LORA, "SEQR": LORA,
+    "OLoRA": LORA, "NLoRA": LORA, "PerTask": {}, "Joint": {}, "ReuseBank": {"source_stages": 1},
+    "GrowingBank": BANK_ALONE, "GrowingBank copying": BANK_ALONE | {"reuse": "copy", "prune_tolerance": 0.0},
+    "GrowingBank reading": BANK_ALONE | {"reuse": "read"},
+    "GrowingBank sharing": BANK_ALONE | {"reuse": "copy", "prune_slack": 9.0},
+}  # fmt: skip
+KEPT = {"Sequential", "EWC", "LwF", "AGEM", "ExperienceReplay", "CLoRA", "SEQR"}
+KEPT |= {"GrowingBank", "GrowingBank copying", "GrowingBank sharing"}
+"""Where the passes of all stages read and train the same tensors."""
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_recordings_of_earlier_stages_serve_where_they_hold(
+    sequence: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    arguments = {"adapter": "queryable", "num_stages": 3, "rows": 24} | METHODS[method]
+    monkeypatch.setattr(graphed, "_SIGHTINGS", 1)
+    if "reuse" in arguments and arguments["reuse"] != "none":  # whatever the earlier stages are good for
+        monkeypatch.setattr(GrowingBank, "_like_stage", lambda self, module: [FIRST] if self.stage > 1 else [])
+
+    def found(run: str) -> tuple[list[float], list[Tensor]]:
+        made = sequence(method.partition(" ")[0], run=run, **arguments)
         made.run()
-        return [row["value"] for row in made.scores.rows]
+        return [row["value"] for row in made.scores.rows], [p.detach() for p in made.module.parameters()]
 
-    expected, recorders = scores("plain"), []
-
-    plain_start = ContinualModule.on_train_start
-
-    def start(module: ContinualModule) -> None:
-        plain_start(module)
-        recorders.append(Recorder())
-        module._graphed = GraphedPasses(module, recorders[-1])
-
-    monkeypatch.setattr(ContinualModule, "on_train_start", start)
-    assert scores("recorded") == pytest.approx(expected, abs=1e-5)
-    assert len(recorders) == 2 and all(recorder.shapes for recorder in recorders)
+    (scores, parameters), recorders = found("plain"), list[Recorder]()
+    monkeypatch.setattr(ContinualModule, "_records", True)
+    monkeypatch.setattr(graphed, "_on_cuda", lambda: recorders.append(Recorder()) or recorders[-1])
+    replayed, mine = found("recorded")
+    assert replayed == pytest.approx(scores, abs=1e-5)
+    for tensor, expected in zip(mine, parameters, strict=True):  # rounding grows; a stage moves numbers by 0.1
+        torch.testing.assert_close(tensor, expected, rtol=0, atol=0.01)
+    assert recorders and all(len(recorder.shapes) == len(set(recorder.shapes)) for recorder in recorders)
+    assert (len(recorders) == 1) == (method in KEPT)
 
 
 def test_a_pass_that_cannot_be_recorded_is_one_line(
