@@ -22,6 +22,7 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -59,10 +60,23 @@ def check(trainer: L.Trainer) -> None:
 
 
 def spare(trainer: L.Trainer) -> None:
-    """Let DDP leave out what no run needs and none asked for: a second place for gradients, and buffers' rounds."""
-    if isinstance(trainer.strategy, DDPStrategy):  # no pass changes a buffer, and all processes begin with the same
-        needless = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
-        trainer.strategy._ddp_kwargs = needless | trainer.strategy._ddp_kwargs
+    """Let DDP leave out what no run needs: a second place for gradients, rounds of buffers, and a stream of its own."""
+    strategy = trainer.strategy
+    if not isinstance(strategy, DDPStrategy):
+        return
+    # No pass changes a buffer, and all processes begin with the same. What was configured is left as it is.
+    strategy._ddp_kwargs = {"broadcast_buffers": False, "gradient_as_bucket_view": True} | strategy._ddp_kwargs
+    wrap = strategy._setup_model
+
+    def wrap_on_this_stream(model: nn.Module) -> nn.Module:
+        # Lightning wraps on another stream, on which each gradient would wait to be added up, as long as the wrapping
+        # lasts. DDP takes the nodes that add them up where they are there already, with the stream that they came on.
+        nodes = [get_gradient_edge(parameter) for parameter in model.parameters() if parameter.requires_grad]
+        wrapped = wrap(model)
+        del nodes
+        return wrapped
+
+    cast(Any, strategy)._setup_model = wrap_on_this_stream
 
 
 def check_module(module: ContinualModule, trainer: L.Trainer) -> None:

@@ -78,4 +78,4 @@ class InstructionEncoder:
         embedding = getattr(embedding, "base_layer", embedding)  # an adapted one moves; what it adapts does not
         weight = embedding.weight
         ids = torch.tensor(backbone.encode_instruction(text), device=weight.device)
-        return weight[ids].float().mean(dim=0).cpu()
+        return weight[ids].float().cpu().mean(dim=0)  # the same wherever the model lies
