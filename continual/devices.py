@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import lightning as L
@@ -59,24 +60,29 @@ def check(trainer: L.Trainer) -> None:
         )
 
 
-def spare(trainer: L.Trainer) -> None:
-    """Let DDP leave out what no run needs: a second place for gradients, rounds of buffers, and a stream of its own."""
+def spare(trainer: L.Trainer, records: bool) -> None:
+    """Let DDP leave out what no run needs: a second place for gradients, rounds of buffers, and a stream of its own.
+
+    Args:
+        trainer: Its strategy has not been set up yet.
+        records: Whether passes are recorded: what adds up gradients must not have come on the stream of other work.
+    """
     strategy = trainer.strategy
     if not isinstance(strategy, DDPStrategy):
         return
     # No pass changes a buffer, and all processes begin with the same. What was configured is left as it is.
     strategy._ddp_kwargs = {"broadcast_buffers": False, "gradient_as_bucket_view": True} | strategy._ddp_kwargs
-    wrap = strategy._setup_model
+    if not records:
+        cast(Any, strategy)._setup_model = partial(_wrap_on_this_stream, strategy._setup_model)
 
-    def wrap_on_this_stream(model: nn.Module) -> nn.Module:
-        # Lightning wraps on another stream, on which each gradient would wait to be added up, as long as the wrapping
-        # lasts. DDP takes the nodes that add them up where they are there already, with the stream that they came on.
-        nodes = [get_gradient_edge(parameter) for parameter in model.parameters() if parameter.requires_grad]
-        wrapped = wrap(model)
-        del nodes
-        return wrapped
 
-    cast(Any, strategy)._setup_model = wrap_on_this_stream
+def _wrap_on_this_stream(wrap: Callable[[nn.Module], nn.Module], model: nn.Module) -> nn.Module:
+    # Lightning wraps on another stream, and each gradient would go over to it to be added up. DDP takes the nodes that
+    # add them up where they are there already, with the stream that they came on.
+    nodes = [get_gradient_edge(parameter) for parameter in model.parameters() if parameter.requires_grad]
+    wrapped = wrap(model)
+    del nodes  # kept until here
+    return wrapped
 
 
 def check_module(module: ContinualModule, trainer: L.Trainer) -> None:

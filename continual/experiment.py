@@ -133,7 +133,7 @@ class Experiment:
             trainer = L.Trainer(**arguments)
         except (ValueError, TypeError, MisconfigurationException) as error:
             raise ConfigError(f"trainer: {one_line(error)}") from error
-        devices.spare(trainer)
+        devices.spare(trainer, self.model.cuda_graphs)
         return trainer
 
 

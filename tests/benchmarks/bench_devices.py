@@ -1,7 +1,7 @@
 """A training stage on two devices against one, by Lightning's DDP: rows a second, each device with as many rows a step.
 
 At the text suite's lengths, where a GPU waits for its host, and at 512 tokens a row, where it computes; on GPUs also
-compiled and recorded.
+recorded, and compiled and recorded, in a stage after the first, which finds what that one has recorded.
 Processes of one device and of two are all there from the start and take turns; those that wait do nothing.
 """
 
@@ -34,9 +34,8 @@ def run(setting: Setting) -> Iterator[Result]:
         return
     rows = setting.pick(16, 4, 2)
     steps = setting.pick(math.ceil(STAGE_ROWS / (2 * rows)), 4, 2)
-    for how in ("eager", "compiled graphs") if setting.cuda else ("eager",):
-        # Each stage records anew, which takes as long on two devices: stages of few fast steps would show that alone.
-        times = 1 if how == "eager" else 6
+    for how in ("eager", "graphs", "compiled graphs") if setting.cuda else ("eager",):
+        times = 1 if how == "eager" else 3  # fast steps: a stage of few would show what surrounds them
         if setting.wants(case := f"{shape} two devices {how}"):
             yield _two_against_one(setting, case, shape, how, rows, times * steps)
         if setting.cuda and setting.wants(case := f"{shape} two devices 8x512 {how}"):

@@ -10,13 +10,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from lightning.pytorch.strategies import DDPStrategy
+from torch import nn
+from torch.autograd.graph import get_gradient_edge
 
 import analysis.report
-from continual import experiment, manifest, run
+from continual import devices, experiment, manifest, run
 from continual.batch_order import token_batches
 from continual.batches import Collator, Row
 from continual.sequence import Sequence
@@ -339,3 +343,35 @@ def test_as_many_batches_as_devices_are_scored() -> None:
         batches = token_batches(lengths, extra=0, max_tokens=10**6, least=least)
         assert len(batches) >= min(least, len(lengths))
         assert sorted(row for batch in batches for row in batch) == list(range(len(lengths)))
+
+
+def _wrapping(asked: str | DDPStrategy, records: bool) -> DDPStrategy:
+    trainer = L.Trainer(accelerator="cpu", devices=2, strategy=asked, logger=False)
+    devices.spare(trainer, records)
+    assert isinstance(trainer.strategy, DDPStrategy)
+    return trainer.strategy
+
+
+def test_ddp_leaves_out_what_nobody_needs_unless_it_is_asked_for() -> None:
+    spared = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
+    assert _wrapping("ddp", records=False)._ddp_kwargs == spared
+    asked = DDPStrategy(broadcast_buffers=True, static_graph=True)
+    assert _wrapping(asked, records=True)._ddp_kwargs == spared | {"broadcast_buffers": True, "static_graph": True}
+
+
+@pytest.mark.parametrize("records", [False, True])
+def test_gradients_are_added_up_where_they_are_computed(records: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recorded ones are not: a recording may touch nothing that came on the stream of other work."""
+
+    def marked(parameter: nn.Parameter) -> Any:
+        edge = get_gradient_edge(parameter)
+        edge.node.metadata["is here"] = True
+        return edge
+
+    def wrap(self: DDPStrategy, model: nn.Module) -> list[bool]:
+        return ["is here" in get_gradient_edge(parameter).node.metadata for parameter in model.parameters()]
+
+    monkeypatch.setattr(devices, "get_gradient_edge", marked)
+    monkeypatch.setattr(DDPStrategy, "_setup_model", wrap)
+    found: Any = _wrapping("ddp", records)._setup_model(nn.Linear(2, 2))
+    assert found == [not records] * 2
