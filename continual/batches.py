@@ -10,6 +10,7 @@ Shapes: B rows of a batch, P prompt columns, S prompt and answer columns, L toke
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -28,6 +29,9 @@ from tasks import Task
 from tasks.base import Split
 
 IGNORED = -100  # the label that cross-entropy passes over
+
+_MOST_KEPT = 2**14
+"""Texts whose token ids are kept for the gate of a growing bank, beside those of the batch at hand."""
 
 
 @dataclass
@@ -123,6 +127,7 @@ class RowInputs:
     def __init__(self, backbone: Backbone, encode: InstructionEncoder, text_tokens: int) -> None:
         self.backbone: Any = backbone
         self.encode, self.text_tokens = encode, text_tokens
+        self._ids: dict[str, array[int]] = {}
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """Return the keywords of a batch of rows."""
@@ -134,7 +139,11 @@ class RowInputs:
 
     def of(self, texts: Sequence[str], instructions: Sequence[str]) -> dict[str, Tensor]:
         """Return the keywords of rows by their own texts and their instructions; "" where there is none."""
-        ids = [self.backbone.encode_text(text)[: self.text_tokens] for text in texts]
+        if (new := set(texts) - self._ids.keys()) and len(self._ids) + len(new) > _MOST_KEPT:
+            self._ids, new = {}, set(texts)
+        for text in new:  # test rows are read after every stage
+            self._ids[text] = array("i", self.backbone.encode_text(text)[: self.text_tokens])
+        ids = [self._ids[text].tolist() for text in texts]
         return {"text_ids": padded(ids), "gate_instruction": self.instructions(instructions)}
 
     def instructions(self, texts: Sequence[str]) -> Tensor:

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig
 
+from continual import batches
 from continual.adapters import QueryableLoraConfig
 from continual.backbones import MLPRegressor, TinyCausalLM
 from continual.batch_order import LengthBatches, token_batches
@@ -446,3 +447,18 @@ def test_a_trainer_alone_sets_the_data_up(quiet_trainer: Callable[..., L.Trainer
     trainer.fit(module, datamodule=data)
     assert trainer.global_step == 4
     assert 0 <= trainer.callback_metrics["score"] <= 1
+
+
+def test_a_text_that_a_gate_reads_is_tokenised_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for one call's, no more than so many are kept."""
+    monkeypatch.setattr(batches, "_MOST_KEPT", 3)
+    backbone, asked = TinyCausalLM(num_layers=2), list[str]()
+    encode = backbone.encode_text
+    monkeypatch.setattr(backbone, "encode_text", lambda text: asked.append(text) or encode(text))
+    inputs = batches.RowInputs(backbone, lambda _: torch.zeros(4), text_tokens=2)  # type: ignore[arg-type]
+    for texts in (["abc", "de"], ["de", "abc", "de"], ["f"]):
+        expected = [(encode(text)[:2] + [-1])[:2] for text in texts]
+        assert inputs.of(texts, texts)["text_ids"].tolist() == (expected if texts != ["f"] else [[*encode("f")]])
+    assert sorted(asked) == ["abc", "de", "f"]
+    inputs.of(["gh", "f"], ["", ""])
+    assert set(inputs._ids) == {"gh", "f"}

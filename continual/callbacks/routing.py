@@ -175,7 +175,7 @@ class RouteSums:
         routes = routes_NBPM.float().masked_fill(~mask_BP.bool().unsqueeze(-1), 0.0)
         entropy = -torch.xlogy(routes, routes).sum(dim=(2, 3))
         tokens = mask_BP.sum(dim=1)
-        return cls(list(rows), routes.sum(dim=2).double().cpu(), entropy.double().cpu(), tokens.double().cpu())
+        return cls(list(rows), routes.sum(dim=2).cpu().double(), entropy.cpu().double(), tokens.cpu().double())
 
     def widened(self, num_atoms: int) -> RouteSums:
         """Return the same over ``num_atoms`` atoms: a bank has grown by some that nothing went to."""
@@ -194,11 +194,12 @@ class _TaskRoutes:
     def add(self, sums: RouteSums) -> None:
         """Add rows."""
         half = torch.tensor([_half_of(row) for row in sums.rows])
-        summed = torch.stack([sums.weights_NBM[:, half == side].sum(dim=1) for side in (0, 1)])
-        entropy = sums.entropy_NB.sum(dim=1)
-        self.weights = summed if self.weights is None else self.weights + summed
+        weights_BNM, entropy = sums.weights_NBM.transpose(0, 1), sums.entropy_NB.sum(dim=1)
+        if self.weights is None:
+            self.weights = weights_BNM.new_zeros(2, *weights_BNM.shape[1:])
+        self.weights.index_add_(0, half, weights_BNM)
         self.entropy = entropy if self.entropy is None else self.entropy + entropy
-        self.tokens += torch.stack([sums.tokens_B[half == side].sum() for side in (0, 1)])
+        self.tokens.index_add_(0, half, sums.tokens_B)
 
     def __add__(self, other: _TaskRoutes) -> _TaskRoutes:
         """Return the sums over both, neither of them empty."""

@@ -70,17 +70,16 @@ class TokenRecorder(L.Callback):
         place = column - first[own]
         order = hashed(np.asarray(outcome.rows)[own], place)
         kept = self._kept.setdefault(name, [])
-        chosen = np.argsort(order, kind="stable")[: self.num_tokens]
-        if len(kept) == self.num_tokens:
-            chosen = chosen[order[chosen] < kept[-1][0]]
+        chosen = np.flatnonzero(order < kept[-1][0]) if len(kept) == self.num_tokens else np.arange(len(order))
         if not len(chosen):
             return
+        if len(chosen) > self.num_tokens:  # a batch has thousands: they need not be in order
+            chosen = chosen[np.argpartition(order[chosen], self.num_tokens - 1)[: self.num_tokens]]
         routes = outcome.routes[:, torch.from_numpy(own[chosen]), torch.from_numpy(column[chosen])].float().cpu()
-        columns = ids.cpu().tolist()
-        for token, weights in zip(chosen, routes.transpose(0, 1).numpy(), strict=True):  # (N, M) each
-            row, last = int(own[token]), int(column[token])
-            seen = columns[row][max(int(first[row]), last - _NUM_BEFORE) : last + 1]
-            kept.append((int(order[token]), (outcome.rows[row], int(place[token]), seen, weights.copy())))
+        ids_BP, starts = ids.cpu().numpy(), np.maximum(first[own], column - _NUM_BEFORE)
+        whats = [each[chosen].tolist() for each in (order, own, place, starts, column)]
+        for number, row, at, start, last, weights in zip(*whats, routes.transpose(0, 1).numpy(), strict=True):
+            kept.append((number, (outcome.rows[row], at, ids_BP[row, start : last + 1].tolist(), weights)))  # (N, M)
         kept.sort(key=lambda item: item[0])
         del kept[self.num_tokens :]
 
