@@ -167,8 +167,7 @@ class Sequence:
         trained = {data.name: stage for stage, data in enumerate(self.data, start=1)}
         scored = self.scored_after(index)
         self.tokens.start(self._keys(index), scored, trained)
-        # Of tasks whose tokens are sampled every row is computed.
-        known = self.known.of(self.module, [data for data in scored if data.name not in self.tokens.wanted])
+        known = self.known.of(self.module, scored, needed=self.tokens.needed())
         self.scores.start(self._keys(index), scored, known.answers)
         self.routes.start(self._keys(index), scored, trained, known.routes)
         if self.general is not None:

@@ -47,6 +47,17 @@ class TokenRecorder(L.Callback):
         stage, last = keys["stage"], max(trained_stage.values(), default=0)
         self.wanted = [data.name for data in tasks if self.num_tokens and stage in (trained_stage[data.name], last)]
 
+    def needed(self) -> dict[str, set[int]]:
+        """Return the rows of each sampled task, by their index, whose prompts hold the tokens of the sample."""
+        found: dict[str, set[int]] = {}
+        for data in self.tasks:
+            if data.name in self.wanted:
+                lengths = [len(row.prompt_ids) for row in data.scored_rows]  # a regression row has no tokens
+                row = np.repeat(np.array([row.source["row"] for row in data.scored_rows], dtype=np.int64), lengths)
+                place = np.concatenate([np.arange(length) for length in lengths])
+                found[data.name] = set(row[_least(hashed(row, place), self.num_tokens)].tolist())
+        return found
+
     def on_test_batch_end(
         self,
         trainer: L.Trainer,
@@ -73,8 +84,7 @@ class TokenRecorder(L.Callback):
         chosen = np.flatnonzero(order < kept[-1][0]) if len(kept) == self.num_tokens else np.arange(len(order))
         if not len(chosen):
             return
-        if len(chosen) > self.num_tokens:  # a batch has thousands: they need not be in order
-            chosen = chosen[np.argpartition(order[chosen], self.num_tokens - 1)[: self.num_tokens]]
+        chosen = chosen[_least(order[chosen], self.num_tokens)]
         routes = outcome.routes[:, torch.from_numpy(own[chosen]), torch.from_numpy(column[chosen])].float().cpu()
         ids_BP, starts = ids.cpu().numpy(), np.maximum(first[own], column - _NUM_BEFORE)
         whats = [each[chosen].tolist() for each in (order, own, place, starts, column)]
@@ -108,6 +118,11 @@ class TokenRecorder(L.Callback):
             | {"block": int(block), "atom": int(atom), "value": float(weights_NM[block, atom])}
             for block, atom in np.argwhere(weights_NM > 0)
         ]
+
+
+def _least(numbers: NDArray[np.uint64], count: int) -> NDArray[np.int64]:
+    """Return the places of the ``count`` least numbers, or of all if there are fewer; in no order."""
+    return np.arange(len(numbers)) if len(numbers) <= count else np.argpartition(numbers, count - 1)[:count]
 
 
 def hashed(row: NDArray[np.int64], place: NDArray[np.int64]) -> NDArray[np.uint64]:

@@ -33,6 +33,13 @@ def record(
     return recorder.rows
 
 
+def needed(data: StageData, num_tokens: int) -> set[int]:
+    """Return the rows that a recorder says it needs, all else unknown."""
+    recorder = TokenRecorder(num_tokens)
+    recorder.start(KEYS | {"stage": 1}, [data], {str(data.name): 1})
+    return recorder.needed().get(str(data.name), set())
+
+
 def test_a_sample_of_all_tokens_is_the_routes_of_plain_passes(make_module, make_data, run_test, tmp_path: Path) -> None:
     module = make_module()
     data = make_data(module, "labels", "one", 7, "Say yes or no.", eval_batch_tokens=200)
@@ -72,7 +79,7 @@ def test_a_sample_is_as_large_as_asked_for_and_the_same_in_any_batches(
         rows = record(run_test, module, [data], num_tokens)
         samples.append([(r["row"], r["place"], r["block"], r["atom"], r["token"], r["before"]) for r in rows])
         places = {(row["row"], row["place"]) for row in rows}
-        assert len(places) == num_tokens
+        assert len(places) == num_tokens and needed(data, num_tokens) == {row for row, _ in places}
         assert sum(row["value"] for row in rows) == pytest.approx(2 * num_tokens, abs=1e-4)  # two blocks
     assert samples[0] == samples[1] == samples[2]
 
@@ -98,6 +105,8 @@ def test_nothing_is_kept_where_there_is_nothing_to_keep(case: str, make_module, 
     module = make_module(kind, adapters.get(case))
     data = make_data(module, "regression" if case == "numbers" else "labels", "one", 4)
     assert record(run_test, module, [data], 0 if case == "none" else 5) == []
+    if case in ("none", "numbers"):
+        assert needed(data, 0 if case == "none" else 5) == set()
 
 
 def test_hashes_are_apart_and_even() -> None:
