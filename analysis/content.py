@@ -267,7 +267,7 @@ def stage_table(run: Run) -> Table:
         text = str((run.tasks.get(task) or {}).get("instruction") or "–")
         rows.append([Cell(str(index), index), Cell(task), Cell(text), *spent(index)])
     total, scored = (sum(maybe_float(spent) or 0.0 for spent in seconds.values()) for seconds in (whole, scoring))
-    note = f"Scoring took {scored / total:.0%} of the time." if scored and total else ""
+    note = f"Scoring took {100 * scored / total:.0f} % of the time." if scored and total else ""
     return make_table("stages", "Stages", ["stage", "task", "instruction", "seconds", "of these scoring"], rows, note)
 
 

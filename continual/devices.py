@@ -11,6 +11,7 @@ to be made by all processes together, so that each scores every batch, and train
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from continual.errors import ConfigError, one_line
 
@@ -53,6 +55,10 @@ def check(trainer: L.Trainer) -> None:
     elif not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
         name = type(strategy).__name__
         raise ConfigError(f"trainer.strategy: {name} is not supported: take ddp, or, for a large backbone, {_SHARDED}")
+    if isinstance(strategy, DDPStrategy):  # which takes anything, and DDP nothing else, but in the middle of a run
+        known = inspect.signature(DistributedDataParallel).parameters
+        if unknown := sorted(set(strategy._ddp_kwargs) - set(known)):
+            raise ConfigError(f"trainer.strategy: DistributedDataParallel has no argument {unknown[0]!r}")
     started = int(os.environ.get("WORLD_SIZE", 1))
     if started > 1 and started != trainer.world_size:
         raise ConfigError(

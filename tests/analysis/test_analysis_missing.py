@@ -72,7 +72,7 @@ def test_a_run_that_does_not_say_how_long_scoring_took(facts: dict[str, object] 
     manifest = directory / "manifest.json"
     state = json.loads(manifest.read_text())
     spent = [sum(state[key].values()) for key in ("scoring_seconds", "stage_seconds")]
-    share = f"Scoring took {spent[0] / spent[1]:.0%} of the time."
+    share = f"Scoring took {100 * spent[0] / spent[1]:.0f} % of the time."
     assert share in write_report(directory).read_text()
     manifest.write_text(json.dumps(state | {"scoring_seconds": facts}))
     assert "of the time." not in write_report(directory).read_text()

@@ -279,6 +279,13 @@ def test_torchrun_starts_both(written: Callable, of_two: Callable, contents: Cal
     [
         (["trainer.strategy=ddp_spawn"], "a run has many: take ddp"),
         (["trainer.strategy=fsdp"], "requires a GPU"),
+        (
+            [
+                "trainer.strategy={class_path: lightning.pytorch.strategies.DDPStrategy, "
+                "dict_kwargs: {broadcast_bufers: false}}"
+            ],
+            "DistributedDataParallel has no argument 'broadcast_bufers'",
+        ),
         (["trainer.strategy={class_path: lightning.pytorch.strategies.ModelParallelStrategy}"], "tensor_parallel_size"),
         ([f"trainer.strategy={json.dumps(SHARDED['strategy'])}", "model.compile=true"], "model.compile has not been"),
         (
