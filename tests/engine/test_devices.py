@@ -370,13 +370,16 @@ def test_ddp_leaves_out_what_nobody_needs_unless_it_is_asked_for() -> None:
 def test_gradients_are_added_up_where_they_are_computed(records: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Recorded ones are not: a recording may touch nothing that came on the stream of other work."""
 
+    def notes(edge: Any) -> dict[str, bool]:
+        return edge.node.metadata  # as long as the node is there
+
     def marked(parameter: nn.Parameter) -> Any:
         edge = get_gradient_edge(parameter)
-        edge.node.metadata["is here"] = True
+        notes(edge)["is here"] = True
         return edge
 
     def wrap(self: DDPStrategy, model: nn.Module) -> list[bool]:
-        return ["is here" in get_gradient_edge(parameter).node.metadata for parameter in model.parameters()]
+        return ["is here" in notes(get_gradient_edge(parameter)) for parameter in model.parameters()]
 
     monkeypatch.setattr(devices, "get_gradient_edge", marked)
     monkeypatch.setattr(DDPStrategy, "_setup_model", wrap)
