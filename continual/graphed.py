@@ -62,11 +62,7 @@ class GraphedPasses:
 
     def hold(self) -> bool:
         """Say whether the module's passes still read what they read when this was made, and train the same of it."""
-        now = _read_by(self.module)
-        return len(now) == len(self._read) and all(
-            tensor is before and rest == rest_before
-            for (tensor, *rest), (before, *rest_before) in zip(now, self._read, strict=True)
-        )
+        return _read_by(self.module) == self._read
 
     def __call__(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
         """Return a batch's loss and, where the strategy asks for them, its outputs; see ``training_pass``."""
@@ -94,7 +90,6 @@ class GraphedPasses:
     def release(self) -> None:
         """Give up the recordings and their memory; what replays them refers to itself, so that it is collected."""
         self._passes.clear()
-        self._read.clear()
         gc.collect()
         if self.module.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -118,12 +113,15 @@ class _Pass(nn.Module):
         return (loss,) if outputs is None else (loss, outputs)
 
 
-def _read_by(module: ContinualModule) -> list[tuple[Tensor, int, bool]]:
-    """Return the tensors that a training pass may read, with where each lies and whether it is trained."""
+def _read_by(module: ContinualModule) -> list[tuple[int, int, bool]]:
+    """Return which tensors a training pass may read, where each lies and whether it is trained.
+
+    Recordings hold on to those that they train: no other tensor can be taken for one of these.
+    """
     growing = None if module.tuner is None else module.tuner.growing
     idle = set() if growing is None else {id(tensor) for tensor in growing.idle()}
     tensors = [*module.parameters(), *module.buffers()]
-    return [(tensor, tensor.data_ptr(), tensor.requires_grad) for tensor in tensors if id(tensor) not in idle]
+    return [(id(tensor), tensor.data_ptr(), tensor.requires_grad) for tensor in tensors if id(tensor) not in idle]
 
 
 def _padded(batch: dict[str, Any]) -> tuple[dict[str, Any], int]:

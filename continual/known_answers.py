@@ -12,7 +12,7 @@ Shapes: N blocks, M atoms of the bank, A of these that a row went to.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,7 +91,7 @@ class KnownAnswers:
     def __init__(self) -> None:
         self._rows: dict[str, dict[int, KnownRow]] = {}
 
-    def of(self, module: ContinualModule, tasks: Iterable[StageData], needed: Mapping[str, set[int]]) -> Known:
+    def of(self, module: ContinualModule, tasks: Iterable[StageData], needed: Callable[[StageData], set[int]]) -> Known:
         """Return what is known of ``tasks``; all processes have to call it.
 
         A row for each process stays to be computed, so that none finds nothing to do.
@@ -99,7 +99,7 @@ class KnownAnswers:
         Args:
             module: Its strategy says where rows are sent.
             tasks: Those that are to be scored.
-            needed: Task -> rows to be computed in any case, by their index.
+            needed: Says which rows of a task are to be computed in any case, by their index.
         """
         if (parts := module.strategy.answered_by(module)) is None:
             return Known({}, None)
@@ -107,7 +107,7 @@ class KnownAnswers:
         routes: dict[str, RouteSums] = {}
         for data in tasks:
             before = self._rows.get(data.name, {})
-            asked = before.keys() - needed.get(data.name, set())
+            asked = before.keys() - needed(data)
             rows = [row for row in data.scored_rows if row.source["row"] in asked]
             # The first process's word for all: on a tie theirs may differ.
             sent = devices.gathered(module.strategy.sent_to(module, rows))[0]

@@ -167,7 +167,7 @@ class Sequence:
         trained = {data.name: stage for stage, data in enumerate(self.data, start=1)}
         scored = self.scored_after(index)
         self.tokens.start(self._keys(index), scored, trained)
-        known = self.known.of(self.module, scored, needed=self.tokens.needed())
+        known = self.known.of(self.module, scored, needed=self.tokens.needed)
         self.scores.start(self._keys(index), scored, known.answers)
         self.routes.start(self._keys(index), scored, trained, known.routes)
         if self.general is not None:

@@ -7,7 +7,7 @@ asked for, whatever the number of rows.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import numpy as np
@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 from continual import devices
 from continual.adapters import QueryableLoraModel
 from continual.evaluate import Outcome
+
+if TYPE_CHECKING:
+    from continual.stage_data import StageData
 
 _NUM_BEFORE = 12  # tokens of a sampled token's context that are kept as text
 
@@ -47,16 +50,14 @@ class TokenRecorder(L.Callback):
         stage, last = keys["stage"], max(trained_stage.values(), default=0)
         self.wanted = [data.name for data in tasks if self.num_tokens and stage in (trained_stage[data.name], last)]
 
-    def needed(self) -> dict[str, set[int]]:
-        """Return the rows of each sampled task, by their index, whose prompts hold the tokens of the sample."""
-        found: dict[str, set[int]] = {}
-        for data in self.tasks:
-            if data.name in self.wanted:
-                lengths = [len(row.prompt_ids) for row in data.scored_rows]  # a regression row has no tokens
-                row = np.repeat(np.array([row.source["row"] for row in data.scored_rows], dtype=np.int64), lengths)
-                place = np.concatenate([np.arange(length) for length in lengths])
-                found[data.name] = set(row[_least(hashed(row, place), self.num_tokens)].tolist())
-        return found
+    def needed(self, data: StageData) -> set[int]:
+        """Return the rows of a task, by their index, whose prompts hold the tokens of its sample; none without one."""
+        if data.name not in self.wanted:
+            return set()
+        lengths = [len(row.prompt_ids) for row in data.scored_rows]  # a regression row has no tokens
+        row = np.repeat(np.array([row.source["row"] for row in data.scored_rows], dtype=np.int64), lengths)
+        place = np.concatenate([np.arange(length) for length in lengths])
+        return set(row[_least(hashed(row, place), self.num_tokens)].tolist())
 
     def on_test_batch_end(
         self,

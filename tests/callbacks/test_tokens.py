@@ -37,7 +37,7 @@ def needed(data: StageData, num_tokens: int) -> set[int]:
     """Return the rows that a recorder says it needs, all else unknown."""
     recorder = TokenRecorder(num_tokens)
     recorder.start(KEYS | {"stage": 1}, [data], {str(data.name): 1})
-    return recorder.needed().get(str(data.name), set())
+    return recorder.needed(data)
 
 
 def test_a_sample_of_all_tokens_is_the_routes_of_plain_passes(make_module, make_data, run_test, tmp_path: Path) -> None:

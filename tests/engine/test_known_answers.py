@@ -43,9 +43,9 @@ def found(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, int]]:
     """How many rows of each task were known, scoring by scoring."""
     found, of = list[dict[str, int]](), KnownAnswers.of
 
-    def counted(self: KnownAnswers, module: Any, tasks: list[StageData], needed: dict[str, set[int]]) -> Known:
+    def counted(self: KnownAnswers, module: Any, tasks: list[StageData], needed: Callable) -> Known:
         known = of(self, module, tasks, needed)
-        assert not any(known.rows[name] & needed.get(name, set()) for name in known.rows)
+        assert not any(known.rows.get(str(data.name), set()) & needed(data) for data in tasks)
         assert {name: len(sums.rows) for name, sums in (known.routes or {}).items()} == {
             name: len(rows) for name, rows in known.rows.items()
         }
@@ -56,48 +56,50 @@ def found(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, int]]:
     return found
 
 
+@pytest.fixture
+def both_ways(write: Callable, engine: Callable, tmp_path: Path) -> Callable[[Tree], None]:
+    """Return what runs a configuration twice, into the folders known and computed: the second one keeps no answers."""
+
+    def run(tree: Tree) -> None:
+        config = write(tree)
+        assert engine(config, "--out", tmp_path / "known").code == 0
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(GrowingBank, "answered_by", lambda self, module: None)
+            assert engine(config, "--out", tmp_path / "computed").code == 0
+
+    return run
+
+
+def same_table(name: str, folder: Path) -> pd.DataFrame:
+    """Hold a table of both ways' runs to one another; returns the one with known answers."""
+    known, computed = (pd.read_parquet(folder / run / name) for run in ("known", "computed"))
+    pd.testing.assert_frame_equal(known, computed, check_exact=False, rtol=1e-5, atol=1e-6, obj=name)
+    return known
+
+
 @pytest.mark.parametrize("scoring", ["all", "seen"])
 def test_known_answers_are_those_that_computing_gives(
-    growing: Tree,
-    write: Callable,
-    engine: Callable,
-    tmp_path: Path,
-    found: list[dict[str, int]],
-    monkeypatch: pytest.MonkeyPatch,
-    scoring: str,
+    growing: Tree, both_ways: Callable[[Tree], None], tmp_path: Path, found: list[dict[str, int]], scoring: str
 ) -> None:
-    growing |= {"token_sample": 0, "scoring": scoring}
-    config = write(growing)
-    assert engine(config, "--out", tmp_path / "known").code == 0
-    assert len(found) == 5 and found[0] == {} and sum(map(len, found)) >= 5
-    assert all(count < NUM_ROWS[name] for known in found for name, count in known.items())  # one row at least is left
-    monkeypatch.setattr(GrowingBank, "answered_by", lambda self, module: None)
-    assert engine(config, "--out", tmp_path / "computed").code == 0
-    assert found[5:] == [{}] * 5
+    both_ways(growing | {"token_sample": 0, "scoring": scoring})
+    known, computed = found[:5], found[5:]
+    assert known[0] == {} and sum(map(len, known)) >= 5
+    assert all(count < NUM_ROWS[name] for each in known for name, count in each.items())  # one row at least is left
+    assert computed == [{}] * 5
     names = sorted(path.name for path in (tmp_path / "computed").glob("*.parquet"))
     assert names == sorted(path.name for path in (tmp_path / "known").glob("*.parquet"))
     assert {"scores.parquet", "answers.parquet", "routing.parquet", "drift.parquet", "separation.parquet"} <= {*names}
     for name in names:
-        known, computed = (pd.read_parquet(tmp_path / run / name) for run in ("known", "computed"))
-        pd.testing.assert_frame_equal(known, computed, check_exact=False, rtol=1e-5, atol=1e-6, obj=name)
+        same_table(name, tmp_path)
 
 
 def test_rows_are_computed_where_their_tokens_are_sampled(
-    growing: Tree,
-    write: Callable,
-    engine: Callable,
-    tmp_path: Path,
-    found: list[dict[str, int]],
-    monkeypatch: pytest.MonkeyPatch,
+    growing: Tree, both_ways: Callable[[Tree], None], tmp_path: Path, found: list[dict[str, int]]
 ) -> None:
-    config = write(growing | {"token_sample": 3})
-    assert engine(config, "--out", tmp_path / "known").code == 0
-    assert sum(found[-1].values()) >= 4 * 3  # of a task's six or seven rows, three at most hold the sample
-    monkeypatch.setattr(GrowingBank, "answered_by", lambda self, module: None)
-    assert engine(config, "--out", tmp_path / "computed").code == 0
-    known, computed = (pd.read_parquet(tmp_path / run / "tokens.parquet") for run in ("known", "computed"))
-    pd.testing.assert_frame_equal(known, computed, check_exact=False, rtol=1e-5, atol=1e-6)
-    counts = known.drop_duplicates(["stage", "task", "row", "place"]).value_counts(["stage", "task"])
+    both_ways(growing | {"token_sample": 3})
+    assert sum(found[4].values()) >= 4 * 3  # of a task's six or seven rows, three at most hold the sample
+    tokens = same_table("tokens.parquet", tmp_path)
+    counts = tokens.drop_duplicates(["stage", "task", "row", "place"]).value_counts(["stage", "task"])
     assert len(counts) == 7 and set(counts) == {3}
 
 
