@@ -121,7 +121,7 @@ def join(trainer: L.Trainer, module: ContinualModule) -> None:
     but for errors.
 
     Raises:
-        ConfigError: The cluster started other processes than the trainer asks for.
+        ConfigError: The cluster started other processes than the trainer asks for, or they cannot talk by its backend.
     """
     strategy = trainer.strategy
     if isinstance(strategy, SingleDeviceStrategy):
@@ -132,7 +132,7 @@ def join(trainer: L.Trainer, module: ContinualModule) -> None:
             strategy.setup_environment()
         else:
             strategy.launcher.launch(strategy.setup_environment, trainer=trainer)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, AssertionError) as error:  # torch asserts that it knows the backend
         raise ConfigError(f"trainer: {one_line(error)}") from error
     if not is_first():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115

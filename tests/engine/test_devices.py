@@ -321,6 +321,15 @@ def test_processes_that_the_trainer_does_not_ask_for_are_refused(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
+def test_a_backend_that_torch_does_not_know_is_one_line(written: Callable, tmp_path: Path) -> None:
+    asked = {"class_path": "lightning.pytorch.strategies.DDPStrategy", "init_args": {"process_group_backend": "pigeon"}}
+    done = command(written("plain", DDP | {"strategy": asked}), tmp_path / "run")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1] == "error: trainer: Unknown backend type pigeon"
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("num_rows, num_processes", [(7, 3), (6, 3), (2, 3), (1, 4)])
 def test_the_shares_of_a_batch_are_the_batch(num_rows: int, num_processes: int) -> None:
     backbone: Any = type("Backbone", (), {"kind": "causal_lm", "tokenizer": type("T", (), {"pad_token_id": 0})})
