@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from continual.adapters.layer import LayerUse, QueryableLinear, SharedInput
-from continual.adapters.router import RoutingState
+from continual.adapters.row_slices import States
 
 ROUTING_KEYWORDS = ("instruction_ids", "instruction_encoding", "text_ids", "row_features", "gate_instruction")
 """What routes are decided by, as keywords of the model that an adapter is put into."""
@@ -45,7 +45,7 @@ class RouteCarrier:
         modules = [(self.decoder_layer, self.narrow), (self.attention, self.receive)]
         return [m.register_forward_pre_hook(hook, with_kwargs=True) for m, hook in modules if m is not None]
 
-    def give(self, states: dict[str, RoutingState] | None) -> None:
+    def give(self, states: States | None) -> None:
         """Set each layer's part of the state, or clear it."""
         self._set([None] * len(self.layers) if states is None else self._parts(states))
 
@@ -65,7 +65,7 @@ class RouteCarrier:
         self._set(kwargs.pop("routing_state", None) or [None] * len(self.layers))
         return args, kwargs
 
-    def _parts(self, states: dict[str, RoutingState]) -> list[list[LayerUse]]:
+    def _parts(self, states: States) -> list[list[LayerUse]]:
         inputs: dict[tuple[str, str], SharedInput] = {}
         return [layer.in_use(states, inputs) for layer in self.layers]
 

@@ -15,6 +15,7 @@ Shapes: B rows, L tokens of a row's own text, T tokens of a pass, F features, E 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 from continual.adapters.factored import Factored
 from continual.adapters.gate import StageGate
+from continual.adapters.row_slices import RowSlices
 
 if TYPE_CHECKING:
     from continual.adapters.layer import QueryableLinear
@@ -63,7 +65,7 @@ class GrowingBank:
         self.reads: dict[str, Any] = {}
         self.factored: dict[str, dict[str, Factored]] = {}
         self._seen: tuple[Any, ...] = ()
-        self._uses: dict[str, Tensor | None] = {}
+        self._uses: dict[str, RowSlices | None] = {}
         self._read: dict[tuple[int, ...], Tensor] = {}
 
     @property
@@ -73,8 +75,8 @@ class GrowingBank:
 
     # -- one pass -----------------------------------------------------------------------------------------------------
 
-    def uses(self, rows: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
-        """Return the adapters that a pass uses and each one's weight a row, (B,), None for 1.
+    def uses(self, rows: dict[str, Tensor | None]) -> dict[str, RowSlices | None]:
+        """Return the adapters that all rows of a pass use, with None; or, under other names, each row's own slices.
 
         Args:
             rows: The pass's ``ROW_KEYWORDS``. Where they are missing and the gate is to decide, nothing is in use.
@@ -91,28 +93,19 @@ class GrowingBank:
             self._uses = self._uses_of(self.chosen_B)
         return self._uses
 
-    def _uses_of(self, chosen_B: Tensor) -> dict[str, Tensor | None]:
-        """Return the adapters that the chosen stages read, and the rows that each one answers."""
-        stages = list(self.gate.stages.values())
-        found = {
-            stages[index].adapters[place] for index in self._chosen for place in range(len(stages[index].adapters))
-        }
-        uses: dict[str, Tensor | None] = {}
-        for name in self.names:
-            if name in found:
-                readers = [index for index in self._chosen if name in stages[index].adapters]
-                everyone = len(readers) == len(self._chosen) and not self._abstains
-                mask = torch.isin(chosen_B, torch.tensor(readers, device=chosen_B.device))
-                uses[name] = None if everyone else mask.float()
-        return uses
+    def _uses_of(self, chosen_B: Tensor) -> dict[str, RowSlices | None]:
+        """Return what the chosen stages read: each row's first slice, then its second, as far as any has one."""
+        stages = [anchors.adapters for anchors in self.gate.stages.values()]
+        reads = [stages[index] if index >= 0 else [] for index in chosen_B.tolist()]
+        if all(own == reads[0] for own in reads):
+            return dict.fromkeys(reads[0])
+        columns = itertools.zip_longest(*reads)
+        return {f"slice.{place}": RowSlices(list(column), chosen_B.device) for place, column in enumerate(columns)}
 
     def choose(self, rows: dict[str, Tensor | None]) -> Tensor:
         """Return the index of each row's stage, (B,); see ``StageGate.choose``."""
         features, lengths = self.features(rows) if rows["text_ids"] is None else self._known_features(rows["text_ids"])
-        chosen = self.gate.choose(features, lengths, rows["gate_instruction"])
-        found = chosen.unique().tolist()
-        self._chosen, self._abstains = [index for index in found if index >= 0], found[:1] == [-1]
-        return chosen
+        return self.gate.choose(features, lengths, rows["gate_instruction"])
 
     def stages_of(self, chosen_B: Tensor) -> list[str]:
         """Return the names of the stages that ``choose`` chose; "" for none."""

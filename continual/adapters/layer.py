@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from continual.adapters.config import QueryableLoraConfig
 from continual.adapters.router import AtomBank, BlockState, RoutingState
+from continual.adapters.row_slices import RowBanks, RowBlock, RowRouting, States
 
 CANNOT_MERGE = (
     "this adapter routes each token by its own state, so no single weight matrix equals it: it cannot be merged into "
@@ -97,7 +98,7 @@ class SharedInput:
     first to be called computes for all of them; nothing is kept once the last has taken its part.
 
     Attributes:
-        weights_A: A of each projection, (r, d_in).
+        weights_A: A of each projection, (r, d_in), or each row's own, (B, r, d_in).
         leader: Index of the one whose state routes the block; None where none does.
         x: The tensor, while parts of it wait to be taken.
         parts: u = A h and (lora_alpha / r) S_b u, both (..., r), of each that is still to come.
@@ -131,10 +132,10 @@ class LayerUse:
 
     Attributes:
         name: The adapter.
-        weight_A: A, (r, d_in).
-        weight_B: B, (d_out, r).
+        weight_A: A, (r, d_in), or each row's own, (B, r, d_in).
+        weight_B: B, (d_out, r), or each row's own, (B, d_out, r).
         dropout: What the layer's input goes through first.
-        bank: The adapter's atoms and router.
+        bank: The adapter's atoms and router; where rows have slices of their own, all those.
         block: The state of the layer's block.
         shared: What it has in common with the other projections of its input.
         index: Which of them it is.
@@ -144,8 +145,8 @@ class LayerUse:
     weight_A: Tensor
     weight_B: Tensor
     dropout: nn.Module
-    bank: AtomBank
-    block: BlockState
+    bank: AtomBank | RowBanks
+    block: BlockState | RowBlock
     shared: SharedInput
     index: int
 
@@ -205,18 +206,32 @@ class QueryableLinear(RoutedLinear):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
 
-    def in_use(self, states: dict[str, RoutingState], inputs: dict[tuple[str, str], SharedInput]) -> list[LayerUse]:
+    def in_use(self, states: States, inputs: dict[tuple[str, str], SharedInput]) -> list[LayerUse]:
         """Return what a pass's adapters have here, in the order of ``states``.
 
         Args:
             states: The pass's.
             inputs: Adapter and input -> what layers have in common that read it; the layer joins those.
         """
-        return [self._use(name, state, inputs) for name, state in states.items() if name in self.scaling]
+        uses = []
+        for name, state in states.items():
+            adapter = state.first if isinstance(state, RowRouting) else name
+            if adapter in self.scaling:
+                uses.append(self._use(name, adapter, state, inputs))
+        return uses
 
-    def _use(self, name: str, state: RoutingState, inputs: dict[tuple[str, str], SharedInput]) -> LayerUse:
+    def _use(
+        self,
+        name: str,
+        adapter: str,
+        state: RoutingState | RowRouting,
+        inputs: dict[tuple[str, str], SharedInput],
+    ) -> LayerUse:
         weights_A, weights_B, dropouts = self._entries
-        weight_A, dropout = weights_A[name], dropouts[name]
+        weight_A, weight_B, dropout = weights_A[adapter], weights_B[adapter], dropouts[adapter]
+        bank: AtomBank | RowBanks = self._banks[adapter]
+        if isinstance(state, RowRouting):
+            weight_A, weight_B, bank = state.slices.pick(weights_A), state.slices.pick(weights_B), state.bank
         shared = inputs.get((name, self.reads))
         # Dropout hides other places of the input from each projection.
         if shared is None or (self.training and isinstance(dropout, nn.Dropout)):
@@ -224,12 +239,12 @@ class QueryableLinear(RoutedLinear):
         return LayerUse(
             name=name,
             weight_A=weight_A,
-            weight_B=weights_B[name],
+            weight_B=weight_B,
             dropout=dropout,
-            bank=self._banks[name],
-            block=state.blocks[self.blocks[name]],
+            bank=bank,
+            block=state.blocks[self.blocks[adapter]],
             shared=shared,
-            index=shared.join(weight_A, name in self.leads),
+            index=shared.join(weight_A, adapter in self.leads),
         )
 
     def _with_updates(self, result: Tensor, x: Tensor) -> Tensor:
@@ -244,24 +259,25 @@ class QueryableLinear(RoutedLinear):
         state = use.block.shared
         if state.observe is not None:
             state.observe(self, use.name, u, routed)
-        if state.weight_B is None and routed.dtype == result.dtype:  # one kernel for the product with B and the sum
-            return torch.addmm(result.flatten(0, -2), routed.flatten(0, -2), use.weight_B.T).view(result.shape)
-        update = F.linear(routed, use.weight_B)
-        if state.weight_B is not None:
-            update = update * state.weight_B.view(-1, *([1] * (update.dim() - 1)))
-        return result + update.to(result.dtype)
+        if routed.dtype != result.dtype:
+            return result + _product(routed, use.weight_B).to(result.dtype)
+        if use.weight_B.dim() == 3:
+            return torch.baddbmm(_by_row(result), _by_row(routed), use.weight_B.mT).view(result.shape)
+        # One kernel for the product with B and the sum.
+        return torch.addmm(result.flatten(0, -2), routed.flatten(0, -2), use.weight_B.T).view(result.shape)
 
     def _routed(self, use: LayerUse, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return u and what B is applied to, both (..., r), having computed them for all that read ``x`` as well."""
-        bank, block, shared = use.bank, use.block, use.shared
+        bank: Any = use.bank  # of the block's own kind
+        block, shared = use.block, use.shared
         h = use.dropout(self._cast_input_dtype(x, use.weight_A.dtype))
         together = shared.x is None and len(shared.weights_A) > 1  # else others wait for parts of another tensor
         if not together:
-            u = F.linear(h, use.weight_A)
+            u = _product(h, use.weight_A)
             if use.leads:
                 bank.route(block, u)
             return u, bank.apply_route(block, u.unsqueeze(-2)).squeeze(-2)
-        u = F.linear(h, torch.cat(shared.weights_A)).unflatten(-1, (len(shared.weights_A), -1))
+        u = _product(h, torch.cat(shared.weights_A, dim=-2)).unflatten(-1, (len(shared.weights_A), -1))
         if shared.leader is not None:
             bank.route(block, u[..., shared.leader, :])
         shared.parts = dict(enumerate(zip(u.unbind(-2), bank.apply_route(block, u).unbind(-2), strict=True)))
@@ -289,6 +305,18 @@ class QueryableLinear(RoutedLinear):
         self.leads.discard(adapter_name)
         self.frozen_A.discard(adapter_name)
         super().delete_adapter(adapter_name)
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """Return x, (..., d_in), times a weight, (d_out, d_in), or times each row's own, (B, d_out, d_in): (..., d_out)."""
+    if weight.dim() == 2:
+        return F.linear(x, weight)
+    return torch.bmm(_by_row(x), weight.mT).view(*x.shape[:-1], -1)
+
+
+def _by_row(x: Tensor) -> Tensor:
+    """Return x, (B, ..., d), as (B, T, d)."""
+    return x.reshape(len(x), -1, x.shape[-1])
 
 
 def _features(layer: nn.Module) -> tuple[int, int]:

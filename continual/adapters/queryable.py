@@ -27,6 +27,7 @@ from continual.adapters.config import PEFT_NAME, QueryableLoraConfig
 from continual.adapters.growing import ROW_KEYWORDS
 from continual.adapters.layer import QueryableLinear, layer_of
 from continual.adapters.router import AtomBank, RoutingState
+from continual.adapters.row_slices import RowRouting, States, routes_of
 from continual.adapters.tuner import RoutedTuner
 
 
@@ -107,7 +108,7 @@ class QueryableLoraModel(RoutedTuner):
 
     def _install_hooks(self, model: nn.Module) -> None:
         super()._install_hooks(model)
-        self._under_way: dict[str, RoutingState] = {}
+        self._under_way: States = {}
         carriers = carriers_of(model, self._adapted)
         carried = {id(layer) for carrier in carriers for layer in carrier.layers}
         self._uncarried = RouteCarrier([layer for layer in self._adapted if id(layer) not in carried])
@@ -126,26 +127,38 @@ class QueryableLoraModel(RoutedTuner):
         if row_of_token is not None and growing is not None and growing.in_use is None:
             raise ValueError("a gate cannot choose slices for rows that are packed into one: leave them apart")
         uses = dict.fromkeys(self.active_adapters) if growing is None else growing.uses(rows)
-        states: dict[str, RoutingState] = {}
-        for name, weight in uses.items():
-            bank = self._bank(name)
-            centred = None if encoding is None or not bank.config.uses_prior else bank.centre(encoding)
-            states[name] = bank.begin(centred, row_of_token)
-            shared = states[name].shared
-            shared.weight_B, shared.observe = weight, growing and growing.observe
-            if self._removed is not None and self._removed[0] == name:
-                shared.removed = self._removed[1]
+        states: dict[str, RoutingState | RowRouting] = {}
+        for name, slices in uses.items():
+            if slices is None:
+                states[name] = self._begin(name, encoding, row_of_token)
+            else:
+                own = {s: self._begin(s, encoding if encoding is None else encoding[r]) for s, r in slices.rows.items()}
+                states[name] = RowRouting(slices, own, [self._bank(adapter) for adapter in own])
         if self._has_carriers:
             kwargs["routing_state"] = states
         self._uncarried.give(states)
         self._under_way = states
         return args, kwargs
 
+    def _begin(self, name: str, encoding_BE: Tensor | None, row_of_token: Tensor | None = None) -> RoutingState:
+        """Start an adapter's state of the pass, for the rows whose instructions these are."""
+        bank = self._bank(name)
+        centred = None if encoding_BE is None or not bank.config.uses_prior else bank.centre(encoding_BE)
+        state = bank.begin(centred, row_of_token)
+        state.shared.observe = self.growing and self.growing.observe
+        if self._removed is not None and self._removed[0] == name:
+            state.shared.removed = self._removed[1]
+        return state
+
     def _end_pass(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         super()._end_pass(model, args, kwargs, output)
         states, self._under_way = self._under_way, {}
         if states:
             self._record(states)
+
+    def _record(self, states: States) -> None:
+        for record in self._recorders:
+            record.append(routes_of(states))
 
     @property
     def carries_routes(self) -> bool:

@@ -42,7 +42,6 @@ class SharedState:
         log_prior_BM: lambda * log pi(c) of each row, (B, M), or of each token, (B, T, M); None where the prior is off.
 
     Attributes:
-        weight_B: What each row's update is multiplied by, (B,); None for 1.
         observe: Called with a layer, the adapter's name, u = A h and what B is applied to, (lora_alpha / r) S_b u, both
             (..., r); None for nobody.
         removed: The atom that no token may use; None for none.
@@ -50,7 +49,6 @@ class SharedState:
 
     def __init__(self, atoms: Tensor, log_prior_BM: Tensor | None) -> None:
         self.atoms, self.log_prior_BM = atoms, log_prior_BM
-        self.weight_B: Tensor | None = None
         self.observe: Callable[[nn.Module, str, Tensor, Tensor], None] | None = None
         self.removed: int | None = None
 
@@ -236,14 +234,7 @@ class AtomBank(nn.Module):
 
     def apply_route(self, block: BlockState, u: Tensor) -> Tensor:
         """Return (lora_alpha / r) S_b u of G projections' u, (..., G, r), in its shape."""
-        if block.operator is None:
-            raise RuntimeError(
-                "a block has no route yet: its first adapted projection did not run before this one. "
-                "The layers ran in another order than they are registered in"
-            )
-        if torch.compiler.is_compiling():  # becomes one kernel with what stands before and after it
-            return (block.operator.unsqueeze(-3) * u.unsqueeze(-2)).sum(dim=-1)
-        return torch.bmm(u.flatten(0, -3), block.operator.flatten(0, -3).mT).view(u.shape)
+        return apply_operator(block.operator, u)
 
     def _weights(self, logits: Tensor, removed: int | None = None) -> Tensor:
         if removed is not None:  # as in a bank without it
@@ -259,6 +250,18 @@ class AtomBank(nn.Module):
             tied = logits.amax(dim=-1, keepdim=True) == logits.amin(dim=-1, keepdim=True)
             routes = torch.where(tied, 1 / num_atoms, routes)
         return routes
+
+
+def apply_operator(operator: Tensor | None, u: Tensor) -> Tensor:
+    """Return S u of G projections' u, (..., G, r), in its shape; S is each token's operator, (..., r, r)."""
+    if operator is None:
+        raise RuntimeError(
+            "a block has no route yet: its first adapted projection did not run before this one. "
+            "The layers ran in another order than they are registered in"
+        )
+    if torch.compiler.is_compiling():  # becomes one kernel with what stands before and after it
+        return (operator.unsqueeze(-3) * u.unsqueeze(-2)).sum(dim=-1)
+    return torch.bmm(u.flatten(0, -3), operator.flatten(0, -3).mT).view(u.shape)
 
 
 def routed_operator(route: Tensor, atoms: Tensor) -> Tensor:

@@ -81,17 +81,46 @@ def test_an_empty_bank_is_the_backbone_to_the_bit(backbone, grown, ids) -> None:
     assert bank.chosen_B is None  # without a text there is nothing to choose by
 
 
-def test_rows_of_all_stages_in_one_batch_are_each_as_alone(grown) -> None:
-    model, bank = grown(THREE, torch.float64)
+@pytest.mark.parametrize("slices", [THREE, [["default"], ["stage02", "default"], ["stage03"]]], ids=["own", "read"])
+@pytest.mark.parametrize("prior_weight", [0.0, 1.0])
+def test_rows_of_all_stages_in_one_batch_are_each_as_alone(grown, slices: list[list[str]], prior_weight: float) -> None:
+    model, bank = grown(slices, torch.float64, prior_weight=prior_weight)
+    text, prompts = mixed()
+    instructions = torch.randint(3, 97, (5, 4), generator=torch.Generator().manual_seed(6)) if prior_weight else None
+    asked: dict[str, Any] = {} if instructions is None else {"instruction_ids": instructions}
+    with model.base_model.record_routes() as record:
+        together = model(prompts, text_ids=text, **asked).logits
+        assert bank.chosen_B is not None and bank.chosen_B.tolist() == [0, 1, 2, -1, -1]
+        for row, names in enumerate([*slices, [], []]):
+            one = slice(row, row + 1)
+            given = {name: tensor[one] for name, tensor in asked.items()}
+            alone = model(prompts[one], text_ids=text[one], **given).logits
+            torch.testing.assert_close(alone, together[one], rtol=0, atol=1e-11)
+            with bank.using(names):
+                torch.testing.assert_close(model(prompts[one], **given).logits, together[one], rtol=0, atol=1e-11)
+            for name in {name for own in slices for name in own}:
+                for block, routes in enumerate(record[0][name]):
+                    expected = record[-1][name][block] if name in names else torch.zeros(1, 7, 6, dtype=routes.dtype)
+                    torch.testing.assert_close(routes[one], expected, rtol=0, atol=1e-11)
+    assert (together - model(prompts).logits).abs().amax(dim=(1, 2))[:3].min() > 1e-3  # the slices do something
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_rows_of_all_stages_may_have_adapters_of_another_precision(grown, dtypes: tuple[torch.dtype, ...]) -> None:
+    model, bank = grown(THREE, dtypes[0])
+    model.to(dtypes[0])
+    for name, parameter in model.named_parameters():
+        if "queryable" in name:
+            parameter.data = parameter.data.to(dtypes[1])
     text, prompts = mixed()
     together = model(prompts, text_ids=text).logits
-    assert bank.chosen_B is not None and bank.chosen_B.tolist() == [0, 1, 2, -1, -1]
-    for row, name in enumerate(["default", "stage02", "stage03", None, None]):
-        one = slice(row, row + 1)
-        torch.testing.assert_close(model(prompts[one], text_ids=text[one]).logits, together[one], rtol=0, atol=1e-11)
-        with bank.using([] if name is None else [name]):
-            torch.testing.assert_close(model(prompts[one]).logits, together[one], rtol=0, atol=1e-11)
-    assert (together - model(prompts).logits).abs().amax(dim=(1, 2))[:3].min() > 1e-3  # the slices do something
+    assert together.dtype is dtypes[0]
+    bare = model(prompts).logits
+    for row, name in enumerate(["default", "stage02", "stage03"]):
+        with bank.using([name]):
+            alone = model(prompts[row : row + 1]).logits[0]
+        apart, moved = (alone - together[row]).abs().mean(), (alone - bare[row]).abs().mean()
+        assert apart < 0.05 * moved, f"{name}: {apart} apart, where the slice moves by {moved}"
 
 
 def test_padding_of_the_text_changes_no_choice_and_no_feature(grown) -> None:

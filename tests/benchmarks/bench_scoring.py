@@ -6,10 +6,12 @@ import statistics
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 from unittest.mock import patch
 
 import torch
+from bench_training import grow
 from lightning.fabric.utilities import move_data_to_device
 from measuring import Result, Setting, Stand
 from peft import PeftConfig
@@ -38,6 +40,8 @@ def run(setting: Setting) -> Iterator[Result]:
             yield from labels(setting, Path(folder), shape)
         if setting.wants(f"{shape} recording routes"):
             yield from recording(setting, Path(folder), shape)
+        if setting.wants(f"{shape} rows of ten stages"):
+            yield from rows_of_ten_stages(setting, Path(folder), shape)
         if setting.wants(f"{shape} free answers"):
             yield from free_answers(setting, Path(folder), shape)
 
@@ -195,6 +199,42 @@ def recording(setting: Setting, folder: Path, shape: str) -> Iterator[Result]:
         "scoring", f"{shape} recording routes", "seconds / without", **timings.ratio("on", "off"), goal="<= 1.03",
         detail=detail,
     )  # fmt: skip
+
+
+# -- a growing bank ---------------------------------------------------------------------------------------------------
+
+
+def rows_of_ten_stages(setting: Setting, folder: Path, shape: str) -> Iterator[Result]:
+    """Time batches whose rows go to each of ten stages of a growing bank, against one stage for all of them."""
+    num_stages = 10
+    task = RandomText(_lengths(setting, 20, 240), LABELS[:4], seed=setting.seed)
+    stages, batches = _scoring(setting, folder / "stages", shape, queryable(), task)
+    model = cast(Any, stages.module.model)
+    grow(model, num_stages)
+    model.to(setting.device)
+    bank = model.base_model.growing
+    bank.in_use, bank.gate.stages = None, {name: SimpleNamespace(adapters=[name]) for name in bank.names}
+
+    def score(spread: int) -> Callable[[], None]:
+        def choose(features: Tensor, *given: Any) -> Tensor:
+            return torch.arange(len(features), device=setting.device) % spread
+
+        @torch.inference_mode()
+        def run() -> None:
+            with patch.object(bank.gate, "choose", choose):
+                for batch in batches:
+                    features = torch.zeros(len(batch["rows"]), 1, device=setting.device)
+                    label_log_likelihoods(model, batch["forward"] | {"row_features": features}, batch["candidates"])
+
+        return run
+
+    stand = Stand(setting.device)
+    for spread in (1, num_stages):
+        stand.add(f"{spread}", lambda spread=spread: score(spread), warm_up=1)
+    timings = stand.run(setting.num_rounds(7))
+    detail = {"shape": shape, "rows": len(task.lengths), "backbone_dtype": backbone_dtype(setting)} | timings.detail()
+    case, ratio = f"{shape} rows of ten stages", timings.ratio(f"{num_stages}", "1")
+    yield Result("scoring", case, "seconds / rows' of one stage", **ratio, detail=detail)
 
 
 # -- free answers -----------------------------------------------------------------------------------------------------
