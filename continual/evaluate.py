@@ -10,7 +10,7 @@ Shapes: B rows, P prompt columns, K nodes of the tree, L label tokens, C labels,
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -47,6 +47,7 @@ class Outcome:
         rivals: Label tasks: labels of stages to come that might be likelier than each row's answer among all.
         routes: Routing weights of each block and token of the prompt, (N, B, P, M); None without a router.
         stages: Name of the stage that a growing bank's gate chose for each row, "" for none; None without a gate.
+        pass_rows: Rows that its pass computed, other tasks' too; 0 where the pass is counted with another outcome.
         prompt_mask: 1 for the prompt's own tokens, 0 for padding, (B, P); None without routes.
     """
 
@@ -60,6 +61,7 @@ class Outcome:
     routes: Tensor | None = None
     prompt_mask: Tensor | None = None
     stages: list[str] | None = None
+    pass_rows: int | None = None
 
 
 @torch.no_grad()
@@ -84,11 +86,51 @@ def score_batch(module: ContinualModule, task: Task, batch: dict[str, Any], max_
         else:
             outcome = _predict(module, batch)
     outcome.stages = _chosen_stages(module)
-    if not passes and tuner is not None and tuner.growing and tuner.growing.gate.stages:
-        passes = [{}]  # the gate left every row to the backbone
-    if passes:
-        _keep_prompt_routes(outcome, _routes_of(module, passes[0], batch), batch)
+    mask = batch["forward"].get("attention_mask")
+    if mask is None:  # a regression row is one token
+        mask = torch.ones(len(batch["rows"]), 1, device=batch["labels"].device)
+    if (routes := _prompt_routes(module, passes, batch["forward"], mask)) is not None:
+        outcome.routes, outcome.prompt_mask = routes, mask
     return outcome
+
+
+@torch.no_grad()
+def score_together(module: ContinualModule, parts: Sequence[tuple[Task, dict[str, Any]]]) -> list[Outcome]:
+    """Answer batches of several label tasks, as ``score_batch`` does each, from one pass over all of their rows."""
+    tuner = module.tuner
+    tasks, batches = zip(*parts, strict=True)
+    forward = beside_each_other([batch["forward"] for batch in batches])
+    trees = [(batch["candidates"], len(batch["rows"])) for batch in batches]
+    with tuner.record_routes() if tuner is not None else nullcontext([]) as passes:
+        found = log_likelihoods_of_trees(module.model, forward, trees)
+    stages, mask = _chosen_stages(module), forward["attention_mask"]
+    routes = _prompt_routes(module, passes, forward, mask)
+    outcomes: list[Outcome] = []
+    for task, batch, scores in zip(tasks, batches, found, strict=True):
+        first = sum(len(outcome.rows) for outcome in outcomes)
+        own, width = slice(first, first + len(scores)), batch["forward"]["attention_mask"].shape[1]
+        outcome = _ranked(task, batch, scores)
+        outcome.pass_rows = 0 if outcomes else len(mask)
+        outcome.stages = stages and stages[own]
+        if routes is not None:
+            outcome.routes, outcome.prompt_mask = routes[:, own, -width:], batch["forward"]["attention_mask"]
+        outcomes.append(outcome)
+    return outcomes
+
+
+def beside_each_other(forwards: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the keywords of several batches of prompts as those of one; prompts are padded on the left."""
+    joined = {}
+    for name in forwards[0]:
+        tensors = [forward[name] for forward in forwards]
+        if name in ("input_ids", "attention_mask", "position_ids", "instruction_ids", "text_ids"):
+            width = max(tensor.shape[1] for tensor in tensors)
+            on_left = not name.endswith("_ids") or name in ("input_ids", "position_ids")
+            missing = [width - tensor.shape[1] for tensor in tensors]
+            padding = [((gap, 0), 0) if on_left else ((0, gap), -1) for gap in missing]
+            tensors = [F.pad(tensor, gap, value=v) for tensor, (gap, v) in zip(tensors, padding, strict=True)]
+        joined[name] = torch.cat(tensors)
+    return joined
 
 
 def label_log_likelihoods(model: Any, forward: dict[str, Tensor], candidates: Candidates) -> Tensor:
@@ -101,14 +143,28 @@ def label_log_likelihoods(model: Any, forward: dict[str, Tensor], candidates: Ca
         forward: Left-padded prompts: input_ids, attention_mask, position_ids, (B, P), and the instruction keyword.
         candidates: The labels.
     """
+    return log_likelihoods_of_trees(model, forward, [(candidates, len(forward["input_ids"]))])[0]
+
+
+def log_likelihoods_of_trees(
+    model: Any, forward: dict[str, Tensor], trees: Sequence[tuple[Candidates, int]]
+) -> list[Tensor]:
+    """Return what ``label_log_likelihoods`` does, of rows that each have one of several trees of labels.
+
+    Args:
+        model: The language model.
+        forward: Left-padded prompts.
+        trees: The labels of the first rows, and how many rows those are, then of the next ones, to the last row.
+    """
     ids, prompt_mask, positions = (forward[name] for name in ("input_ids", "attention_mask", "position_ids"))
     rest = {name: value for name, value in forward.items() if name in (*ROUTING_KEYWORDS, "task_ids")}
-    device, num_rows, num_nodes = ids.device, len(ids), len(candidates.node_ids_K)
+    device, num_nodes = ids.device, max(len(candidates.node_ids_K) for candidates, _ in trees)
     length = prompt_mask.sum(dim=1, keepdim=True)
+    nodes_BK, depth_BK, path_BKK = (torch.cat(each).to(device) for each in zip(*_by_row(trees, num_nodes), strict=True))
     logits = model(
-        input_ids=torch.cat([ids, candidates.node_ids_K.to(device).expand(num_rows, -1)], dim=1),
-        attention_mask=_tree_mask(prompt_mask, candidates.path_KK.to(device), next(model.parameters()).dtype),
-        position_ids=torch.cat([positions, length + candidates.depth_K.to(device)], dim=1),
+        input_ids=torch.cat([ids, nodes_BK], dim=1),
+        attention_mask=_tree_mask(prompt_mask, path_BKK, next(model.parameters()).dtype),
+        position_ids=torch.cat([positions, length + depth_BK], dim=1),
         logits_to_keep=num_nodes + 1,
         use_cache=False,
         **rest,
@@ -116,10 +172,25 @@ def label_log_likelihoods(model: Any, forward: dict[str, Tensor], candidates: Ca
     # Kept column 0 is the prompt's last token, column 1 + k that of node k.
     # A CPU is four times as fast row by row, in memory that it has at hand; a GPU is not asked for each row by itself.
     rows = max(1, 2**24 // logits[0].numel()) if device.type == "cuda" else 1
-    log_p = _log_p(logits, (candidates.after_L + 1).to(device), candidates.ids_L.to(device), rows)
-    # Summed on the CPU: a GPU adds up in an order that changes from run to run.
-    scores = torch.zeros(num_rows, len(candidates.names) + len(candidates.later), dtype=torch.float64)
-    return scores.index_add(1, candidates.segment_L.cpu(), log_p.cpu().double())
+    found = []
+    for (candidates, count), own in zip(trees, logits.split([count for _, count in trees]), strict=True):
+        log_p = _log_p(own, (candidates.after_L + 1).to(device), candidates.ids_L.to(device), rows)
+        # Summed on the CPU: a GPU adds up in an order that changes from run to run.
+        scores = torch.zeros(count, len(candidates.names) + len(candidates.later), dtype=torch.float64)
+        found.append(scores.index_add(1, candidates.segment_L.cpu(), log_p.cpu().double()))
+    return found
+
+
+def _by_row(trees: Sequence[tuple[Candidates, int]], num_nodes: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield, of each tree's rows, the nodes' ids and depths, (rows, K), and which node is or continues which, (.., K).
+
+    Nodes that a tree lacks stand alone.
+    """
+    for candidates, count in trees:
+        gap = num_nodes - len(candidates.node_ids_K)
+        nodes, depth = F.pad(candidates.node_ids_K, (0, gap)), F.pad(candidates.depth_K, (0, gap))
+        path = F.pad(candidates.path_KK, (0, gap, 0, gap))
+        yield nodes.expand(count, -1), depth.expand(count, -1), path.expand(count, -1, -1)
 
 
 def _log_p(logits_BKV: Tensor, columns_L: Tensor, tokens_L: Tensor, rows: int) -> Tensor:
@@ -130,22 +201,26 @@ def _log_p(logits_BKV: Tensor, columns_L: Tensor, tokens_L: Tensor, rows: int) -
     return torch.cat([part.float().log_softmax(dim=-1)[:, columns_L, tokens_L] for part in logits_BKV.split(rows)])
 
 
-def _tree_mask(prompt_mask_BP: Tensor, path_KK: Tensor, dtype: torch.dtype) -> Tensor:
+def _tree_mask(prompt_mask_BP: Tensor, path_BKK: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the additive attention mask, (B, 1, P + K, P + K): causal, and a node sees the prompt and its own path."""
     num_rows, num_prompt = prompt_mask_BP.shape
-    width = num_prompt + len(path_KK)
+    width = num_prompt + path_BKK.shape[1]
     causal = torch.ones(width, width, dtype=torch.bool, device=prompt_mask_BP.device).tril()
-    causal[num_prompt:, num_prompt:] = path_KK
-    seen = F.pad(prompt_mask_BP.bool(), (0, len(path_KK)), value=True)
+    seen = F.pad(prompt_mask_BP.bool(), (0, path_BKK.shape[1]), value=True)
     allowed = causal.unsqueeze(0) & seen.unsqueeze(1)
+    allowed[:, num_prompt:, num_prompt:] = path_BKK
     allowed |= torch.eye(width, dtype=torch.bool, device=allowed.device)  # padding sees itself: no row of -inf alone
     mask = torch.zeros(num_rows, 1, width, width, dtype=dtype, device=allowed.device)
     return mask.masked_fill(~allowed.unsqueeze(1), torch.finfo(dtype).min)
 
 
 def _rank_labels(module: ContinualModule, task: Task, batch: dict[str, Any]) -> Outcome:
+    return _ranked(task, batch, label_log_likelihoods(module.model, batch["forward"], batch["candidates"]))
+
+
+def _ranked(task: Task, batch: dict[str, Any], found: Tensor) -> Outcome:
+    """Return what rows come to by what ``label_log_likelihoods`` found."""
     candidates: Candidates = batch["candidates"]
-    found = label_log_likelihoods(module.model, batch["forward"], candidates)
     scores, most = found.split([len(candidates.names), len(candidates.later)], dim=1)
     for place, row in enumerate(batch["rows"]):
         if "num_choices" in row:  # the task's further labels name choices that this row does not have
@@ -205,24 +280,26 @@ def _chosen_stages(module: ContinualModule) -> list[str] | None:
     return growing.stages_of(growing.chosen_B)
 
 
-def _routes_of(module: ContinualModule, recorded: dict[str, list[Tensor]], batch: dict[str, Any]) -> list[Tensor]:
-    """Return the routes of each block in a pass: a growing bank's over all its slices, else the one adapter's."""
+def _prompt_routes(
+    module: ContinualModule, passes: list[dict[str, list[Tensor]]], forward: dict[str, Tensor], mask_BP: Tensor
+) -> Tensor | None:
+    """Return the routes of the prompt's columns, (N, B, P, M), never those of labels or generated tokens.
+
+    They are those of the first pass; a growing bank's over all its slices. None without a router, and where the adapter
+    is switched off.
+    """
     growing = module.tuner and module.tuner.growing
-    if not growing:
-        return next(iter(recorded.values()))
-    width = batch["forward"]["input_ids"].shape[1] if "input_ids" in batch["forward"] else 1
-    prompt = {name: [r[:, :width] if r.dim() == 3 else r for r in routes] for name, routes in recorded.items()}
-    return growing.join(prompt, (len(batch["rows"]), width))
-
-
-def _keep_prompt_routes(outcome: Outcome, routes: Sequence[Tensor | None], batch: dict[str, Any]) -> None:
-    """Keep the routes of the prompt's columns: never those of the labels' or the generated tokens."""
-    mask = batch["forward"].get("attention_mask")
-    if mask is None:  # a regression row is one token
-        mask = torch.ones(len(batch["rows"]), 1, device=batch["labels"].device)
+    if not passes and growing and growing.gate.stages:
+        passes = [{}]  # the gate left every row to the backbone
+    if not passes:
+        return None
+    num_rows, width = mask_BP.shape
+    routes: list[Any] = next(iter(passes[0].values())) if not growing else []
+    if growing:
+        prompt = {name: [r[:, :width] if r.dim() == 3 else r for r in own] for name, own in passes[0].items()}
+        routes = growing.join(prompt, (num_rows, width))
     kept = [route if route.dim() == 3 else route.unsqueeze(1) for route in routes if route is not None]
-    if kept:  # none where the adapter is switched off
-        outcome.routes, outcome.prompt_mask = torch.stack([route[:, : mask.shape[1]] for route in kept]), mask
+    return torch.stack([route[:, :width] for route in kept]) if kept else None
 
 
 def is_routed(model: Any) -> bool:

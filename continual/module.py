@@ -288,7 +288,11 @@ class ContinualModule(L.LightningModule):
     def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> Outcome:
         """Answer a batch of test rows; callbacks turn the outcome into scores and routes."""
         data = self.scored[dataloader_idx]
-        outcome = score_batch(self, data.task, batch, data.max_answer_tokens if data.generates else 0)
+        if "together" in batch:
+            own, outcome = batch["together"].take(self, batch["place"])
+            batch |= own  # as callbacks read it
+        else:
+            outcome = score_batch(self, data.task, batch, data.max_answer_tokens if data.generates else 0)
         mean = math.fsum(outcome.values) / len(outcome.values)
         name = "squared_error" if data.task.kind == "regression" else data.task.metric
         self.log(name, mean, batch_size=len(outcome.values), on_epoch=True)  # logger=False would keep it from `test`

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import lightning as L
 import torch
@@ -19,12 +19,14 @@ from continual.batches import Collator, EncodedTask, Row
 from continual.candidates import Candidates
 from continual.errors import ConfigError
 from continual.packing import check_packing
+from continual.scored_together import grouped
 from continual.wordings import TRAINING, Wording, opening, varied
 from tasks import Task
 
-_SCORING_CPU, _SCORING_GPU = (8192, 0.25), (32768, 0.5)
-"""Padded tokens of a scoring batch, and the share of them that makes a batch full enough. On a GPU, to launch a pass's
-kernels takes as long as to compute 15,000 tokens (H100, Qwen2.5-0.5B: 70 ms)."""
+_SCORING_CPU, _SCORING_GPU = (8192, 0.25, False), (32768, 0.5, True)
+"""Padded tokens of a scoring batch, the share of them that makes a batch full enough, and whether batches of several
+label tasks share a pass. On a GPU, to launch a pass's kernels takes as long as to compute 15,000 tokens (H100,
+Qwen2.5-0.5B: 70 ms)."""
 
 
 class _Rows(L.LightningDataModule):
@@ -32,7 +34,7 @@ class _Rows(L.LightningDataModule):
 
     def transfer_batch_to_device(self, batch: dict[str, Any], device: torch.device, dataloader_idx: int) -> Any:
         """Lightning's hook: move the tensors, and search the rows' texts and numbers for none."""
-        texts = {name: batch[name] for name in ("rows", "instructions")}
+        texts = {name: batch[name] for name in ("rows", "instructions") if name in batch}
         tensors = {name: value for name, value in batch.items() if name not in texts}
         return super().transfer_batch_to_device(tensors, device, dataloader_idx) | texts
 
@@ -232,8 +234,23 @@ class StageData(_Rows):
 
     def scoring_batches(self, lengths: Sequence[int], extra: int = 0, least: int = 1) -> list[list[int]]:
         """Return batches of rows to score, as large as the module's device likes them; see ``token_batches``."""
-        default, full = _SCORING_CPU if self._module.device.type == "cpu" else _SCORING_GPU
-        return token_batches(lengths, extra, self.eval_batch_tokens or default, full, least)
+        _, full, _ = self._scoring
+        return token_batches(lengths, extra, self.scoring_tokens, full, least)
+
+    @property
+    def scoring_tokens(self) -> int:
+        """Padded tokens of a scoring batch at most."""
+        return self.eval_batch_tokens or self._scoring[0]
+
+    @property
+    def scored_with_others(self) -> bool:
+        """Whether its batches may share a pass with those of other label tasks."""
+        alike = self.task.kind == "labels" and not self.generates and not self._module.strategy.scores_by_task
+        return self._scoring[2] and alike
+
+    @property
+    def _scoring(self) -> tuple[int, float, bool]:
+        return _SCORING_CPU if self._module.device.type == "cpu" else _SCORING_GPU
 
     @property
     def max_answer_tokens(self) -> int:
@@ -278,7 +295,9 @@ class AllTasks(_Rows):
 
     def test_dataloader(self) -> list[Any]:
         """Return a loader for each task, in training order."""
-        return [
-            data.test_dataloader(devices.own_batches(data._module), self.known.get(data.name, ()))
-            for data in self.stages
-        ]
+        loaders = []
+        for data in self.stages:
+            loader = data.test_dataloader(devices.own_batches(data._module), self.known.get(data.name, ()))
+            columns = len(cast(Any, loader).collate_fn.candidates.node_ids_K) if data.scored_with_others else None
+            loaders.append((data.task, loader, columns))
+        return grouped(loaders, min(data.scoring_tokens for data in self.stages))

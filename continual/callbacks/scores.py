@@ -63,7 +63,8 @@ class ScoreRecorder(L.Callback):
     ) -> None:
         """Take in a batch's outcome."""
         outcome: Outcome = outputs
-        self._milliseconds.append(1e3 * (time.perf_counter() - self._started) / len(outcome.rows))
+        if rows := len(outcome.rows) if outcome.pass_rows is None else outcome.pass_rows:
+            self._milliseconds.append(1e3 * (time.perf_counter() - self._started) / rows)
         # Routes are another recorder's, and large.
         self._outcomes[dataloader_idx].append((replace(outcome, routes=None, prompt_mask=None), batch["rows"]))
 

@@ -106,6 +106,11 @@ class Strategy(L.Callback):
         """Return the stage that answers each row, of those that ``answered_by`` names."""
         raise NotImplementedError
 
+    @property
+    def scores_by_task(self) -> bool:
+        """Whether the model is another one for each task's batches, so that none may share a pass with other tasks'."""
+        return type(self).on_test_batch_start is not L.Callback.on_test_batch_start
+
     def begin_untasked(self, module: ContinualModule) -> None:
         """Get ready to score text of no task, after the tasks of a test and before it ends."""
 

@@ -18,7 +18,7 @@ from peft import PeftConfig
 from subjects import TEXT_LENGTHS, RandomText, ShapedLM, backbone_dtype, lora, queryable, sequence
 from torch import Tensor
 
-from continual import evaluate
+from continual import evaluate, stage_data
 from continual.batch_order import token_batches
 from continual.batches import Row
 from continual.candidates import Candidates
@@ -26,7 +26,6 @@ from continual.evaluate import label_log_likelihoods, score_batch
 from continual.generation import generate, on_cuda
 from continual.module import ContinualModule
 from continual.sequence import Sequence as StageSequence
-from continual.stage_data import _SCORING_CPU, _SCORING_GPU
 from tasks import Task
 
 LABELS = ["a", "on", "cat", "sky", "to", "green", "it", "up", "moon", "be", "salt", "we", "iron", "no"]
@@ -40,6 +39,8 @@ def run(setting: Setting) -> Iterator[Result]:
             yield from labels(setting, Path(folder), shape)
         if setting.wants(f"{shape} recording routes"):
             yield from recording(setting, Path(folder), shape)
+        if setting.wants(f"{shape} ten tasks"):
+            yield from ten_tasks(setting, Path(folder), shape)
         if setting.wants(f"{shape} rows of ten stages"):
             yield from rows_of_ten_stages(setting, Path(folder), shape)
         if setting.wants(f"{shape} free answers"):
@@ -125,8 +126,8 @@ def _one_by_one(model: Any, rows: list[Row], answers: list[list[int]], instructi
     requests = [(row, label) for row in range(len(rows)) for label in range(len(answers))]
     lengths = [len(rows[row].prompt_ids) + len(answers[label]) - 1 for row, label in requests]
     scores = torch.zeros(len(rows), len(answers), dtype=torch.float64)
-    tokens, _ = _SCORING_GPU if instruction.is_cuda else _SCORING_CPU  # as many as the product's batches
-    for batch in token_batches(lengths, 0, tokens):
+    kind = stage_data._SCORING_GPU if instruction.is_cuda else stage_data._SCORING_CPU
+    for batch in token_batches(lengths, 0, kind[0]):  # of as many tokens as the product's
         width, most = max(lengths[index] for index in batch), max(len(answers[requests[index][1]]) for index in batch)
         ids = torch.zeros(len(batch), width, dtype=torch.long)
         for place, index in enumerate(batch):
@@ -199,6 +200,35 @@ def recording(setting: Setting, folder: Path, shape: str) -> Iterator[Result]:
         "scoring", f"{shape} recording routes", "seconds / without", **timings.ratio("on", "off"), goal="<= 1.03",
         detail=detail,
     )  # fmt: skip
+
+
+# -- several tasks ----------------------------------------------------------------------------------------------------
+
+
+def ten_tasks(setting: Setting, folder: Path, shape: str) -> Iterator[Result]:
+    """Time the product's scoring of ten small label tasks, which share passes, against passes of one task each."""
+    lengths = _lengths(setting, 3, 60)
+    tasks = [RandomText(lengths, LABELS[:4], seed=setting.seed + index) for index in range(10)]
+    module = ContinualModule(ShapedLM(shape, setting.seed, backbone_dtype(setting)), queryable())
+    stages = sequence(setting, folder / "tasks", module, tasks, {})
+
+    def score(together: bool) -> Callable[[], None]:
+        tokens, full, _ = stage_data._SCORING_GPU if setting.cuda else stage_data._SCORING_CPU
+        how = (tokens, full, together)
+
+        def run() -> None:
+            with patch.multiple(stage_data, _SCORING_CPU=how, _SCORING_GPU=how):
+                stages._score(0, stages.experiment.make_trainer(None, folder, stages._callbacks))
+
+        return run
+
+    stand = Stand(setting.device)
+    stand.add("together", lambda: score(True), warm_up=1)
+    stand.add("apart", lambda: score(False), warm_up=1)
+    timings = stand.run(setting.num_rounds(7))
+    detail = {"shape": shape, "tasks": 10, "rows": 10 * len(lengths), "backbone_dtype": backbone_dtype(setting)}
+    case, ratio = f"{shape} ten tasks", timings.ratio("together", "apart")
+    yield Result("scoring", case, "seconds / tasks' apart", **ratio, detail=detail | timings.detail())
 
 
 # -- a growing bank ---------------------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ import json, os, signal, socket, sys, time
 import torch, torchmetrics
 torch.set_num_threads(1)
 from recording import Recorder
-from continual import graphed, manifest, records, run
+from continual import graphed, manifest, records, run, stage_data
 from continual.module import ContinualModule
 from continual.strategies import Strategy
 
@@ -75,13 +75,20 @@ def refuse(*arguments, **keywords):
 # Lightning's metrics and ours would gather tensors on the CPU, which NCCL, the GPUs' backend, does not take.
 torchmetrics.metric.gather_all_tensors = refuse
 
-def start(rank, port, argv, dies):
+def share_passes():
+    grouped, (tokens, full, _) = stage_data.grouped, stage_data._SCORING_CPU
+    stage_data.grouped = lambda loaders, max_tokens: grouped(loaders, 10 * max_tokens)
+    stage_data._SCORING_CPU = (tokens, full, True)
+
+def start(rank, port, argv, dies, together):
     child = os.fork()
     if child:
         return child
     os.environ.update(LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     ContinualModule._records = property(lambda module: module.cuda_graphs)  # as on a GPU, but from the first pass on
     graphed._on_cuda, graphed._SIGHTINGS = Recorder, 1
+    if together:
+        share_passes()
     if rank:
         records.append = records.truncate = manifest.create = manifest.Manifest.commit = Strategy.save = refuse
         ContinualModule.save_adapter = refuse
@@ -111,11 +118,11 @@ def wait(children, seconds=100):
     return [codes[child] for child in children]
 
 for line in sys.stdin:
-    argv, dies = json.loads(line)
+    argv, *how = json.loads(line)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    print(json.dumps(wait([start(rank, port, argv, dies) for rank in (0, 1)])), flush=True)
+    print(json.dumps(wait([start(rank, port, argv, *how) for rank in (0, 1)])), flush=True)
 """
 
 
@@ -131,8 +138,8 @@ def forked() -> Iterator[Callable[..., list[int]]]:
         assert process.stdin is not None and process.stdout is not None
         stdin, stdout = process.stdin, process.stdout
 
-        def forked(*argv: object, dies: bool = False) -> list[int]:
-            stdin.write(json.dumps([[*map(str, argv), "--no-report"], dies]) + "\n")
+        def forked(*argv: object, dies: bool = False, together: bool = False) -> list[int]:
+            stdin.write(json.dumps([[*map(str, argv), "--no-report"], dies, together]) + "\n")
             stdin.flush()
             lines = iter(stdout.readline, "")
             return next(json.loads(line) for line in lines if line.startswith("["))
@@ -184,7 +191,8 @@ def of_two(written: Callable[..., Path], forked: Callable[..., list[int]]) -> Ca
         config = written(scenario, trainer)
         run_dir = config.parent / "run"
         if not run_dir.exists():
-            assert forked(config, "--out", run_dir) == [0, 0]
+            # Tasks share passes, as on GPUs; a single device's runs, which share none, have to come to the same.
+            assert forked(config, "--out", run_dir, together=scenario != "plain") == [0, 0]
         return run_dir
 
     return of_two
