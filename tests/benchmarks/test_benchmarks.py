@@ -25,7 +25,7 @@ def test_every_figure_comes_with_all_that_it_depends_on(tmp_path: Path) -> None:
     assert done.stdout.splitlines()[: len(lines)] == lines
     assert len(done.stdout.splitlines()) == 2 * len(lines) + 1  # the table, with a heading
     figures = [json.loads(line) for line in lines]
-    expected = 37 + 4 * (importlib.util.find_spec("bitsandbytes") is not None)
+    expected = 39 + 4 * (importlib.util.find_spec("bitsandbytes") is not None)
     assert len(figures) == expected == len({(f["suite"], f["case"], f["measure"]) for f in figures})
     for figure in figures:
         assert set(figure) >= KEYS
