@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -74,9 +74,7 @@ def score_batch(module: ContinualModule, task: Task, batch: dict[str, Any], max_
         batch: From ``StageData.test_dataloader``.
         max_answer_tokens: Longest generated answer, in tokens; with 0, labels are ranked and not generated too.
     """
-    tuner = module.tuner
-    recording = tuner.record_routes() if tuner is not None else nullcontext([])
-    with recording as passes:
+    with _first_routes(module) as passes:
         if task.kind == "labels":
             outcome = _rank_labels(module, task, batch)
             if max_answer_tokens:
@@ -89,7 +87,7 @@ def score_batch(module: ContinualModule, task: Task, batch: dict[str, Any], max_
     mask = batch["forward"].get("attention_mask")
     if mask is None:  # a regression row is one token
         mask = torch.ones(len(batch["rows"]), 1, device=batch["labels"].device)
-    if (routes := _prompt_routes(module, passes, batch["forward"], mask)) is not None:
+    if (routes := _prompt_routes(module, passes, mask)) is not None:
         outcome.routes, outcome.prompt_mask = routes, mask
     return outcome
 
@@ -97,14 +95,13 @@ def score_batch(module: ContinualModule, task: Task, batch: dict[str, Any], max_
 @torch.no_grad()
 def score_together(module: ContinualModule, parts: Sequence[tuple[Task, dict[str, Any]]]) -> list[Outcome]:
     """Answer batches of several label tasks, as ``score_batch`` does each, from one pass over all of their rows."""
-    tuner = module.tuner
     tasks, batches = zip(*parts, strict=True)
     forward = beside_each_other([batch["forward"] for batch in batches])
     trees = [(batch["candidates"], len(batch["rows"])) for batch in batches]
-    with tuner.record_routes() if tuner is not None else nullcontext([]) as passes:
+    with _first_routes(module) as passes:
         found = log_likelihoods_of_trees(module.model, forward, trees)
     stages, mask = _chosen_stages(module), forward["attention_mask"]
-    routes = _prompt_routes(module, passes, forward, mask)
+    routes = _prompt_routes(module, passes, mask)
     outcomes: list[Outcome] = []
     for task, batch, scores in zip(tasks, batches, found, strict=True):
         first = sum(len(outcome.rows) for outcome in outcomes)
@@ -119,16 +116,16 @@ def score_together(module: ContinualModule, parts: Sequence[tuple[Task, dict[str
 
 
 def beside_each_other(forwards: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Return the keywords of several batches of prompts as those of one; prompts are padded on the left."""
+    """Return the keywords of several batches of prompts as those of one: prompts, on the left, are padded with 0."""
     joined = {}
     for name in forwards[0]:
         tensors = [forward[name] for forward in forwards]
-        if name in ("input_ids", "attention_mask", "position_ids", "instruction_ids", "text_ids"):
+        if name in ("input_ids", "attention_mask", "position_ids"):
             width = max(tensor.shape[1] for tensor in tensors)
-            on_left = not name.endswith("_ids") or name in ("input_ids", "position_ids")
-            missing = [width - tensor.shape[1] for tensor in tensors]
-            padding = [((gap, 0), 0) if on_left else ((0, gap), -1) for gap in missing]
-            tensors = [F.pad(tensor, gap, value=v) for tensor, (gap, v) in zip(tensors, padding, strict=True)]
+            tensors = [F.pad(tensor, (width - tensor.shape[1], 0)) for tensor in tensors]
+        elif name in ("instruction_ids", "text_ids"):
+            width = max(tensor.shape[1] for tensor in tensors)
+            tensors = [F.pad(tensor, (0, width - tensor.shape[1]), value=-1) for tensor in tensors]
         joined[name] = torch.cat(tensors)
     return joined
 
@@ -280,13 +277,15 @@ def _chosen_stages(module: ContinualModule) -> list[str] | None:
     return growing.stages_of(growing.chosen_B)
 
 
-def _prompt_routes(
-    module: ContinualModule, passes: list[dict[str, list[Tensor]]], forward: dict[str, Tensor], mask_BP: Tensor
-) -> Tensor | None:
+def _first_routes(module: ContinualModule) -> AbstractContextManager[list[dict[str, list[Tensor]]]]:
+    """Record the routes of the first pass made inside the ``with``: that of the prompts."""
+    return nullcontext([]) if module.tuner is None else module.tuner.record_routes(most=1)
+
+
+def _prompt_routes(module: ContinualModule, passes: list[dict[str, list[Tensor]]], mask_BP: Tensor) -> Tensor | None:
     """Return the routes of the prompt's columns, (N, B, P, M), never those of labels or generated tokens.
 
-    They are those of the first pass; a growing bank's over all its slices. None without a router, and where the adapter
-    is switched off.
+    A growing bank's are over all its slices. None without a router, and where the adapter is switched off.
     """
     growing = module.tuner and module.tuner.growing
     if not passes and growing and growing.gate.stages:
@@ -294,10 +293,11 @@ def _prompt_routes(
     if not passes:
         return None
     num_rows, width = mask_BP.shape
-    routes: list[Any] = next(iter(passes[0].values())) if not growing else []
     if growing:
         prompt = {name: [r[:, :width] if r.dim() == 3 else r for r in own] for name, own in passes[0].items()}
         routes = growing.join(prompt, (num_rows, width))
+    else:
+        routes = next(iter(passes[0].values()))
     kept = [route if route.dim() == 3 else route.unsqueeze(1) for route in routes if route is not None]
     return torch.stack([route[:, :width] for route in kept]) if kept else None
 

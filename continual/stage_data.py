@@ -47,7 +47,8 @@ class StageData(_Rows):
         batch_size: Rows of a training batch, over all devices.
         max_tokens: Longest prompt and answer together; a prompt that leaves no room for the task's longest label (or
             training answer) loses the end of its context.
-        eval_batch_tokens: Padded tokens of a scoring batch; by default 8,192 on a CPU and 32,768 on a GPU.
+        eval_batch_tokens: Padded tokens of a scoring batch, and of a pass that such batches share; by default 8,192 on
+            a CPU and 32,768 on a GPU.
         validation_rows: Training rows held out of training (the last ones), scored by ``validate``.
         num_workers: Processes that collate training batches.
         seed: Decides the order of the training rows.
@@ -283,6 +284,8 @@ class StageData(_Rows):
 
 class AllTasks(_Rows):
     """The test rows of every stage, one loader each; of several processes each gets its share of the batches.
+
+    A batch that shares a pass with other tasks' has its tensors only once it is scored (``scored_together``).
 
     Args:
         stages: The stages' data.

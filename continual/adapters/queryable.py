@@ -156,9 +156,8 @@ class QueryableLoraModel(RoutedTuner):
         if states:
             self._record(states)
 
-    def _record(self, states: States) -> None:
-        for record in self._recorders:
-            record.append(routes_of(states))
+    def _routes_of(self, states: States) -> dict[str, list[Tensor]]:
+        return routes_of(states)
 
     @property
     def carries_routes(self) -> bool:

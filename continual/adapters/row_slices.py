@@ -2,7 +2,7 @@
 
 Each row's own A and B are laid side by side, (B, r, d_in) and (B, d_out, r), for as long as a layer takes, and every
 projection computes for all rows at once. Only routing, once a block, goes slice by slice, over the rows that each one
-answers. Rows of ten stages thus cost about what rows of two do, and not a pass's updates ten times over.
+answers. Rows of ten stages thus cost little more than rows of one, and not a pass's updates ten times over.
 
 Shapes: B rows, r rank, M atoms; `...` is whatever stands before the last axis of a layer's input, (B, T) or (B,).
 """

@@ -100,28 +100,33 @@ class RoutedTuner(LayerTuner):
         return None
 
     @contextmanager
-    def record_routes(self) -> Iterator[list[dict[str, list[Tensor]]]]:
-        """Collect the routes of every forward pass made inside the ``with``.
+    def record_routes(self, most: int | None = None) -> Iterator[list[dict[str, list[Tensor]]]]:
+        """Collect the routes of every forward pass made inside the ``with``, or of the first ``most`` ones.
 
         Yields:
             A list that gains one entry a pass: adapter name -> routes of each block, (..., M).
         """
         record: list[dict[str, list[Tensor]]] = []
-        self._recorders.append(record)
+        self._recorders.append((record, most))
         try:
             yield record
         finally:
-            self._recorders = [other for other in self._recorders if other is not record]
+            self._recorders = [other for other in self._recorders if other[0] is not record]
 
-    def _record(self, states: dict[str, Any]) -> None:
-        """Let whoever records see the lists that the pass will fill."""
-        for record in self._recorders:
-            record.append({name: state.routes for name, state in states.items()})
+    def _record(self, states: Any) -> None:
+        """Let whoever records have the routes of the pass."""
+        for record, most in self._recorders:
+            if most is None or len(record) < most:
+                record.append(self._routes_of(states))
+
+    def _routes_of(self, states: Any) -> dict[str, list[Tensor]]:
+        """Return the routes of each adapter in a pass's states, of each block or layer."""
+        return {name: state.routes for name, state in states.items()}
 
     def _install_hooks(self, model: nn.Module) -> None:
         for handle in getattr(self, "_hooks", []):
             handle.remove()
-        self._recorders: list[list[dict[str, list[Tensor]]]] = []
+        self._recorders: list[tuple[list[dict[str, list[Tensor]]], int | None]] = []
         self._adapted: list[Any] = [m for m in model.modules() if isinstance(m, self.tuner_layer_cls)]
         self._hooks = [
             model.register_forward_pre_hook(self._begin_pass, with_kwargs=True),

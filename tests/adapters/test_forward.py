@@ -235,3 +235,12 @@ def test_copy_is_independent_of_the_original(backbone, adapt, ids, instructions,
     third = copy.deepcopy(model)
     model.unload()
     assert torch.equal(third(ids, instruction_ids=instructions).logits, before)
+
+
+def test_a_recorder_takes_as_many_passes_as_it_wants(backbone, adapt, ids) -> None:
+    model = adapt(backbone())
+    with model.base_model.record_routes(most=1) as first, model.base_model.record_routes() as every:
+        model(ids)
+        model(ids.flip(0))
+    assert (len(first), len(every)) == (1, 2)
+    assert all(torch.equal(one, other) for one, other in zip(first[0]["default"], every[0]["default"], strict=True))

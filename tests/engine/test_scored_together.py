@@ -90,6 +90,16 @@ def test_a_run_that_scores_tasks_together_writes_the_same(
         pd.testing.assert_frame_equal(one, other, check_exact=False, rtol=1e-4, atol=1e-6, obj=name)
 
 
+@pytest.mark.parametrize("strategy", ["PerTask", "PerInstructionLookup"])
+def test_tasks_that_have_a_model_each_share_no_pass(
+    tree: Tree, write: Callable, engine: Callable, tmp_path: Path, passes: list[int], strategy: str, monkeypatch: Any
+) -> None:
+    as_on_a_gpu(monkeypatch)
+    tree["model"]["strategy"] = {"class_path": f"continual.strategies.{strategy}"}
+    assert engine(write(tree), "--out", tmp_path / "run").code == 0
+    assert {*passes} == {1}
+
+
 def test_a_killed_run_goes_on_to_the_same_bytes(
     tree: Tree, write: Callable, engine: Callable, tmp_path: Path, contents: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
