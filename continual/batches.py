@@ -18,6 +18,7 @@ from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
 from continual.backbones import Backbone
@@ -249,8 +250,8 @@ class Collator:
     def _prompts(self, rows: Sequence[Row]) -> dict[str, Any]:
         """Pad on the left: the last column of every row predicts the first token of its answer."""
         width, pad = max(len(row.prompt_ids) for row in rows), self.backbone.tokenizer.pad_token_id
-        lengths = [len(row.prompt_ids) for row in rows]
-        mask = torch.tensor([[0] * (width - length) + [1] * length for length in lengths])
+        lengths = torch.tensor([len(row.prompt_ids) for row in rows])
+        mask = (torch.arange(width) >= width - lengths.unsqueeze(1)).long()
         batch: dict[str, Any] = {
             "forward": {
                 "input_ids": torch.tensor([[pad] * (width - len(r.prompt_ids)) + r.prompt_ids for r in rows]),
@@ -275,6 +276,13 @@ class Collator:
             encoded = {text: self.backbone.encode_instruction(text) for text in set(texts)}
             return {"instruction_ids": padded([encoded[text] for text in texts])}
         return {"instruction_encoding": self.encoder.encode(list(texts))}
+
+
+def moved(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Return a batch with its tensors on a device; its rows' texts and numbers are not searched for any."""
+    texts = {name: batch[name] for name in ("rows", "instructions") if name in batch}
+    tensors = {name: value for name, value in batch.items() if name not in texts}
+    return move_data_to_device(tensors, device) | texts
 
 
 def padded(ids: Sequence[list[int]]) -> Tensor:

@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 import torch
 import torch.nn.functional as F
-from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
 from continual import devices
 from continual.batch_order import token_batches
-from continual.batches import IGNORED, Collator, Row
+from continual.batches import IGNORED, Collator, Row, moved
 from continual.errors import ConfigError
 from continual.strategies.base import forward_context
 
@@ -53,7 +52,7 @@ def log_likelihood(module: ContinualModule, rows: list[Row]) -> tuple[float, int
     collate = Collator(module.backbone, module.uses_instructions, answers=True, encoder=encoder, row_inputs=inputs)
     total, count = 0.0, 0
     for batch in token_batches([row.length for row in rows], 0, BATCH_TOKENS)[devices.own_batches(module)]:
-        padded: Any = move_data_to_device(collate([rows[index] for index in batch]), module.device)
+        padded = moved(collate([rows[index] for index in batch]), module.device)
         with forward_context(module):
             logits = module.answer_outputs(padded, module.outputs(padded))
         labels: Tensor = padded["labels"][padded["labels"] != IGNORED]

@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
-from lightning.fabric.utilities import move_data_to_device
 from torch.utils.data import DataLoader
 
+from continual.batches import moved
 from continual.evaluate import Outcome, score_together
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class Together:
     def take(self, module: ContinualModule, place: int) -> tuple[dict[str, Any], Outcome]:
         """Return a batch, on the module's device, and what it came to, once."""
         if not self._found:
-            batches = [move_data_to_device(collate(), module.device) for _, collate in self._parts]
+            batches = [moved(collate(), module.device) for _, collate in self._parts]
             tasks = [task for task, _ in self._parts]
             outcomes = score_together(module, list(zip(tasks, batches, strict=True)))
             self._found = list(zip(batches, outcomes, strict=True))

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from continual import devices
 from continual.batch_order import LengthBatches, token_batches
-from continual.batches import Collator, EncodedTask, Row
+from continual.batches import Collator, EncodedTask, Row, moved
 from continual.candidates import Candidates
 from continual.errors import ConfigError
 from continual.packing import check_packing
@@ -33,10 +33,8 @@ class _Rows(L.LightningDataModule):
     """Data whose batches hold their rows as they were read, beside tensors."""
 
     def transfer_batch_to_device(self, batch: dict[str, Any], device: torch.device, dataloader_idx: int) -> Any:
-        """Lightning's hook: move the tensors, and search the rows' texts and numbers for none."""
-        texts = {name: batch[name] for name in ("rows", "instructions") if name in batch}
-        tensors = {name: value for name, value in batch.items() if name not in texts}
-        return super().transfer_batch_to_device(tensors, device, dataloader_idx) | texts
+        """Lightning's hook."""
+        return moved(batch, device)
 
 
 class StageData(_Rows):

@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
-from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
 from continual import devices
-from continual.batches import IGNORED
+from continual.batches import IGNORED, moved
 from continual.errors import ConfigError
 from continual.strategies import Sequential
 from continual.strategies.base import adapter_tensors, evaluating, forward_context
@@ -93,7 +92,7 @@ def training_accuracy(module: ContinualModule, data: StageData) -> float:
     with evaluating(module), forward_context(module):
         batches = data.scoring_batches([row.length for row in rows])
         for batch in batches[devices.own_batches(module)]:
-            padded: Any = move_data_to_device(data.collate([rows[index] for index in batch]), module.device)
+            padded = moved(data.collate([rows[index] for index in batch]), module.device)
             outputs, labels = module.outputs(padded), padded["labels"]
             if module.backbone.kind == "regressor":
                 total -= (outputs - labels).square().double().sum().item()

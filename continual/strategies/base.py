@@ -26,11 +26,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import lightning as L
 import torch
-from lightning.fabric.utilities import move_data_to_device
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 
+from continual.batches import moved
 from continual.errors import RunError, one_line
 from continual.files import size_bytes, whole_folder
 
@@ -178,7 +178,7 @@ class Strategy(L.Callback):
 
     def collate(self, module: ContinualModule, rows: Sequence[Row]) -> dict[str, Any]:
         """Return rows of any stage as a training batch on the module's device."""
-        return move_data_to_device(self.data.collate(rows), module.device)
+        return moved(self.data.collate(rows), module.device)
 
 
 class Sequential(Strategy):
