@@ -163,9 +163,10 @@ def _rows_of(outcome: Outcome, parts: dict[str, tuple[str, ...]], sums: RouteSum
     """Return what each row of a batch came to."""
     assert outcome.stages is not None
     rows = {}
+    weights_NBM, entropy_NB, tokens_B = sums.weights_NBM.numpy(), sums.entropy_NB.numpy(), sums.tokens_B.tolist()
+    used_BM = np.any(weights_NBM, axis=0)
     for place, row in enumerate(outcome.rows):
-        weights_NM = sums.weights_NBM[:, place]
-        atoms = weights_NM.any(dim=0).nonzero().squeeze(1)
+        atoms = np.flatnonzero(used_BM[place])
         rows[row] = KnownRow(
             parts=parts[outcome.stages[place]],
             value=outcome.values[place],
@@ -173,10 +174,10 @@ def _rows_of(outcome: Outcome, parts: dict[str, tuple[str, ...]], sums: RouteSum
             seen_value=_at(outcome.seen_values, place),
             generated_value=_at(outcome.generated_values, place),
             rivals=outcome.rivals[place] if outcome.rivals else (),
-            atoms=atoms.numpy(),
-            weights=weights_NM[:, atoms].flatten().numpy(),
-            entropy=sums.entropy_NB[:, place].numpy(),
-            tokens=sums.tokens_B[place].item(),
+            atoms=atoms,
+            weights=weights_NBM[:, place, atoms].flatten(),
+            entropy=entropy_NB[:, place].copy(),
+            tokens=tokens_B[place],
         )
     return rows
 
