@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from continual.adapters.config import QueryableLoraConfig
 from continual.adapters.router import AtomBank, BlockState, RoutingState
-from continual.adapters.row_slices import RowBanks, RowBlock, RowRouting, States
+from continual.adapters.row_slices import RowBlock, RowRouting, States
 
 CANNOT_MERGE = (
     "this adapter routes each token by its own state, so no single weight matrix equals it: it cannot be merged into "
@@ -135,7 +135,7 @@ class LayerUse:
         weight_A: A, (r, d_in), or each row's own, (B, r, d_in).
         weight_B: B, (d_out, r), or each row's own, (B, d_out, r).
         dropout: What the layer's input goes through first.
-        bank: The adapter's atoms and router; where rows have slices of their own, all those.
+        bank: The adapter's atoms and router; where rows have slices of their own, what routes by those.
         block: The state of the layer's block.
         shared: What it has in common with the other projections of its input.
         index: Which of them it is.
@@ -145,7 +145,7 @@ class LayerUse:
     weight_A: Tensor
     weight_B: Tensor
     dropout: nn.Module
-    bank: AtomBank | RowBanks
+    bank: AtomBank | RowRouting
     block: BlockState | RowBlock
     shared: SharedInput
     index: int
@@ -229,9 +229,9 @@ class QueryableLinear(RoutedLinear):
     ) -> LayerUse:
         weights_A, weights_B, dropouts = self._entries
         weight_A, weight_B, dropout = weights_A[adapter], weights_B[adapter], dropouts[adapter]
-        bank: AtomBank | RowBanks = self._banks[adapter]
+        bank: AtomBank | RowRouting = self._banks[adapter]
         if isinstance(state, RowRouting):
-            weight_A, weight_B, bank = state.slices.pick(weights_A), state.slices.pick(weights_B), state.bank
+            weight_A, weight_B, bank = state.slices.pick(weights_A), state.slices.pick(weights_B), state
         shared = inputs.get((name, self.reads))
         # Dropout hides other places of the input from each projection.
         if shared is None or (self.training and isinstance(dropout, nn.Dropout)):

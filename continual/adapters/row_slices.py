@@ -44,7 +44,9 @@ class RowSlices:
 
 
 class RowRouting:
-    """The slices' ``RoutingState``s of one pass, each over its own rows, as one; no dataclass, as those are none.
+    """The slices' ``RoutingState``s of one pass, each over its own rows, as one; it routes as an ``AtomBank`` does.
+
+    No dataclass, as ``RoutingState`` is none.
 
     Args:
         slices: Which rows are whose.
@@ -54,15 +56,28 @@ class RowRouting:
     Attributes:
         first: The name of one slice: all lie in the same layers.
         blocks: What the layers of each block share.
-        bank: What routes them.
     """
 
     def __init__(self, slices: RowSlices, states: Mapping[str, RoutingState], banks: Sequence[AtomBank]) -> None:
         self.slices, self.states, self.first = slices, states, next(iter(states))
-        self.bank = RowBanks(slices, banks)
+        self._banks = banks
         self.blocks = [
             RowBlock(list(parts)) for parts in zip(*(state.blocks for state in states.values()), strict=True)
         ]
+
+    def route(self, block: RowBlock, u: Tensor) -> None:
+        """Compute and keep each row's operator from its first layer's low-rank state ``u``, (..., r)."""
+        whole: Tensor | None = None
+        for bank, part, rows in zip(self._banks, block.parts, self.slices.rows.values(), strict=True):
+            bank.route(part, u[rows])
+            own = cast(Tensor, part.operator)
+            whole = own.new_zeros(len(u), *own.shape[1:]) if whole is None else whole
+            whole = whole.index_copy(0, rows, own)
+        block.operator = whole
+
+    def apply_route(self, block: RowBlock, u: Tensor) -> Tensor:
+        """Return (lora_alpha / r) S_b u of G projections' u, (..., G, r), in its shape."""
+        return apply_operator(block.operator, u)
 
     def routes(self) -> dict[str, list[Tensor | None]]:
         """Return each slice's routes of each block, (..., M), 0 for rows that it does not answer."""
@@ -97,27 +112,6 @@ class RowBlock:
         """Collect the earlier blocks' states for the depth summary, if all of them are there."""
         for part in self.parts:
             part.gather()
-
-
-class RowBanks:
-    """The banks of a ``RowRouting``, in the place of an ``AtomBank``."""
-
-    def __init__(self, slices: RowSlices, banks: Sequence[AtomBank]) -> None:
-        self.slices, self.banks = slices, banks
-
-    def route(self, block: RowBlock, u: Tensor) -> None:
-        """Compute and keep each row's operator from its first layer's low-rank state ``u``, (..., r)."""
-        whole: Tensor | None = None
-        for bank, part, rows in zip(self.banks, block.parts, self.slices.rows.values(), strict=True):
-            bank.route(part, u[rows])
-            own = cast(Tensor, part.operator)
-            whole = own.new_zeros(len(u), *own.shape[1:]) if whole is None else whole
-            whole = whole.index_copy(0, rows, own)
-        block.operator = whole
-
-    def apply_route(self, block: RowBlock, u: Tensor) -> Tensor:
-        """Return (lora_alpha / r) S_b u of G projections' u, (..., G, r), in its shape."""
-        return apply_operator(block.operator, u)
 
 
 States = Mapping[str, RoutingState | RowRouting]
