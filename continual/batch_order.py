@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch.utils.data import Sampler
@@ -37,6 +38,39 @@ class LengthBatches(Sampler[list[int]]):
         batches = [p[i : i + self.batch_size] for p in pools for i in range(0, len(p), self.batch_size)]
         for index in torch.randperm(len(batches), generator=generator).tolist():
             yield batches[index]
+
+
+class ScoringSize(NamedTuple):
+    """How large batches to score are.
+
+    Attributes:
+        tokens: Padded tokens of one, at most.
+        full: Share of them that makes a batch full enough; see ``token_batches``.
+        shared: Whether batches of several label tasks share a pass.
+    """
+
+    tokens: int
+    full: float
+    shared: bool
+
+
+_GPU_WORK = 2 * 15_000 * 896**2
+"""Tokens times the square of the width: twice what is computed while a pass is launched (H100, Qwen2.5-0.5B: 70 ms)."""
+
+
+def scoring_size(device: str, width: int) -> ScoringSize:
+    """Return how large batches to score are on a kind of device ("cpu", "cuda" ...).
+
+    A GPU takes as long to launch the kernels of a small pass as those of a large one, and computes wide layers for
+    longer: the narrower the backbone, the more tokens share a pass. What a batch takes of its memory grows with both.
+
+    Args:
+        device: Its kind.
+        width: Hidden width of the backbone; 0 where there is none.
+    """
+    if device == "cpu":
+        return ScoringSize(8192, 0.25, False)
+    return ScoringSize(min(max(_GPU_WORK // max(width, 1) ** 2, 8192), 65_536), 0.5, True)
 
 
 def token_batches(

@@ -171,6 +171,12 @@ class ContinualModule(L.LightningModule):
         """Whether the adapter has a loss of its own over all tokens of a batch, which have to be told from padding."""
         return bool(getattr(self.adapter, "balance_weight", 0))
 
+    @property
+    def hidden_width(self) -> int:
+        """Width of a language model's layers; 0 of a regressor's."""
+        decoder = getattr(self.model.get_base_model(), "get_decoder", lambda: None)() if self.model else None
+        return getattr(getattr(decoder, "config", None), "hidden_size", 0)
+
     def parameter_counts(self) -> dict[str, int]:
         """Return the number of trainable parameters and of all; a packed weight counts as what it stands for."""
         sizes = [(num_weights(p), p.requires_grad) for p in self.parameters()]

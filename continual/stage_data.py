@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from continual import devices
-from continual.batch_order import LengthBatches, token_batches
+from continual.batch_order import LengthBatches, ScoringSize, scoring_size, token_batches
 from continual.batches import Collator, EncodedTask, Row, moved
 from continual.candidates import Candidates
 from continual.errors import ConfigError
@@ -22,11 +22,6 @@ from continual.packing import check_packing
 from continual.scored_together import grouped
 from continual.wordings import TRAINING, Wording, opening, varied
 from tasks import Task
-
-_SCORING_CPU, _SCORING_GPU = (8192, 0.25, False), (32768, 0.5, True)
-"""Padded tokens of a scoring batch, the share of them that makes a batch full enough, and whether batches of several
-label tasks share a pass. On a GPU, to launch a pass's kernels takes as long as to compute 15,000 tokens (H100,
-Qwen2.5-0.5B: 70 ms)."""
 
 
 class _Rows(L.LightningDataModule):
@@ -46,7 +41,7 @@ class StageData(_Rows):
         max_tokens: Longest prompt and answer together; a prompt that leaves no room for the task's longest label (or
             training answer) loses the end of its context.
         eval_batch_tokens: Padded tokens of a scoring batch, and of a pass that such batches share; by default 8,192 on
-            a CPU and 32,768 on a GPU.
+            a CPU, and 8,192 to 65,536 on a GPU: the narrower the backbone, the more.
         validation_rows: Training rows held out of training (the last ones), scored by ``validate``.
         num_workers: Processes that collate training batches.
         seed: Decides the order of the training rows.
@@ -233,23 +228,22 @@ class StageData(_Rows):
 
     def scoring_batches(self, lengths: Sequence[int], extra: int = 0, least: int = 1) -> list[list[int]]:
         """Return batches of rows to score, as large as the module's device likes them; see ``token_batches``."""
-        _, full, _ = self._scoring
-        return token_batches(lengths, extra, self.scoring_tokens, full, least)
+        return token_batches(lengths, extra, self.scoring_tokens, self._scoring.full, least)
 
     @property
     def scoring_tokens(self) -> int:
         """Padded tokens of a scoring batch at most."""
-        return self.eval_batch_tokens or self._scoring[0]
+        return self.eval_batch_tokens or self._scoring.tokens
 
     @property
     def scored_with_others(self) -> bool:
         """Whether its batches may share a pass with those of other label tasks."""
         alike = self.task.kind == "labels" and not self.generates and not self._module.strategy.scores_by_task
-        return self._scoring[2] and alike
+        return self._scoring.shared and alike
 
     @property
-    def _scoring(self) -> tuple[int, float, bool]:
-        return _SCORING_CPU if self._module.device.type == "cpu" else _SCORING_GPU
+    def _scoring(self) -> ScoringSize:
+        return scoring_size(self._module.device.type, self._module.hidden_width)
 
     @property
     def max_answer_tokens(self) -> int:

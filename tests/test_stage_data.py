@@ -18,7 +18,7 @@ from peft import LoraConfig
 from continual import batches
 from continual.adapters import QueryableLoraConfig
 from continual.backbones import MLPRegressor, TinyCausalLM
-from continual.batch_order import LengthBatches, token_batches
+from continual.batch_order import LengthBatches, scoring_size, token_batches
 from continual.batches import IGNORED, EncodedTask
 from continual.candidates import Candidates
 from continual.errors import ConfigError
@@ -65,6 +65,7 @@ def stub(backbone: Any = BACKBONE, uses_instructions: bool = False) -> Any:
         backbone=backbone,
         device=torch.device("cpu"),
         uses_instructions=uses_instructions,
+        hidden_width=64,
         takes_task_ids=False,
         balances_experts=False,
         instruction_encoder=None,
@@ -285,9 +286,15 @@ def test_rows_of_two_lengths_share_no_large_batch() -> None:
     assert len(token_batches([5] * 4 + [30] * 4, 0, 4000)) == 1  # so few rows that another pass would cost more
 
 
-@pytest.mark.parametrize("device, sizes, uneven", [("cpu", [8192, 1808], 2), ("cuda", [10_000], 1)])
-def test_scoring_batches_are_as_large_as_the_device_likes_them(device: str, sizes: list[int], uneven: int) -> None:
+@pytest.mark.parametrize(
+    "device, width, sizes, uneven",
+    [("cpu", 64, [8192, 1808], 2), ("cuda", 64, [10_000], 1), ("cuda", 4096, [8192, 1808], 1)],
+)
+def test_scoring_batches_are_as_large_as_the_device_likes_them(
+    device: str, width: int, sizes: list[int], uneven: int
+) -> None:
     module = stub()
+    module.hidden_width = width
     data = prepared(MemoryTask([("", "why?", "x")]), module)
     module.device = torch.device(device)
     assert [len(batch) for batch in data.scoring_batches([1] * 10_000)] == sizes
@@ -295,6 +302,12 @@ def test_scoring_batches_are_as_large_as_the_device_likes_them(device: str, size
     assert [len(batch) for batch in data.scoring_batches([1] * 2000)] == [1600, 400]
     # 600 tokens of wide rows are more than a quarter of a batch, and less than half of one.
     assert len(data.scoring_batches([4] * 150 + [1] * 50)) == uneven
+
+
+@pytest.mark.parametrize("width, tokens", [(0, 65_536), (576, 65_536), (896, 30_000), (2048, 8192), (8192, 8192)])
+def test_wider_backbones_are_scored_in_smaller_batches_on_a_gpu(width: int, tokens: int) -> None:
+    assert scoring_size("cuda", width).tokens == tokens
+    assert scoring_size("cpu", width) == scoring_size("cpu", 0)
 
 
 def test_scoring_batches_count_the_labels_columns() -> None:

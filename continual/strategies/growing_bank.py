@@ -145,7 +145,7 @@ class GrowingBank(Strategy):
                 "model.strategy: GrowingBank needs decoder layers that take keywords, as Llama's do, and "
                 f"{type(decoder).__name__} has none"
             )
-        num_features = decoder.config.hidden_size if text else module.backbone.num_inputs  # type: ignore[attr-defined]
+        num_features = module.hidden_width if text else module.backbone.num_inputs  # type: ignore[attr-defined]
         num_layers = len(decoder.layers) if text else 1  # type: ignore[union-attr]
         depth = min(max(1, round(self.depth * num_layers)), num_layers - 1)
         tuner.growing = Bank(tuner, StageGate(num_features, len(encode(""))), depth)

@@ -19,7 +19,7 @@ from subjects import TEXT_LENGTHS, RandomText, ShapedLM, backbone_dtype, lora, q
 from torch import Tensor
 
 from continual import evaluate, stage_data
-from continual.batch_order import token_batches
+from continual.batch_order import scoring_size, token_batches
 from continual.batches import Row
 from continual.candidates import Candidates
 from continual.evaluate import label_log_likelihoods, score_batch
@@ -126,8 +126,8 @@ def _one_by_one(model: Any, rows: list[Row], answers: list[list[int]], instructi
     requests = [(row, label) for row in range(len(rows)) for label in range(len(answers))]
     lengths = [len(rows[row].prompt_ids) + len(answers[label]) - 1 for row, label in requests]
     scores = torch.zeros(len(rows), len(answers), dtype=torch.float64)
-    kind = stage_data._SCORING_GPU if instruction.is_cuda else stage_data._SCORING_CPU
-    for batch in token_batches(lengths, 0, kind[0]):  # of as many tokens as the product's
+    size = scoring_size(instruction.device.type, model.config.hidden_size)
+    for batch in token_batches(lengths, 0, size.tokens):  # of as many tokens as the product's
         width, most = max(lengths[index] for index in batch), max(len(answers[requests[index][1]]) for index in batch)
         ids = torch.zeros(len(batch), width, dtype=torch.long)
         for place, index in enumerate(batch):
@@ -213,11 +213,8 @@ def ten_tasks(setting: Setting, folder: Path, shape: str) -> Iterator[Result]:
     stages = sequence(setting, folder / "tasks", module, tasks, {})
 
     def score(together: bool) -> Callable[[], None]:
-        tokens, full, _ = stage_data._SCORING_GPU if setting.cuda else stage_data._SCORING_CPU
-        how = (tokens, full, together)
-
         def run() -> None:
-            with patch.multiple(stage_data, _SCORING_CPU=how, _SCORING_GPU=how):
+            with patch.object(stage_data, "scoring_size", lambda *of: scoring_size(*of)._replace(shared=together)):
                 stages._score(0, stages.experiment.make_trainer(None, folder, stages._callbacks))
 
         return run

@@ -65,7 +65,7 @@ import json, os, signal, socket, sys, time
 import torch, torchmetrics
 torch.set_num_threads(1)
 from recording import Recorder
-from continual import graphed, manifest, records, run, stage_data
+from continual import batch_order, graphed, manifest, records, run, stage_data
 from continual.module import ContinualModule
 from continual.strategies import Strategy
 
@@ -76,9 +76,9 @@ def refuse(*arguments, **keywords):
 torchmetrics.metric.gather_all_tensors = refuse
 
 def share_passes():
-    grouped, (tokens, full, _) = stage_data.grouped, stage_data._SCORING_CPU
+    grouped, size = stage_data.grouped, batch_order.scoring_size("cpu", 0)._replace(shared=True)
     stage_data.grouped = lambda loaders, max_tokens: grouped(loaders, 10 * max_tokens)
-    stage_data._SCORING_CPU = (tokens, full, True)
+    stage_data.scoring_size = lambda *_: size
 
 def start(rank, port, argv, dies, together):
     child = os.fork()

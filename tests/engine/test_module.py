@@ -186,6 +186,13 @@ def test_exactly_our_adapter_trains(module: ContinualModule) -> None:
     assert own <= trainable and trainable == own | bank and bank
 
 
+def test_the_width_of_the_layers_is_the_language_models(module: ContinualModule) -> None:
+    assert module.hidden_width == 32
+    regressor = ContinualModule(MLPRegressor(num_inputs=4), LoraConfig(target_modules=["head"]))
+    regressor.configure_model()
+    assert regressor.hidden_width == 0
+
+
 def test_building_twice_does_nothing(module: ContinualModule) -> None:
     before = module.model
     module.configure_model()

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from continual import evaluate, scored_together, stage_data
 from continual.backbones import TinyCausalLM
+from continual.batch_order import scoring_size
 from continual.batches import Row
 from continual.candidates import Candidates
 from continual.scored_together import Together, grouped
@@ -62,8 +63,8 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def as_on_a_gpu(patch: pytest.MonkeyPatch) -> None:
-    tokens, full, _ = stage_data._SCORING_CPU
-    patch.setattr(stage_data, "_SCORING_CPU", (tokens, full, True))
+    size = scoring_size("cpu", 0)._replace(shared=True)
+    patch.setattr(stage_data, "scoring_size", lambda *_: size)
 
 
 @pytest.mark.parametrize("way", WAYS)
