@@ -4,18 +4,21 @@
     python -m continual.run --resume DIR
 
 The last line on standard output is the run's directory. Exit status: 0 done; 2 the configuration or an input is wrong;
-1 something failed during the run, and what was finished is kept.
+1 something failed during the run, and what was finished is kept; 130 it was interrupted, 143 terminated, likewise.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from continual.errors import ConfigError, RunError, one_line
 
@@ -182,12 +185,13 @@ def _report(run_dir: Path) -> None:
 
 
 def guarded(work: Callable[[], Path]) -> int:
-    """Do the work, print the directory it returns, and turn errors into one line and an exit status."""
+    """Do the work, print the directory it returns, and turn errors and signals into one line and an exit status."""
     from continual.records import RecordError
     from tasks import TaskError
 
     try:
-        print(work())
+        with _stopped_by_sigterm():
+            print(work())
     except (ConfigError, TaskError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
@@ -196,11 +200,37 @@ def guarded(work: Callable[[], Path]) -> int:
         return 1
     except (KeyboardInterrupt, SystemExit) as error:
         # Lightning turns the one into the other while a trainer is at work.
-        if isinstance(error, SystemExit) and not isinstance(error.__context__, KeyboardInterrupt):
+        cause = error if isinstance(error, KeyboardInterrupt) else error.__context__
+        if not isinstance(cause, KeyboardInterrupt):
             raise
-        print("interrupted; go on with --resume", file=sys.stderr)
-        return 130
+        terminated = isinstance(cause, _Terminated)
+        print(f"{'terminated' if terminated else 'interrupted'}; go on with --resume", file=sys.stderr)
+        return 143 if terminated else 130
     return 0
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM came: from ``timeout``, a container that is stopped, or a cluster that wants its machine back."""
+
+
+@contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    """Stop the work at SIGTERM.
+
+    Left to themselves, Lightning's trainers go on scoring, and end a training as if all of it were done.
+    """
+
+    def stop(*_: Any) -> NoReturn:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():  # which alone takes signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 if __name__ == "__main__":

@@ -169,7 +169,7 @@ def call_run(cell: Cell, arguments: list[str], log: IO[bytes]) -> int:
         raise RunError("the sweep was killed")
     finally:
         if process.poll() is None:
-            process.kill()  # a run may be killed at any point; asked politely, Lightning may go on
+            process.kill()  # a run may be killed at any point
 
 
 def _reason(log_path: Path, begin: int, code: int) -> str:

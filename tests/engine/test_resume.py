@@ -205,6 +205,37 @@ def test_a_nan_loss_drops_its_stage_and_keeps_the_others(
     assert contents(tmp_path / "run") == contents(finished)
 
 
+@pytest.mark.parametrize("step", ["training_step", "test_step"])
+def test_sigterm_ends_at_once_with_143_and_can_be_resumed(
+    finished: Path,
+    tree: Tree,
+    write: Callable,
+    engine: Callable,
+    contents: Callable,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    step: str,
+) -> None:
+    plain, calls = getattr(ContinualModule, step), list[int]()
+
+    def terminate(self: ContinualModule, batch: Any, batch_idx: int, *more: Any) -> Any:
+        calls.append(batch_idx)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return plain(self, batch, batch_idx, *more)
+
+    interrupted, terminated = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(ContinualModule, step, terminate)
+        try:
+            result = engine(write(tree), "--out", tmp_path / "run")
+        finally:
+            signal.signal(signal.SIGINT, interrupted)
+    assert result.code == 143 and result.err.splitlines()[-1] == "terminated; go on with --resume"
+    assert len(calls) == 1 and signal.getsignal(signal.SIGTERM) == terminated
+    assert engine("--resume", tmp_path / "run").code == 0
+    assert contents(tmp_path / "run") == contents(finished)
+
+
 def test_an_interrupt_ends_with_130_and_can_be_resumed(
     finished: Path,
     tree: Tree,
