@@ -260,6 +260,7 @@ class Sequence:
                 tables["scores"] = [*tables["scores"], *self._score_best(index)]
         if self.writes:
             self._put_on_disk(index, tables)
+        self.routes.tables = {}  # the largest, with each atom of each block: nobody asks for it again
 
     def _put_on_disk(self, index: int, tables: dict[str, list[dict[str, Any]]]) -> None:
         for table, rows in tables.items():

@@ -134,7 +134,7 @@ class LayerUse:
         name: The adapter.
         weight_A: A, (r, d_in), or each row's own, (B, r, d_in).
         weight_B: B, (d_out, r), or each row's own, (B, d_out, r).
-        dropout: What the layer's input goes through first.
+        dropout: What the layer's input goes through first; None for nothing.
         bank: The adapter's atoms and router; where rows have slices of their own, what routes by those.
         block: The state of the layer's block.
         shared: What it has in common with the other projections of its input.
@@ -144,7 +144,7 @@ class LayerUse:
     name: str
     weight_A: Tensor
     weight_B: Tensor
-    dropout: nn.Module
+    dropout: nn.Module | None
     bank: AtomBank | RowRouting
     block: BlockState | RowBlock
     shared: SharedInput
@@ -193,8 +193,8 @@ class QueryableLinear(RoutedLinear):
         self.reads = f"{parent}.{_READS.get(own, own)}"
         self.r[adapter_name] = config.r
         self.scaling[adapter_name] = config.lora_alpha / config.r
-        dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout > 0 else nn.Identity()
-        self.queryable_dropout[adapter_name] = dropout
+        if config.lora_dropout > 0:
+            self.queryable_dropout[adapter_name] = nn.Dropout(config.lora_dropout)
         self.queryable_A[adapter_name] = nn.Parameter(torch.empty(config.r, self.in_features))
         self.queryable_B[adapter_name] = nn.Parameter(torch.zeros(self.out_features, config.r))
         generator = None
@@ -228,13 +228,13 @@ class QueryableLinear(RoutedLinear):
         inputs: dict[tuple[str, str], SharedInput],
     ) -> LayerUse:
         weights_A, weights_B, dropouts = self._entries
-        weight_A, weight_B, dropout = weights_A[adapter], weights_B[adapter], dropouts[adapter]
+        weight_A, weight_B, dropout = weights_A[adapter], weights_B[adapter], dropouts.get(adapter)
         bank: AtomBank | RowRouting = self._banks[adapter]
         if isinstance(state, RowRouting):
             weight_A, weight_B, bank = state.slices.pick(weights_A), state.slices.pick(weights_B), state
         shared = inputs.get((name, self.reads))
         # Dropout hides other places of the input from each projection.
-        if shared is None or (self.training and isinstance(dropout, nn.Dropout)):
+        if shared is None or (self.training and dropout is not None):
             shared = inputs[name, self.reads] = SharedInput()
         return LayerUse(
             name=name,
@@ -270,7 +270,8 @@ class QueryableLinear(RoutedLinear):
         """Return u and what B is applied to, both (..., r), having computed them for all that read ``x`` as well."""
         bank: Any = use.bank  # of the block's own kind
         block, shared = use.block, use.shared
-        h = use.dropout(self._cast_input_dtype(x, use.weight_A.dtype))
+        h = self._cast_input_dtype(x, use.weight_A.dtype)
+        h = h if use.dropout is None else use.dropout(h)
         together = shared.x is None and len(shared.weights_A) > 1  # else others wait for parts of another tensor
         if not together:
             u = _product(h, use.weight_A)

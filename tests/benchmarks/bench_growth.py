@@ -135,7 +135,7 @@ def memory(setting: Setting) -> Iterator[Result]:
     From the second stage, the first ones fill allocators and caches, to the last but one: after the last, all tasks'
     tokens are sampled at once.
     """
-    shape, count, rows = setting.pick("qwen2.5-0.5b", "smollm2-short", "tiny"), setting.pick(10, 10, 5), 8
+    shape, count, rows = setting.pick("qwen2.5-0.5b", "smollm2-135m", "tiny"), setting.pick(10, 10, 5), 8
     script = str(ROOT / "tests" / "benchmarks" / "stages_memory.py")
     out = _python(script, setting.device.type, shape, str(count), str(rows), str(setting.seed))
     stages: list[dict[str, int]] = json.loads(out.splitlines()[-1])

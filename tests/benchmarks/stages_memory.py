@@ -12,42 +12,30 @@ import sys
 import tempfile
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
+from unittest.mock import patch
 
-import lightning as L
 import torch
 from measuring import Setting
 from subjects import RandomText, ShapedLM, backbone_dtype, queryable, sequence
 from torch import Tensor
 
 from continual.adapters.growing import GrowingBank as Bank
-from continual.callbacks import StageProgress
 from continual.module import ContinualModule
 from continual.quiet import quieten
 from continual.strategies import GrowingBank
 from continual.strategies.bank_parts import bank_of
 
 
-class Gauge(StageProgress):
-    """Reads memory after every stage's scoring, while the model is still on its device.
+def read(module: ContinualModule) -> dict[str, int]:
+    """Return what is held between two stages.
 
-    Attributes:
-        rows: One dictionary a stage, the untrained model's first: resident bytes of the process; bytes of all tensors
-            that Python knows of, each storage once; bytes allocated on the GPU; bytes of the bank.
+    Resident bytes of the process; bytes of all tensors that Python knows of, each storage once; bytes allocated on the
+    GPU; bytes of the bank.
     """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rows: list[dict[str, int]] = []
-
-    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Lightning's hook."""
-        super().on_test_end(trainer, pl_module)
-        gc.collect()
-        cuda = pl_module.device.type == "cuda"
-        own = bank_bytes(bank_of(cast(ContinualModule, pl_module)))
-        found = {"resident": resident_bytes(), "tensors": tensor_bytes(), "bank": own}
-        self.rows.append(found | ({"gpu": torch.cuda.memory_allocated(pl_module.device)} if cuda else {}))
+    gc.collect()
+    found = {"resident": resident_bytes(), "tensors": tensor_bytes(), "bank": bank_bytes(bank_of(module))}
+    return found | ({"gpu": torch.cuda.memory_allocated(module.device)} if module.device.type == "cuda" else {})
 
 
 def resident_bytes() -> int:
@@ -72,7 +60,7 @@ def bank_bytes(bank: Bank) -> int:
 
 
 def main(device: str, shape: str, stages: int, rows: int, seed: int) -> list[dict[str, int]]:
-    """Run the stages and return what was read."""
+    """Run the stages and return what was read after each, the untrained model's first."""
     setting = Setting(torch.device(device), seed=seed)
     strategy = GrowingBank(instruction_encoder="backbone", background_rows=64, reuse="none")
     module = ContinualModule(ShapedLM(shape, seed, backbone_dtype(setting)), queryable(), strategy=strategy)
@@ -82,9 +70,15 @@ def main(device: str, shape: str, stages: int, rows: int, seed: int) -> list[dic
         tasks.append(RandomText([20 + 4 * (row % 8) for row in range(rows)], labels, seed=seed + index))
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(None):
         run = sequence(setting, Path(folder) / "run", module, tasks, {"batch_size": 8})
-        run.progress = gauge = Gauge()
-        run.run()
-    return gauge.rows
+        write, found = run._write, list[dict[str, int]]()
+
+        def write_and_read(index: int) -> None:
+            write(index)
+            found.append(read(module))
+
+        with patch.object(run, "_write", write_and_read):
+            run.run()
+    return found
 
 
 if __name__ == "__main__":
