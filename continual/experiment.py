@@ -23,7 +23,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import lightning as L
 import yaml
@@ -134,6 +134,8 @@ class Experiment:
         except (ValueError, TypeError, MisconfigurationException) as error:
             raise ConfigError(f"trainer: {one_line(error)}") from error
         devices.spare(trainer, self.model.cuda_graphs)
+        # At SIGTERM it would wait for the other processes, which wait for something else: run.guarded stops the run.
+        cast(Any, trainer)._signal_connector._sigterm_notifier_fn = lambda *_: None
         return trainer
 
 

@@ -96,7 +96,7 @@ def start(rank, port, argv, dies, together):
         step = ContinualModule.training_step
         def die(self, batch, index):
             if self.trainer.datamodule.name == "colours" and index == 1:
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), dies)
             return step(self, batch, index)
         ContinualModule.training_step = die
     code = 98
@@ -138,7 +138,7 @@ def forked() -> Iterator[Callable[..., list[int]]]:
         assert process.stdin is not None and process.stdout is not None
         stdin, stdout = process.stdin, process.stdout
 
-        def forked(*argv: object, dies: bool = False, together: bool = False) -> list[int]:
+        def forked(*argv: object, dies: int = 0, together: bool = False) -> list[int]:
             stdin.write(json.dumps([[*map(str, argv), "--no-report"], dies, together]) + "\n")
             stdin.flush()
             lines = iter(stdout.readline, "")
@@ -235,12 +235,13 @@ def test_a_backbone_in_shards_gives_what_a_whole_one_gives(of_one: Callable, of_
     assert_same_run(of_one(scenario), of_two(scenario, SHARDED))
 
 
+@pytest.mark.parametrize("dies, status", [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 143)])
 def test_a_run_on_two_devices_that_was_killed_resumes_to_the_same_bytes(
-    written: Callable, forked: Callable, of_two: Callable, contents: Callable, tmp_path: Path
+    written: Callable, forked: Callable, of_two: Callable, contents: Callable, tmp_path: Path, dies: int, status: int
 ) -> None:
     run_dir = tmp_path / "run"
-    codes = forked(written("plain", DDP), "--out", run_dir, dies=True)
-    assert codes[0] == -signal.SIGKILL and codes[1] not in (0, -signal.SIGKILL)  # the other one ended by itself
+    codes = forked(written("plain", DDP), "--out", run_dir, dies=dies)
+    assert codes[0] == status and codes[1] not in (0, -signal.SIGKILL)  # the other one ended by itself
     assert json.loads((run_dir / "manifest.json").read_text())["finished_stage"] == 1
     assert forked("--resume", run_dir) == [0, 0]
     assert contents(run_dir) == contents(of_two("plain"))
