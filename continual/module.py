@@ -298,8 +298,7 @@ class ContinualModule(L.LightningModule):
         """Answer a batch of test rows; callbacks turn the outcome into scores and routes."""
         data = self.scored[dataloader_idx]
         if "together" in batch:
-            own, outcome = batch["together"].take(self, batch["place"])
-            batch |= own  # as callbacks read it
+            outcome = batch["together"].take(self, batch["place"])
         else:
             outcome = score_batch(self, data.task, batch, data.max_answer_tokens if data.generates else 0)
         mean = math.fsum(outcome.values) / len(outcome.values)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch.utils.data import DataLoader
 
 from continual.batches import moved
@@ -27,7 +28,8 @@ class Together:
         self.num_rows = 0
         self._size = (0, 0)  # columns of the longest prompt and of the largest tree of labels
         self._parts: list[tuple[Task, Callable[[], dict[str, Any]]]] = []
-        self._found: list[tuple[dict[str, Any], Outcome] | None] = []
+        self._batches: dict[int, dict[str, Any]] = {}  # of those that wait, by their place
+        self._outcomes: dict[int, Outcome] = {}
 
     def tokens_with(self, num_rows: int, size: tuple[int, int]) -> int:
         """Return the padded tokens of the pass if so many more rows belonged to it; see ``add``."""
@@ -49,16 +51,20 @@ class Together:
         self._size = cast(tuple[int, int], tuple(map(max, self._size, size)))
         return {"together": self, "place": len(self._parts) - 1}
 
-    def take(self, module: ContinualModule, place: int) -> tuple[dict[str, Any], Outcome]:
-        """Return a batch, on the module's device, and what it came to, once."""
-        if not self._found:
-            batches = [moved(collate(), module.device) for _, collate in self._parts]
-            tasks = [task for task, _ in self._parts]
-            outcomes = score_together(module, list(zip(tasks, batches, strict=True)))
-            self._found = list(zip(batches, outcomes, strict=True))
-        found, self._found[place] = self._found[place], None
-        assert found is not None
-        return found
+    def batch(self, place: int, device: torch.device) -> dict[str, Any]:
+        """Return a batch on a device; it is made once."""
+        if place not in self._batches:
+            _, collate = self._parts[place]
+            self._batches[place] = moved(collate(), device)
+        return self._batches[place]
+
+    def take(self, module: ContinualModule, place: int) -> Outcome:
+        """Return what a batch came to, once."""
+        if not self._outcomes:
+            parts = [(task, self.batch(index, module.device)) for index, (task, _) in enumerate(self._parts)]
+            self._outcomes = dict(enumerate(score_together(module, parts)))
+        self._batches.pop(place, None)
+        return self._outcomes.pop(place)
 
 
 def grouped(loaders: Sequence[tuple[Task, DataLoader, int | None]], max_tokens: int) -> list[DataLoader]:

@@ -277,8 +277,6 @@ class StageData(_Rows):
 class AllTasks(_Rows):
     """The test rows of every stage, one loader each; of several processes each gets its share of the batches.
 
-    A batch that shares a pass with other tasks' has its tensors only once it is scored (``scored_together``).
-
     Args:
         stages: The stages' data.
         known: Rows to leave out, by task.
@@ -287,6 +285,12 @@ class AllTasks(_Rows):
     def __init__(self, stages: list[StageData], known: Mapping[str, Collection[int]] | None = None) -> None:
         super().__init__()
         self.stages, self.known = stages, known or {}
+
+    def transfer_batch_to_device(self, batch: dict[str, Any], device: torch.device, dataloader_idx: int) -> Any:
+        """Lightning's hook: a batch that shares a pass with other tasks' is made only now (``scored_together``)."""
+        if "together" in batch:
+            return batch | batch["together"].batch(batch["place"], device)
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def test_dataloader(self) -> list[Any]:
         """Return a loader for each task, in training order."""

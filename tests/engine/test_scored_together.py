@@ -14,6 +14,7 @@ from continual.backbones import TinyCausalLM
 from continual.batch_order import scoring_size
 from continual.batches import Row
 from continual.candidates import Candidates
+from continual.module import ContinualModule
 from continual.scored_together import Together, grouped
 
 Tree = dict[str, Any]
@@ -101,6 +102,21 @@ def test_tasks_that_have_a_model_each_share_no_pass(
     assert {*passes} == {1}
 
 
+def test_callbacks_find_a_batchs_tensors_before_it_is_scored(
+    tree: Tree, write: Callable, engine: Callable, tmp_path: Path, passes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_on_a_gpu(monkeypatch)
+    rows, plain = list[tuple[int, int]](), ContinualModule.on_test_batch_start
+
+    def read(self: ContinualModule, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        rows.append((len(batch["forward"]["input_ids"]), len(batch["rows"])))
+        plain(self, batch, batch_idx, dataloader_idx)
+
+    monkeypatch.setattr(ContinualModule, "on_test_batch_start", read)
+    assert engine(write(tree), "--out", tmp_path / "run").code == 0
+    assert max(passes) > 1 and rows and all(tensors == own > 0 for tensors, own in rows)
+
+
 def test_a_killed_run_goes_on_to_the_same_bytes(
     tree: Tree, write: Callable, engine: Callable, tmp_path: Path, contents: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,13 +180,16 @@ def test_a_group_is_computed_once_by_whichever_batch_comes_first(monkeypatch: py
     monkeypatch.setattr(scored_together, "score_together", lambda module, parts: computed.append(parts) or ["a", "b"])
     module: Any = torch.nn.Linear(1, 1)
     module.device = torch.device("cpu")
-    group = Together()
+    group, made = Together(), list[int]()
     task: Any = "task"
     for place in (0, 1):
-        batch = group.add(task, lambda place=place: {"rows": [place]}, 1, (1, 1))
+        batch = group.add(task, lambda place=place: made.append(place) or {"rows": [place]}, 1, (1, 1))
         assert batch["place"] == place
-    assert group.take(module, 1) == ({"rows": [1]}, "b")
-    assert group.take(module, 0) == ({"rows": [0]}, "a")
+    assert group.batch(1, module.device) == {"rows": [1]}
+    assert group.take(module, 1) == "b"
+    assert group.batch(0, module.device) == {"rows": [0]}
+    assert group.take(module, 0) == "a"
+    assert made == [1, 0]
     assert computed == [[("task", {"rows": [0]}), ("task", {"rows": [1]})]]
 
 
