@@ -516,14 +516,15 @@ def complete(run_dir: Path) -> bool:
 
 
 @pytest.mark.slow
-def test_the_cells_of_a_sweep_end_with_it(planned: Callable, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number, status", [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 143)])
+def test_the_cells_of_a_sweep_end_with_it(planned: Callable, tmp_path: Path, number: int, status: int) -> None:
     process = start(planned(), "--out", tmp_path / "out", "--jobs", 2)
     log = tmp_path / "out" / "logs" / "cells" / "lora" / "forth-seed0.log"
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and not log.exists():
         time.sleep(0.05)
-    process.kill()  # the sweep alone, not its group
-    process.wait()
+    process.send_signal(number)  # to the sweep alone, not its group
+    assert process.wait() == status
     while time.monotonic() < deadline:
         try:
             os.killpg(process.pid, 0)
