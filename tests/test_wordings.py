@@ -41,7 +41,7 @@ class Stub:
     """What StageData asks of a module."""
 
     backbone, uses_instructions, takes_task_ids, balances_experts = BACKBONE, True, False, False
-    instruction_encoder, row_inputs, device = None, None, torch.device("cpu")
+    instruction_encoder, row_inputs, device, hidden_width = None, None, torch.device("cpu"), 64
 
 
 def encode(wording: Wording = TRAINING, options: Any = "listed", task: Task | None = None) -> EncodedTask:
