@@ -131,7 +131,7 @@ class Experiment:
             arguments["inference_mode"] = False  # layers that are put together in scoring are written to in training
         try:
             trainer = L.Trainer(**arguments)
-        except (ValueError, TypeError, MisconfigurationException) as error:
+        except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
             raise ConfigError(f"trainer: {one_line(error)}") from error
         devices.spare(trainer, self.model.cuda_graphs)
         # At SIGTERM it would wait for the other processes, which wait for something else: run.guarded stops the run.

@@ -230,6 +230,6 @@ def test_malformed_yaml_is_placed() -> None:
 
 
 def test_a_trainer_that_lightning_refuses_is_a_configuration_error(tree: Tree, tmp_path: Path) -> None:
-    for override in ("trainer.accelerator=abacus", "trainer.devices=0"):
+    for override in ("trainer.accelerator=abacus", "trainer.accelerator=tpu", "trainer.devices=0"):
         with pytest.raises(ConfigError, match=r"^trainer: "):
             load(tree, override).make_trainer(None, tmp_path, [])
