@@ -13,6 +13,8 @@ from peft import PeftModel
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from continual.backbones.base import decoder_of
+
 _NUM_GRAPHS = 128
 """Variants that the layers' code may have: a handful at a time, and as many again where a stage adds an adapter."""
 
@@ -29,7 +31,7 @@ def compile_layers(model: PeftModel) -> None:
     Raises:
         ValueError: It has none.
     """
-    decoder: Any = getattr(model.get_base_model(), "get_decoder", lambda: None)()
+    decoder = decoder_of(model)
     if not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
         raise ValueError("there are no decoder layers to compile: leave model.compile out")
     limits: Any = torch._dynamo.config

@@ -29,6 +29,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from continual.backbones.base import decoder_of
 from continual.errors import ConfigError, one_line
 
 if TYPE_CHECKING:
@@ -226,7 +227,7 @@ def shard(module: ContinualModule) -> None:
     layers = _decoder_layers(module)
     if isinstance(layers[0], FSDPModule):
         return
-    decoder = cast(Any, module.model).get_base_model().get_decoder()
+    decoder = decoder_of(cast(Any, module.model))
     mesh = cast(Any, module.device_mesh)["data_parallel"]
     for layer in layers:
         frozen = set(_frozen(module, layer))
@@ -247,8 +248,7 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
 
 
 def _decoder_layers(module: ContinualModule) -> list[nn.Module]:
-    decoder = getattr(cast(Any, module.model).get_base_model(), "get_decoder", lambda: None)()
-    return list(getattr(decoder, "layers", []))
+    return list(getattr(decoder_of(cast(Any, module.model)), "layers", []))
 
 
 def _frozen(module: ContinualModule, layer: nn.Module) -> list[nn.Parameter]:

@@ -22,6 +22,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from continual import devices
 from continual.adapters import QueryableLoraConfig, QueryableLoraModel, RoutedTuner, adalora
 from continual.backbones import Backbone, CausalLM, SentenceEncoder
+from continual.backbones.base import decoder_of
 from continual.backbones.quantized import num_weights
 from continual.batches import IGNORED, RowInputs, is_packed
 from continual.compiled import compile_layers
@@ -174,8 +175,8 @@ class ContinualModule(L.LightningModule):
     @property
     def hidden_width(self) -> int:
         """Width of a language model's layers; 0 of a regressor's."""
-        decoder = getattr(self.model.get_base_model(), "get_decoder", lambda: None)() if self.model else None
-        return getattr(getattr(decoder, "config", None), "hidden_size", 0)
+        decoder = None if self.model is None else decoder_of(self.model)
+        return 0 if decoder is None else decoder.config.hidden_size
 
     def parameter_counts(self) -> dict[str, int]:
         """Return the number of trainable parameters and of all; a packed weight counts as what it stands for."""

@@ -1,9 +1,14 @@
 """What every backbone offers: a name for reports, a kind, and a module with its pretrained weights."""
 
+from __future__ import annotations
+
 import abc
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import nn
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 class Backbone(abc.ABC):
@@ -31,3 +36,8 @@ class Backbone(abc.ABC):
         Raises:
             ConfigError: the model cannot be found or read.
         """
+
+
+def decoder_of(model: PeftModel) -> Any:
+    """Return the decoder of an adapted language model, without its head; None of any other model."""
+    return getattr(model.get_base_model(), "get_decoder", lambda: None)()

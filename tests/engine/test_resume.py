@@ -205,8 +205,23 @@ def test_a_nan_loss_drops_its_stage_and_keeps_the_others(
     assert contents(tmp_path / "run") == contents(finished)
 
 
-@pytest.mark.parametrize("step", ["training_step", "test_step"])
-def test_sigterm_ends_at_once_with_143_and_can_be_resumed(
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize(
+    ("step", "stop", "code", "line"),
+    [
+        ("training_step", interrupt, 130, "interrupted; go on with --resume"),
+        ("training_step", terminate, 143, "terminated; go on with --resume"),
+        ("test_step", terminate, 143, "terminated; go on with --resume"),
+    ],
+)
+def test_a_run_that_is_stopped_ends_at_once_and_can_be_resumed(
     finished: Path,
     tree: Tree,
     write: Callable,
@@ -215,46 +230,25 @@ def test_sigterm_ends_at_once_with_143_and_can_be_resumed(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     step: str,
+    stop: Callable[[], None],
+    code: int,
+    line: str,
 ) -> None:
     plain, calls = getattr(ContinualModule, step), list[int]()
 
-    def terminate(self: ContinualModule, batch: Any, batch_idx: int, *more: Any) -> Any:
+    def stopped(self: ContinualModule, batch: Any, batch_idx: int, *more: Any) -> Any:
         calls.append(batch_idx)
-        os.kill(os.getpid(), signal.SIGTERM)
+        stop()
         return plain(self, batch, batch_idx, *more)
 
-    interrupted, terminated = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with monkeypatch.context() as patch:
-        patch.setattr(ContinualModule, step, terminate)
+        patch.setattr(ContinualModule, step, stopped)
         try:
             result = engine(write(tree), "--out", tmp_path / "run")
         finally:
-            signal.signal(signal.SIGINT, interrupted)
-    assert result.code == 143 and result.err.splitlines()[-1] == "terminated; go on with --resume"
-    assert len(calls) == 1 and signal.getsignal(signal.SIGTERM) == terminated
-    assert engine("--resume", tmp_path / "run").code == 0
-    assert contents(tmp_path / "run") == contents(finished)
-
-
-def test_an_interrupt_ends_with_130_and_can_be_resumed(
-    finished: Path,
-    tree: Tree,
-    write: Callable,
-    engine: Callable,
-    contents: Callable,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def interrupt(self: ContinualModule, batch: Any, batch_idx: int) -> None:
-        raise KeyboardInterrupt
-
-    handler = signal.getsignal(signal.SIGINT)
-    with monkeypatch.context() as patch:
-        patch.setattr(ContinualModule, "training_step", interrupt)
-        try:
-            result = engine(write(tree), "--out", tmp_path / "run")
-        finally:
-            signal.signal(signal.SIGINT, handler)  # Lightning ignores the signal from then on
-    assert result.code == 130 and "--resume" in result.err.splitlines()[-1]
+            signal.signal(signal.SIGINT, handlers[signal.SIGINT])  # Lightning ignores the signal from then on
+    assert result.code == code and result.err.splitlines()[-1] == line
+    assert len(calls) == 1 and signal.getsignal(signal.SIGTERM) == handlers[signal.SIGTERM]
     assert engine("--resume", tmp_path / "run").code == 0
     assert contents(tmp_path / "run") == contents(finished)
