@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from continual.adapters.config import QueryableLoraConfig
-from continual.adapters.router import AtomBank, BlockState, RoutingState
+from continual.adapters.router import AtomBank, BlockState, RoutingState, computed_twice
 from continual.adapters.row_slices import RowBlock, RowRouting, States
 
 CANNOT_MERGE = (
@@ -273,15 +273,26 @@ class QueryableLinear(RoutedLinear):
         h = self._cast_input_dtype(x, use.weight_A.dtype)
         h = h if use.dropout is None else use.dropout(h)
         together = shared.x is None and len(shared.weights_A) > 1  # else others wait for parts of another tensor
+        weights_A = shared.weights_A if together else [use.weight_A]
+        leader = shared.leader if together else 0 if use.leads else None
+
+        def project() -> Tensor:
+            weight_A = torch.cat(weights_A, dim=-2) if together else use.weight_A
+            return _product(h, weight_A).unflatten(-1, (len(weights_A), -1))
+
+        routing_u = None
+        if leader is not None:
+            routing_u = project()
+            bank.route(block, _each(routing_u)[leader])
+
+        def update() -> list[tuple[Tensor, Tensor]]:
+            u = project() if routing_u is None else routing_u
+            return [*zip(_each(u), _each(bank.apply_route(block, u)), strict=True)]
+
+        parts = computed_twice(update)
         if not together:
-            u = _product(h, use.weight_A)
-            if use.leads:
-                bank.route(block, u)
-            return u, bank.apply_route(block, u.unsqueeze(-2)).squeeze(-2)
-        u = _product(h, torch.cat(shared.weights_A, dim=-2)).unflatten(-1, (len(shared.weights_A), -1))
-        if shared.leader is not None:
-            bank.route(block, u[..., shared.leader, :])
-        shared.parts = dict(enumerate(zip(u.unbind(-2), bank.apply_route(block, u).unbind(-2), strict=True)))
+            return parts[0]
+        shared.parts = dict(enumerate(parts))
         shared.x = x
         return cast(tuple[Tensor, Tensor], shared.take(use.index, x))
 
@@ -313,6 +324,11 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
     if weight.dim() == 2:
         return F.linear(x, weight)
     return torch.bmm(_by_row(x), weight.mT).view(*x.shape[:-1], -1)
+
+
+def _each(parts: Tensor) -> Sequence[Tensor]:
+    """Return the parts, (..., r), of G projections' (..., G, r); one alone takes no kernel on the way back."""
+    return [parts.squeeze(-2)] if parts.shape[-2] == 1 else parts.unbind(-2)
 
 
 def _by_row(x: Tensor) -> Tensor:

@@ -114,6 +114,17 @@ def test_gradients_are_the_plain_ones_from_few_graphs(
     assert 0 < num_graphs() <= most
 
 
+def test_a_layer_that_is_not_compiled_goes_by_the_routes_of_one_that_is(
+    backbone: Callable[..., Any], adapt: Callable[..., PeftModel]
+) -> None:
+    model = adapt(backbone(), target_modules=["q_proj", "lm_head"], num_blocks=1)
+    plain = gradients(model, SHAPES[0])
+    assert any("lm_head" in name for name in plain)
+    compiled.compile_layers(model)
+    assert_equal(gradients(model, SHAPES[0]), plain)
+    assert num_graphs() > 0
+
+
 def test_packed_rows_share_their_graphs_too(backbone: Callable[..., Any], adapt: Callable[..., PeftModel]) -> None:
     model = adapt(backbone(num_hidden_layers=3), num_blocks=1)
     rows = [[3, 6, 5], [4, 4], [7, 2, 5, 9], [3, 3, 2]]
@@ -136,6 +147,38 @@ def test_another_slice_compiles_nothing_anew(backbone: Callable[..., Any], adapt
         found = gradients(model, SHAPES[0])
         assert found and all(f".{name}" in key for key in found)
     assert num_graphs() == before > 0
+
+
+def bytes_kept(model: PeftModel) -> int:
+    """Return the bytes of what a pass keeps for its backward pass beside the model's own tensors, each counted once."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    ids = torch.randint(3, 97, (4, 50), generator=torch.Generator().manual_seed(0))
+    keywords = {"instruction_ids": ids[:, :3]} if is_ours(model) else {}
+    model.train()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(input_ids=ids, labels=ids, use_cache=False, **keywords).loss
+    total = sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in own)
+    loss.backward()
+    return total
+
+
+def test_a_pass_keeps_no_more_than_plain_lora_does(
+    backbone: Callable[..., Any], adapt: Callable[..., PeftModel]
+) -> None:
+    def kept(model: PeftModel) -> int:
+        compiled.compile_layers(model)
+        return bytes_kept(model)
+
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    config = LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM")
+    ours = kept(adapt(backbone(num_hidden_layers=8), num_blocks=2, target_modules=targets))
+    assert ours <= kept(get_peft_model(backbone(num_hidden_layers=8), config))
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -167,22 +167,30 @@ class Stand:
         """
         clock = time.perf_counter if self.wall else time.process_time
         seconds: dict[str, list[float]] = {name: [] for name in self._calls}
-        peaks: dict[str, int] = {}
         names = list(self._calls)
+        peaks = {name: self._peak(name) for name in names} if self.device.type == "cuda" else {}
         for index in range(rounds):
             for name in names if index % 2 == 0 else reversed(names):
-                call, start = self._calls[name], self._allocated()
-                if self.device.type == "cuda":
-                    torch.cuda.reset_peak_memory_stats(self.device)
+                call = self._calls[name]
+                self._wait()
                 began = clock()
                 for _ in range(repeats):
                     call()
                 self._wait()
                 seconds[name].append((clock() - began) / repeats)
-                if self.device.type == "cuda":
-                    own = self._resident[name] + torch.cuda.max_memory_allocated(self.device) - start
-                    peaks[name] = max(own, peaks.get(name, 0))
         return Timings(seconds, peaks, "wall" if self.wall else "processor")
+
+    def _peak(self, name: str) -> int:
+        """Return the bytes that one call of a subject takes at its peak, what it holds between calls included.
+
+        Nothing is cached when it begins: of a block that another subject left, all would count where a part is used.
+        """
+        torch.cuda.empty_cache()
+        start = self._allocated()
+        torch.cuda.reset_peak_memory_stats(self.device)
+        self._calls[name]()
+        self._wait()
+        return self._resident[name] + torch.cuda.max_memory_allocated(self.device) - start
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
