@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from continual.adapters.experts import ExpertLinear
-from continual.adapters.layer import QueryableLinear, RoutedLinear
+from continual.adapters.layer import QueryableLinear
+from continual.adapters.routed_linear import RoutedLinear
 from continual.adapters.router import AtomBank
 
 

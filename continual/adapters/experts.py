@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from continual.adapters.base_config import RoutedLoraConfig
-from continual.adapters.layer import RoutedLinear
+from continual.adapters.routed_linear import RoutedLinear
 from continual.adapters.tuner import RoutedTuner
 
 

@@ -25,7 +25,8 @@ from transformers import PreTrainedModel
 from continual.adapters.carrier import RouteCarrier, carriers_of, patch_generate, refuse_inexact_checkpointing
 from continual.adapters.config import PEFT_NAME, QueryableLoraConfig
 from continual.adapters.growing import ROW_KEYWORDS
-from continual.adapters.layer import QueryableLinear, layer_of
+from continual.adapters.layer import QueryableLinear
+from continual.adapters.routed_linear import layer_of
 from continual.adapters.router import AtomBank, RoutingState
 from continual.adapters.row_slices import RowRouting, States, routes_of
 from continual.adapters.tuner import RoutedTuner

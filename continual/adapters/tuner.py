@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from continual.adapters.base_config import RoutedLoraConfig
 from continual.adapters.growing import GrowingBank
-from continual.adapters.layer import CANNOT_MERGE, RoutedLinear
+from continual.adapters.routed_linear import CANNOT_MERGE, RoutedLinear
 
 # Where transformers keeps q/k/v/o projections under other names, the user names target_modules.
 _ATTENTION = ["k_proj", "o_proj", "q_proj", "v_proj"]

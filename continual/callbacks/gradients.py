@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from continual import devices
-from continual.adapters.layer import layer_of as layer_of_module
+from continual.adapters.routed_linear import layer_of as layer_of_module
 from continual.errors import DIVERGED, RunError
 
 
