@@ -33,6 +33,11 @@ class StageProgress(L.Callback):
             self._bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say that training is over: what a method does then (a growing bank prunes its slice, say) can take longer."""
+        assert self._bar is not None
+        self._bar.set_description(f"{self.title}: end of stage")
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Close the bar."""
         self._close()
 

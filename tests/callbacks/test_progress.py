@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import lightning as L
 import pytest
 from tqdm import tqdm
 
@@ -108,13 +109,31 @@ def test_a_bar_for_training_and_one_for_scoring(
     make_trainer(shows, max_epochs=2, accumulate_grad_batches=2).fit(module, datamodule=data)
     run_test(module, [data, data], shows)
     train, score = bars
-    assert (train.desc, train.total, train.n, train.unit) == ("stage 1/2 one: train", 4, 4, "step")
+    assert (train.total, train.n, train.unit) == (4, 4, "step")
     assert (score.desc, score.total, score.n) == ("stage 1/2 one: score", 16, 16)
     assert train.closed and score.closed
     assert all(text.startswith("loss ") for text in train.texts) and train.texts
     assert float(train.texts[0].split()[1]) > 4  # nats a token, of 259: not divided among the batches of a step
     captured = capfd.readouterr()
     assert "stage 1/2 one" not in captured.out  # standard output is for the plan and the scores
+
+
+def test_a_bar_stays_while_a_method_ends_its_stage(bars: list[Bar], make_module, make_data, make_trainer) -> None:
+    seen: list[tuple[str, int, bool]] = []
+
+    class Looks(L.Callback):
+        def on_train_start(self, *_: Any) -> None:
+            seen.extend((bar.desc, bar.n, bar.closed) for bar in bars)
+
+        on_train_end = on_train_start
+
+    module = make_module()
+    shows = StageProgress()
+    shows.title = "stage 1/2 one"
+    data = make_data(module, num_rows=4, batch_size=2)
+    make_trainer(shows, Looks(), max_epochs=1).fit(module, datamodule=data)
+    assert seen == [("stage 1/2 one: train", 0, False), ("stage 1/2 one: end of stage: ", 2, False)]
+    assert bars[0].closed
 
 
 def test_an_error_closes_the_bar(bars: list[Bar], make_module, make_data, make_trainer) -> None:
