@@ -121,17 +121,17 @@ def test_a_bar_for_training_and_one_for_scoring(
 def test_a_bar_stays_while_a_method_ends_its_stage(bars: list[Bar], make_module, make_data, make_trainer) -> None:
     seen: list[tuple[str, int, bool]] = []
 
-    class Looks(L.Callback):
-        def on_train_start(self, *_: Any) -> None:
-            seen.extend((bar.desc, bar.n, bar.closed) for bar in bars)
+    def look(*_: Any) -> None:
+        seen.extend((bar.desc, bar.n, bar.closed) for bar in bars)
 
-        on_train_end = on_train_start
+    looks: Any = L.Callback()
+    looks.on_train_start = looks.on_train_end = look
 
     module = make_module()
     shows = StageProgress()
     shows.title = "stage 1/2 one"
     data = make_data(module, num_rows=4, batch_size=2)
-    make_trainer(shows, Looks(), max_epochs=1).fit(module, datamodule=data)
+    make_trainer(shows, looks, max_epochs=1).fit(module, datamodule=data)
     assert seen == [("stage 1/2 one: train", 0, False), ("stage 1/2 one: end of stage: ", 2, False)]
     assert bars[0].closed
 
