@@ -34,7 +34,7 @@ def compare(case: str, shape: str, size: tuple[int, int], config: PeftConfig, se
     for kept in ("bf16", "nf4"):
         build = partial(step_of, kept, shape, size, config, setting, num_bytes)
         stand.add(kept, build, warm_up=setting.pick(3, 1, 1))
-    timings = stand.run(setting.num_rounds(setting.pick(15, 9, 1)), repeats=setting.pick(5, 1, 1))
+    timings = stand.run(setting.num_rounds(setting.pick(15, 9, 1)), repeats=setting.pick(5, 1, 1), peaks=True)
     detail = {"backbone_bytes": num_bytes, "double_quant": True} | timings.detail()
     weights = num_bytes["nf4"] / num_bytes["bf16"]
     yield Result("quantized", case, "nf4: backbone's bytes / bf16's", weights, detail=detail)

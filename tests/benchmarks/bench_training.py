@@ -94,7 +94,7 @@ def compare(case: Case, setting: Setting) -> Iterator[Result]:
             prepare = partial(grow, num_slices=10) if (name, case.variant) == ("ours", "10 slices") else None
             build = partial(step_of, case, config, setting, mode, prepare)
             stand.add(f"{name} {mode}", build, warm_up=setting.pick(3, 1, 1))
-    timings = stand.run(setting.num_rounds(setting.pick(15, 9, 1)), repeats=setting.pick(5, 1, 1))
+    timings = stand.run(setting.num_rounds(setting.pick(15, 9, 1)), repeats=setting.pick(5, 1, 1), peaks=True)
     detail = {"rows": case.rows, "tokens": case.tokens, "backbone": case.shape, "backbone_dtype": "bfloat16"}
     detail |= {"adapter_dtype": case.dtype, "variant": case.variant} | timings.detail()
     usual = "<= 1.10" if case.variant == "base" else "<= 1.25"

@@ -102,7 +102,7 @@ class Timings:
     Attributes:
         seconds: Subject -> seconds a call, one number a round.
         peak_bytes: Subject -> memory at its peak, its own models and optimizer included and no other subject's; empty
-            on a CPU.
+            on a CPU and where nobody asked.
         clock: "wall" or "processor".
     """
 
@@ -159,16 +159,17 @@ class Stand:
         if self.device.type == "cuda":  # what warming up took and gave back is there for the next
             torch.cuda.empty_cache()
 
-    def run(self, rounds: int, repeats: int = 1) -> Timings:
+    def run(self, rounds: int, repeats: int = 1, peaks: bool = False) -> Timings:
         """Let all subjects take turns, the order reversed every other round; each turn is ``repeats`` calls.
 
         On a GPU the clock on the wall counts, from one synchronisation to the next; on a CPU the processor time of this
-        process, so that a machine that others use as well is no matter.
+        process, so that a machine that others use as well is no matter. ``peaks`` asks for memory too, on a GPU, for
+        one call more of each.
         """
         clock = time.perf_counter if self.wall else time.process_time
         seconds: dict[str, list[float]] = {name: [] for name in self._calls}
         names = list(self._calls)
-        peaks = {name: self._peak(name) for name in names} if self.device.type == "cuda" else {}
+        peak_bytes = {name: self._peak(name) for name in names} if peaks and self.device.type == "cuda" else {}
         for index in range(rounds):
             for name in names if index % 2 == 0 else reversed(names):
                 call = self._calls[name]
@@ -178,7 +179,7 @@ class Stand:
                     call()
                 self._wait()
                 seconds[name].append((clock() - began) / repeats)
-        return Timings(seconds, peaks, "wall" if self.wall else "processor")
+        return Timings(seconds, peak_bytes, "wall" if self.wall else "processor")
 
     def _peak(self, name: str) -> int:
         """Return the bytes that one call of a subject takes at its peak, what it holds between calls included.

@@ -109,7 +109,7 @@ def test_a_bar_for_training_and_one_for_scoring(
     make_trainer(shows, max_epochs=2, accumulate_grad_batches=2).fit(module, datamodule=data)
     run_test(module, [data, data], shows)
     train, score = bars
-    assert (train.total, train.n, train.unit) == (4, 4, "step")
+    assert (train.desc, train.total, train.n, train.unit) == ("stage 1/2 one: end of stage: ", 4, 4, "step")
     assert (score.desc, score.total, score.n) == ("stage 1/2 one: score", 16, 16)
     assert train.closed and score.closed
     assert all(text.startswith("loss ") for text in train.texts) and train.texts
