@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 from analysis.frames import Frame
-from continual import records
+from continual.storage import records
 
 NO_SLICE = "no slice"
 """The name of what a growing bank's rows give to none of its atoms."""

@@ -15,13 +15,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from continual import manifest, records
 from continual.errors import ConfigError
-from continual.quiet import quieten
 from continual.run import OneLineParser, guarded
+from continual.runtime.quiet import quieten
+from continual.storage import manifest, records
 
 if TYPE_CHECKING:
-    from continual.experiment import Experiment
+    from continual.config.experiment import Experiment
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,8 +37,8 @@ def ablate(run_dir: Path) -> None:
     """
     state, text = manifest.read_finished(run_dir)
     quieten()
-    from continual import experiment  # here: the error above should not have to wait for torch
-    from continual.atom_scores import AtomScores
+    from continual.commands.atom_scores import AtomScores
+    from continual.config import experiment  # here: the error above should not have to wait for torch
 
     made = experiment.parse(text, state.run, where=str(run_dir / manifest.CONFIG_NAME))
     _check(made, run_dir)

@@ -17,13 +17,14 @@ from typing import Any
 from jsonargparse import ArgumentError
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
-from continual import bank, run
+from continual import run
+from continual.commands import bank
+from continual.config.experiment import TRAINER_DEFAULTS, Stage, make_parser
+from continual.config.messages import explain
+from continual.data.stage_data import StageData
 from continual.errors import ConfigError
-from continual.experiment import TRAINER_DEFAULTS, Stage, make_parser
-from continual.explain import explain
-from continual.module import ContinualModule
-from continual.quiet import quieten
-from continual.stage_data import StageData
+from continual.runtime.quiet import quieten
+from continual.training.module import ContinualModule
 
 RUN_STAGES = "run-stages"
 BANK = "bank"

@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from continual import manifest, records
-from continual.quiet import quieten
+from continual.data.prompt_variants import Options, Where
 from continual.run import OneLineParser, finish, guarded
-from continual.wordings import Options, Where
+from continual.runtime.quiet import quieten
+from continual.storage import manifest, records
 
 _SAME = ["run", "seed", "stage", "task", "wording", "where", "options"]
 
@@ -45,15 +45,15 @@ def _work(argv: Sequence[str]) -> Path:
         parser.error("nothing to score: give --wordings FILE, or leave --no-none or --no-wrong away")
     state, text = manifest.read_finished(arguments.run)
     quieten()
-    from continual import experiment  # here: neither of the errors above should have to wait for torch
-    from continual.other_words import OtherWords
-    from continual.sequence import Sequence as StageSequence
+    from continual.config import experiment  # here: neither of the errors above should have to wait for torch
+    from continual.engine.stage_loop import StageLoop
+    from continual.scoring.rewording import Rewording
 
     made = experiment.parse(text, state.run, where=str(arguments.run / manifest.CONFIG_NAME))
-    made.wordings = OtherWords(
+    made.wordings = Rewording(
         arguments.wordings, arguments.key, arguments.options, arguments.where, arguments.none, arguments.wrong
     )
-    sequence = StageSequence(made, arguments.run)
+    sequence = StageLoop(made, arguments.run)
     sequence.prepare(state)
     tables = sequence.score_wordings()
     for table in ("wording_answers", "wordings"):

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from continual.errors import ConfigError, RunError, one_line
 
 if TYPE_CHECKING:
-    from continual.experiment import Experiment
+    from continual.config.experiment import Experiment
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,7 +50,7 @@ def _work(argv: Sequence[str]) -> Path:
         parser.error("--resume takes no configuration, --out or override: the run goes on as it was configured")
     if not arguments.resume and not arguments.config:
         parser.error("give a configuration file, or --resume DIR")
-    from continual.quiet import quieten
+    from continual.runtime.quiet import quieten
 
     quieten()
     return run(arguments.config, arguments.out, arguments.overrides, arguments.resume, not arguments.no_report)
@@ -80,7 +80,7 @@ def run(
         return _go_on(resume, report)
     assert config is not None
     import_engine()
-    from continual import experiment
+    from continual.config import experiment
 
     run_dir = _new_dir(out, Path(config).stem)
     return _start(experiment.load(config, overrides), run_dir, report)
@@ -89,7 +89,7 @@ def run(
 def run_text(text: str, stem: str, out: Path | None = None) -> Path:
     """Run a configuration given as text; see ``run``."""
     import_engine()
-    from continual import experiment
+    from continual.config import experiment
 
     run_dir = _new_dir(out, stem)
     return _start(experiment.parse(text, stem), run_dir)
@@ -101,18 +101,18 @@ def import_engine() -> None:
     The garbage collector waits until all is there and then leaves it alone for good: it would look through the modules'
     million objects again and again, which is a quarter of the time until the first step.
     """
-    if "continual.sequence" in sys.modules:
+    if "continual.engine.stage_loop" in sys.modules:
         return
     gc.disable()
     try:
-        import continual.sequence  # noqa: F401
+        import continual.engine.stage_loop  # noqa: F401
     finally:
         gc.freeze()
         gc.enable()
 
 
 def _new_dir(out: Path | None, stem: str) -> Path:
-    from continual import manifest
+    from continual.storage import manifest
 
     run_dir = out or Path("runs") / f"{stem}-{datetime.now():%Y%m%d-%H%M%S}"
     manifest.check_new(run_dir)
@@ -120,9 +120,9 @@ def _new_dir(out: Path | None, stem: str) -> Path:
 
 
 def _start(experiment: Experiment, run_dir: Path, report: bool = True) -> Path:
-    from continual.sequence import Sequence as StageSequence
+    from continual.engine.stage_loop import StageLoop
 
-    sequence = StageSequence(experiment, run_dir)
+    sequence = StageLoop(experiment, run_dir)
     sequence.prepare()
     sequence.run()
     run_dir = sequence.run_dir
@@ -131,11 +131,11 @@ def _start(experiment: Experiment, run_dir: Path, report: bool = True) -> Path:
 
 
 def _go_on(run_dir: Path, report: bool) -> Path:
-    from continual import manifest
+    from continual.storage import manifest
 
     state, text = manifest.read(run_dir)
     if state.complete:
-        from continual.bounds import unfinished
+        from continual.engine.bounds import unfinished
 
         if left := unfinished(run_dir, state.bounds):
             print(f"Going on with the bounds of {run_dir}: {', '.join(left)}.")
@@ -146,10 +146,10 @@ def _go_on(run_dir: Path, report: bool) -> Path:
         return run_dir
 
     import_engine()
-    from continual import experiment
-    from continual.sequence import Sequence as StageSequence
+    from continual.config import experiment
+    from continual.engine.stage_loop import StageLoop
 
-    sequence = StageSequence(experiment.parse(text, state.run, where=str(run_dir / manifest.CONFIG_NAME)), run_dir)
+    sequence = StageLoop(experiment.parse(text, state.run, where=str(run_dir / manifest.CONFIG_NAME)), run_dir)
     sequence.prepare(state)
     print(f"Going on with {run_dir} after stage {state.finished_stage} of {len(state.stages)}.", flush=True)
     sequence.run()
@@ -163,13 +163,13 @@ def finish(run_dir: Path, report: bool = True) -> Path:
     Raises:
         RunError: A bound failed; the run is finished, and so is its report.
     """
-    from continual import devices
-    from continual.bounds import run_bounds
+    from continual.engine.bounds import run_bounds
+    from continual.runtime import distributed
 
     try:
         run_bounds(run_dir)
     finally:
-        if report and devices.is_first():
+        if report and distributed.is_first():
             _report(run_dir)
     return run_dir
 
@@ -186,7 +186,7 @@ def _report(run_dir: Path) -> None:
 
 def guarded(work: Callable[[], Path]) -> int:
     """Do the work, print the directory it returns, and turn errors and signals into one line and an exit status."""
-    from continual.records import RecordError
+    from continual.storage.records import RecordError
     from tasks import TaskError
 
     try:

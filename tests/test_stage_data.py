@@ -15,17 +15,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig
 
-from continual import batches
 from continual.adapters import QueryableLoraConfig
+from continual.adapters.growing import inputs as inputs_module
+from continual.adapters.growing.inputs import RowInputs
 from continual.backbones import MLPRegressor, TinyCausalLM
-from continual.batch_order import LengthBatches, scoring_size, token_batches
-from continual.batches import IGNORED, EncodedTask
-from continual.candidates import Candidates
+from continual.data.batch import IGNORED
+from continual.data.batch_order import LengthBatches, scoring_size, token_batches
+from continual.data.encoding import EncodedTask
+from continual.data.label_tree import LabelTree
+from continual.data.prompt_variants import Wording
+from continual.data.stage_data import StageData
 from continual.errors import ConfigError
-from continual.module import ContinualModule
-from continual.stage_data import StageData
 from continual.strategies import Sequential
-from continual.wordings import Wording
+from continual.training.module import ContinualModule
 from tasks import Task
 from tasks.base import Split, text_rows
 
@@ -188,7 +190,7 @@ def test_lightning_moves_batches_to_the_device_candidates_included() -> None:
 
 
 def test_candidates_are_deduplicated_and_what_they_begin_with_is_a_node_once() -> None:
-    candidates = Candidates.of(BACKBONE, ["no", "no way"], ["yes", "no", "yes"])
+    candidates = LabelTree.of(BACKBONE, ["no", "no way"], ["yes", "no", "yes"])
     assert candidates.names == ("no", "no way", "yes")
     assert candidates.num_own == 2
     encoded = [BACKBONE.encode_answer(name) for name in candidates.names]
@@ -464,11 +466,11 @@ def test_a_trainer_alone_sets_the_data_up(quiet_trainer: Callable[..., L.Trainer
 
 def test_a_text_that_a_gate_reads_is_tokenised_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """But for one call's, no more than so many are kept."""
-    monkeypatch.setattr(batches, "_MOST_KEPT", 3)
+    monkeypatch.setattr(inputs_module, "_MOST_KEPT", 3)
     backbone, asked = TinyCausalLM(num_layers=2), list[str]()
     encode = backbone.encode_text
     monkeypatch.setattr(backbone, "encode_text", lambda text: asked.append(text) or encode(text))
-    inputs = batches.RowInputs(backbone, lambda _: torch.zeros(4), text_tokens=2)  # type: ignore[arg-type]
+    inputs = RowInputs(backbone, lambda _: torch.zeros(4), text_tokens=2)  # type: ignore[arg-type]
     for texts in (["abc", "de"], ["de", "abc", "de"], ["f"]):
         expected = [(encode(text)[:2] + [-1])[:2] for text in texts]
         assert inputs.of(texts, texts)["text_ids"].tolist() == (expected if texts != ["f"] else [[*encode("f")]])

@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from continual.adapters.base_config import RoutedLoraConfig
-from continual.adapters.growing import GrowingBank
+from continual.adapters.growing.bank import GrowingBank
 from continual.adapters.routed_linear import CANNOT_MERGE, RoutedLinear
 
 # Where transformers keeps q/k/v/o projections under other names, the user names target_modules.
@@ -175,3 +175,8 @@ class RoutedTuner(LayerTuner):
         for handle in self._hooks:
             handle.remove()
         return super()._unload_and_optionally_merge(merge, *args, **kwargs)
+
+
+def is_routed(model: Any) -> bool:
+    """Say whether a PEFT model carries one of our routed adapters."""
+    return isinstance(getattr(model, "base_model", None), RoutedTuner)

@@ -14,16 +14,16 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from continual import devices
-from continual.batches import IGNORED, moved
+from continual.data.batch import IGNORED, moved
 from continual.errors import ConfigError
+from continual.runtime import distributed
+from continual.runtime.parameters import adapter_tensors, evaluating, forward_context
 from continual.strategies import Sequential
-from continual.strategies.base import adapter_tensors, evaluating, forward_context
 from continual.strategies.library import AdapterLibrary
 
 if TYPE_CHECKING:
-    from continual.module import ContinualModule
-    from continual.stage_data import StageData
+    from continual.data.stage_data import StageData
+    from continual.interfaces import AdaptedModule
 
 SUFFIX = "_best_training"
 """What stands behind the name of a metric that the best checkpoint was scored by."""
@@ -32,7 +32,7 @@ SUFFIX = "_best_training"
 class BestTraining(L.Callback):
     """Keeps, through a stage, the adapter of the epoch with the best training accuracy; the first of equal ones."""
 
-    def check(self, module: ContinualModule) -> None:
+    def check(self, module: AdaptedModule) -> None:
         """Raise ConfigError where the strategy changes the adapter between training and scoring."""
         strategy = module.strategy
         if not (type(strategy) is Sequential or isinstance(strategy, AdapterLibrary)):
@@ -49,7 +49,7 @@ class BestTraining(L.Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure the epoch's adapter, and keep it if it is the best so far."""
-        module: ContinualModule = pl_module  # type: ignore[assignment]
+        module: AdaptedModule = pl_module  # type: ignore[assignment]
         value = training_accuracy(module, self.data)
         if value > max(self.accuracies, default=-float("inf")):
             self.tensors = {name: tensor.cpu().clone() for name, tensor in adapter_tensors(module).items()}
@@ -61,7 +61,7 @@ class BestTraining(L.Callback):
         return self.accuracies.index(max(self.accuracies)) == len(self.accuracies) - 1
 
     @contextmanager
-    def in_place(self, module: ContinualModule) -> Iterator[None]:
+    def in_place(self, module: AdaptedModule) -> Iterator[None]:
         """Answer by the best adapter inside the ``with``."""
         own = {name: tensor.clone() for name, tensor in adapter_tensors(module).items()}
         _put(module, self.tensors)
@@ -86,22 +86,22 @@ class BestTraining(L.Callback):
 
 
 @torch.no_grad()
-def training_accuracy(module: ContinualModule, data: StageData) -> float:
+def training_accuracy(module: AdaptedModule, data: StageData) -> float:
     """Return the share of ``data``'s training rows answered right (see the module's docstring), or minus the MSE."""
     rows, total = data.train_rows, 0.0
     with evaluating(module), forward_context(module):
         batches = data.scoring_batches([row.length for row in rows])
-        for batch in batches[devices.own_batches(module)]:
+        for batch in batches[distributed.own_batches(module)]:
             padded = moved(data.collate([rows[index] for index in batch]), module.device)
             outputs, labels = module.outputs(padded), padded["labels"]
             if module.backbone.kind == "regressor":
                 total -= (outputs - labels).square().double().sum().item()
             else:
                 total += ((outputs.argmax(dim=-1) == labels) | (labels == IGNORED)).all(dim=1).sum().item()
-    return sum(devices.of_batches(total, module)) / len(rows)
+    return sum(distributed.of_batches(total, module)) / len(rows)
 
 
 @torch.no_grad()
-def _put(module: ContinualModule, tensors: dict[str, Tensor]) -> None:
+def _put(module: AdaptedModule, tensors: dict[str, Tensor]) -> None:
     for name, tensor in adapter_tensors(module).items():
         tensor.copy_(tensors[name])

@@ -10,9 +10,9 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from continual import devices
 from continual.adapters.routed_linear import layer_of as layer_of_module
 from continual.errors import DIVERGED, RunError
+from continual.runtime import distributed
 
 
 def layer_of(parameter_name: str) -> str:
@@ -93,7 +93,7 @@ class GradientRecorder(L.Callback):
     def _settle(self) -> None:
         if not self._pending:
             return
-        losses = devices.mean(torch.stack([loss for _, _, loss, _ in self._pending])).tolist()
+        losses = distributed.mean(torch.stack([loss for _, _, loss, _ in self._pending])).tolist()
         for value, (step, epoch, _, norms) in zip(losses, self._pending, strict=True):
             if not math.isfinite(value):
                 raise RunError(f"stage {self.keys['task']!r}, step {step}: {DIVERGED} ({value}); the stage is dropped")

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from analysis.routing import entropy_nats, js_divergence, kl_divergence, total_variation
-from continual import devices
-from continual.evaluate import Outcome
+from continual.runtime import distributed
+from continual.scoring.outcome import Outcome
 
 
 class RouteRecorder(L.Callback):
@@ -92,13 +92,13 @@ class RouteRecorder(L.Callback):
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Compute usage, entropies, separation and drift from the routes of all processes."""
-        found = devices.of_batches(self._sums, pl_module)  # type: ignore[arg-type]
+        found = distributed.of_batches(self._sums, pl_module)  # type: ignore[arg-type]
         own = {data.name: [sums[data.name] for sums in found if data.name in sums] for data in self.tasks}
         self._sums = {name: sum(each[1:], start=each[0]) for name, each in own.items() if each}
         if not self._sums:
             return
         if self._known is not None:
-            for found in devices.of_batches(self._own, pl_module):  # type: ignore[arg-type]
+            for found in distributed.of_batches(self._own, pl_module):  # type: ignore[arg-type]
                 for name, sums in found.items():
                     self.computed.setdefault(name, []).extend(sums)
             for name, sums in self._known.items():

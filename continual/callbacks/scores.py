@@ -13,8 +13,8 @@ import lightning as L
 import torch
 from torchmetrics import MeanMetric, MeanSquaredError, Metric, R2Score
 
-from continual import devices
-from continual.evaluate import Outcome
+from continual.runtime import distributed
+from continual.scoring.outcome import Outcome
 
 
 class ScoreRecorder(L.Callback):
@@ -72,7 +72,7 @@ class ScoreRecorder(L.Callback):
         """Compute the scores from the answers of all processes."""
         for data, own in zip(self.tasks, self._outcomes, strict=True):
             metrics, given, count = _metrics_of(data), ([], []), 0
-            outcomes = devices.in_order(own, pl_module)  # type: ignore[arg-type]
+            outcomes = distributed.in_order(own, pl_module)  # type: ignore[arg-type]
             self.computed[data.name] = [outcome for outcome, _ in outcomes]
             for outcome, sources in [*outcomes, *filter(None, [self._known.get(data.name)])]:
                 self._take_in(data, metrics, outcome)

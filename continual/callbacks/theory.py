@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.linalg import matrix_norm, vector_norm
 
-from continual import devices
-from continual.adapters.layer import QueryableLinear
-from continual.adapters.router import routed_operator
-from continual.strategies.base import evaluating, forward_context
+from continual.adapters.queryable.layer import QueryableLinear
+from continual.adapters.queryable.router import routed_operator
+from continual.runtime import distributed
+from continual.runtime.parameters import evaluating, forward_context
 
 RATIOS = ("weights", "operator", "update", "summary")
 _MOST_OPERATORS = 1024  # a singular value decomposition each
@@ -55,7 +55,7 @@ class TheoryRecorder(L.Callback):
         step = trainer.global_step
         if step != 1 and step % self.interval:
             return
-        everywhere = devices.gathered(measure(pl_module, batch) if batch["weight"] else {})
+        everywhere = distributed.gathered(measure(pl_module, batch) if batch["weight"] else {})
         for metric, block in everywhere[0]:
             ratios, counts = zip(*(found[metric, block] for found in everywhere if found), strict=True)
             value, count = max(ratios), sum(counts)

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from continual import devices
 from continual.adapters import QueryableLoraModel
-from continual.evaluate import Outcome
+from continual.runtime import distributed
+from continual.scoring.outcome import Outcome
 
 if TYPE_CHECKING:
-    from continual.stage_data import StageData
+    from continual.data.stage_data import StageData
 
 _NUM_BEFORE = 12  # tokens of a sampled token's context that are kept as text
 
@@ -96,7 +96,7 @@ class TokenRecorder(L.Callback):
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Put the sample of all processes' tokens into rows, by task, row and place; only now is any put into words."""
-        found = devices.of_batches(self._kept, pl_module)  # type: ignore[arg-type]
+        found = distributed.of_batches(self._kept, pl_module)  # type: ignore[arg-type]
         backbone: Any = pl_module.backbone
         kept: list[dict[str, Any]] = []
         for data in self.tasks:

@@ -10,11 +10,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
-from continual import compiled
 from continual.adapters import QueryableLoraConfig
 from continual.backbones import MLPRegressor, TinyCausalLM
 from continual.errors import ConfigError
-from continual.module import ContinualModule
+from continual.training import compiled
+from continual.training.module import ContinualModule
 
 # All shapes differ, and none of them is 1: what is compiled for it is another graph.
 SHAPES = [(3, 11), (2, 8), (4, 5), (3, 9)]

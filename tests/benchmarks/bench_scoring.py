@@ -18,14 +18,15 @@ from peft import PeftConfig
 from subjects import TEXT_LENGTHS, RandomText, ShapedLM, backbone_dtype, lora, queryable, sequence
 from torch import Tensor
 
-from continual import evaluate, stage_data
-from continual.batch_order import scoring_size, token_batches
-from continual.batches import Row
-from continual.candidates import Candidates
-from continual.evaluate import label_log_likelihoods, score_batch
-from continual.generation import generate, on_cuda
-from continual.module import ContinualModule
-from continual.sequence import Sequence as StageSequence
+from continual.data import stage_data
+from continual.data.batch import Row
+from continual.data.batch_order import scoring_size, token_batches
+from continual.data.label_tree import LabelTree
+from continual.engine.stage_loop import StageLoop
+from continual.scoring import evaluate
+from continual.scoring.evaluate import label_log_likelihoods, score_batch
+from continual.scoring.generation import generate, on_cuda
+from continual.training.module import ContinualModule
 from tasks import Task
 
 LABELS = ["a", "on", "cat", "sky", "to", "green", "it", "up", "moon", "be", "salt", "we", "iron", "no"]
@@ -49,7 +50,7 @@ def run(setting: Setting) -> Iterator[Result]:
 
 def _scoring(
     setting: Setting, folder: Path, shape: str, adapter: PeftConfig, task: Task, dtype: Any = None
-) -> tuple[StageSequence, list[dict[str, Any]]]:
+) -> tuple[StageLoop, list[dict[str, Any]]]:
     """Return a run of the product on one task, ready to score, and the task's batches on the device."""
     backbone = ShapedLM(shape, setting.seed, dtype or backbone_dtype(setting))
     stages = sequence(setting, folder, ContinualModule(backbone, adapter), [task], {})
@@ -73,7 +74,7 @@ def labels(setting: Setting, folder: Path, shape: str) -> Iterator[Result]:
     stages, batches = _scoring(setting, folder / "labels", shape, queryable(), task)
     model, rows = cast(Any, stages.module.model), stages.data[0]._encoded["test"].rows
     instruction = _instruction(stages.module, task)
-    candidates: Candidates = batches[0]["candidates"]
+    candidates: LabelTree = batches[0]["candidates"]
     answers = [candidates.ids_L[candidates.segment_L == index].tolist() for index in range(len(LABELS))]
 
     def tree() -> dict[int, Tensor]:
@@ -156,7 +157,7 @@ def _apart(setting: Setting, folder: Path, shape: str, task: Task) -> float:
         if "queryable_B" in name:
             parameter.normal_(std=0.02)
     instruction = _instruction(module, task)
-    candidates: Candidates = batches[0]["candidates"]
+    candidates: LabelTree = batches[0]["candidates"]
     answers = [candidates.ids_L[candidates.segment_L == index].tolist() for index in range(len(LABELS))]
     expected = _one_by_one(module.model, rows, answers, instruction, all_logits=False)
     apart = 0.0

@@ -20,11 +20,11 @@ from measuring import Setting
 from subjects import RandomText, ShapedLM, backbone_dtype, queryable, sequence
 from torch import Tensor
 
-from continual.adapters.growing import GrowingBank as Bank
-from continual.module import ContinualModule
-from continual.quiet import quieten
+from continual.adapters.growing.bank import GrowingBank as Bank
+from continual.runtime.quiet import quieten
 from continual.strategies import GrowingBank
 from continual.strategies.bank_parts import bank_of
+from continual.training.module import ContinualModule
 
 
 def read(module: ContinualModule) -> dict[str, int]:

@@ -14,7 +14,7 @@ from peft import LilyConfig, LoraConfig, VBLoRAConfig
 from continual.callbacks import GradientRecorder
 from continual.callbacks.gradients import layer_of
 from continual.errors import RunError
-from continual.records import SCHEMAS
+from continual.storage.records import SCHEMAS
 
 KEYS = {"run": "r", "seed": 3, "stage": 1, "task": "one"}
 

@@ -13,12 +13,12 @@ import torch
 from peft import LoraConfig
 
 from analysis.routing import js_divergence, kl_divergence, total_variation
-from continual import records
 from continual.callbacks import RouteRecorder
-from continual.evaluate import Outcome
-from continual.module import ContinualModule
-from continual.records import SCHEMAS
-from continual.stage_data import StageData
+from continual.data.stage_data import StageData
+from continual.scoring.outcome import Outcome
+from continual.storage import records
+from continual.storage.records import SCHEMAS
+from continual.training.module import ContinualModule
 
 KEYS = {"run": "r", "seed": 3}
 BLOCKS, ATOMS = 2, 5

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from continual.callbacks import ScoreRecorder
-from continual.evaluate import Outcome
-from continual.records import SCHEMAS
+from continual.scoring.outcome import Outcome
+from continual.storage.records import SCHEMAS
 
 KEYS = {"run": "r", "seed": 3, "stage": 2}
 

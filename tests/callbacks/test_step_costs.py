@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from continual.callbacks import GradientRecorder, StageProgress
-from continual.stage_data import AllTasks
+from continual.scoring.test_data import AllTasks
 
 
 class Watch(L.Callback):

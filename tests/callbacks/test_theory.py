@@ -10,7 +10,7 @@ from peft import LoraConfig
 from torch.linalg import vector_norm
 
 from continual.adapters import QueryableLoraConfig
-from continual.adapters.router import AtomBank
+from continual.adapters.queryable.router import AtomBank
 from continual.callbacks import TheoryRecorder
 from continual.callbacks.theory import RATIOS, measure
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from continual import records
 from continual.adapters import MoeLoraConfig
 from continual.callbacks import TokenRecorder
 from continual.callbacks.tokens import hashed
-from continual.module import ContinualModule
-from continual.records import SCHEMAS
-from continual.stage_data import StageData
+from continual.data.stage_data import StageData
+from continual.storage import records
+from continual.storage.records import SCHEMAS
+from continual.training.module import ContinualModule
 
 KEYS = {"run": "r", "seed": 3}
 

@@ -13,11 +13,12 @@ import pytest
 import yaml
 
 from analysis import load
-from continual import ablate, manifest, records, run
+from continual import ablate, run
 from continual.callbacks import ScoreRecorder
-from continual.experiment import parse
-from continual.sequence import Sequence
-from continual.stage_data import AllTasks
+from continual.config.experiment import parse
+from continual.engine.stage_loop import StageLoop
+from continual.scoring.test_data import AllTasks
+from continual.storage import manifest, records
 
 ATOMS = 4  # of the tests' configuration
 BANK = {
@@ -72,7 +73,7 @@ def test_with_all_atoms_the_scores_are_the_runs_own(ablated: Path) -> None:
 
 def test_without_an_atom_the_scores_are_those_of_its_absence(ablated: Path, tmp_path: Path) -> None:
     state, text = manifest.read(ablated)
-    made = Sequence(parse(text, "tiny"), Path(shutil.copytree(ablated, tmp_path / "run")))
+    made = StageLoop(parse(text, "tiny"), Path(shutil.copytree(ablated, tmp_path / "run")))
     made.prepare(state)
     made._see_labels(2)
     table: Any = records.read(ablated, "ablation")

@@ -7,11 +7,11 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from continual import evaluate
-from continual.adapters.gate import ABSTAIN, StageGate
-from continual.known_answers import Known, KnownAnswers
-from continual.sequence import Sequence
-from continual.stage_data import StageData
+from continual.adapters.growing.gate import ABSTAIN, StageGate
+from continual.data.stage_data import StageData
+from continual.engine.stage_loop import StageLoop
+from continual.scoring import evaluate
+from continual.scoring.answer_cache import Known, KnownAnswers
 from continual.strategies import GrowingBank
 
 Tree = dict[str, Any]
@@ -106,15 +106,15 @@ def test_rows_are_computed_where_their_tokens_are_sampled(
 @pytest.fixture
 def killed(growing: Tree, write: Callable, engine: Callable, tmp_path: Path) -> Path:
     """The directory of a run that ended before its third stage was trained."""
-    fit = Sequence._fit
+    fit = StageLoop._fit
 
-    def fail(self: Sequence, index: int) -> Any:
+    def fail(self: StageLoop, index: int) -> Any:
         if index == 3:
             raise RuntimeError("killed")
         return fit(self, index)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
-        patch.setattr(Sequence, "_fit", fail)
+        patch.setattr(StageLoop, "_fit", fail)
         engine(write(growing | {"token_sample": 0}), "--out", tmp_path / "killed")
     assert [path.name for path in (tmp_path / "killed").glob("known*")] == ["known-answers-02.parquet"]
     return tmp_path / "killed"

@@ -13,10 +13,13 @@ import yaml
 
 import analysis.report
 from analysis.frames import Frame
-from continual import experiment, manifest, records, rescore, run
+from continual import rescore, run
 from continual.callbacks import ScoreRecorder
-from continual.sequence import AllTasks, Sequence
-from continual.stage_data import StageData
+from continual.config import experiment
+from continual.data.stage_data import StageData
+from continual.engine.stage_loop import StageLoop
+from continual.scoring.test_data import AllTasks
+from continual.storage import manifest, records
 
 OWN = {"animals": "Sort the animals.", "colours": "Sort the colours."}
 OTHERS = {"animals": ["Which kind of beast?", "Bird or fish, please."], "colours": ["Warm or cold, is it?"]}
@@ -50,9 +53,9 @@ def read(run_dir: Path, table: str) -> Frame:
     return records.read(run_dir, table)
 
 
-def taken_up(run_dir: Path) -> Sequence:
+def taken_up(run_dir: Path) -> StageLoop:
     state, text = manifest.read(run_dir)
-    sequence = Sequence(experiment.parse(text, "again"), run_dir)
+    sequence = StageLoop(experiment.parse(text, "again"), run_dir)
     sequence.prepare(state)
     return sequence
 

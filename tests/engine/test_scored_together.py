@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from continual import evaluate, scored_together, stage_data
 from continual.backbones import TinyCausalLM
-from continual.batch_order import scoring_size
-from continual.batches import Row
-from continual.candidates import Candidates
-from continual.module import ContinualModule
-from continual.scored_together import Together, grouped
+from continual.data import stage_data
+from continual.data.batch import Row
+from continual.data.batch_order import scoring_size
+from continual.data.label_tree import LabelTree
+from continual.scoring import evaluate, shared_passes
+from continual.scoring.shared_passes import Together, grouped
+from continual.training.module import ContinualModule
 
 Tree = dict[str, Any]
 
@@ -177,7 +178,7 @@ def test_batches_that_follow_each_other_share_a_pass_as_far_as_its_tokens_go() -
 def test_a_group_is_computed_once_by_whichever_batch_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """A trainer may be told to leave batches out."""
     computed = []
-    monkeypatch.setattr(scored_together, "score_together", lambda module, parts: computed.append(parts) or ["a", "b"])
+    monkeypatch.setattr(shared_passes, "score_together", lambda module, parts: computed.append(parts) or ["a", "b"])
     module: Any = torch.nn.Linear(1, 1)
     module.device = torch.device("cpu")
     group, made = Together(), list[int]()
@@ -197,7 +198,7 @@ def test_rows_of_several_trees_score_as_by_their_own() -> None:
     backbone = TinyCausalLM(num_layers=2)
     model = backbone.build().eval()
     labels = [["yes", "no"], ["red", "redder", "reddest of all", "blue"], ["a"]]
-    trees = [Candidates.of(backbone, names, later=["green"]) for names in labels]
+    trees = [LabelTree.of(backbone, names, later=["green"]) for names in labels]
     generator = torch.Generator().manual_seed(0)
     forwards = []
     for width, count in ((5, 3), (9, 2), (2, 1)):
@@ -209,7 +210,7 @@ def test_rows_of_several_trees_score_as_by_their_own() -> None:
     counts = [len(forward["input_ids"]) for forward in forwards]
     with torch.inference_mode():
         together = evaluate.log_likelihoods_of_trees(
-            model, evaluate.beside_each_other(forwards), list(zip(trees, counts, strict=True))
+            model, evaluate.concat_batches(forwards), list(zip(trees, counts, strict=True))
         )
         for forward, candidates, found in zip(forwards, trees, together, strict=True):
             alone = evaluate.label_log_likelihoods(model, forward, candidates)

@@ -16,11 +16,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import GenerationMixin, StaticCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from continual import generation
+from continual.data.stage_data import StageData
 from continual.errors import RunError
-from continual.generation import generate
-from continual.module import ContinualModule
-from continual.stage_data import StageData
+from continual.scoring import generation
+from continual.scoring.generation import generate
+from continual.training.module import ContinualModule
 
 Prepared = Callable[..., tuple[ContinualModule, list[StageData]]]
 CASES = [("Sequential", "lora"), ("Sequential", "queryable"), ("Sequential", "experts"), ("GrowingBank", "queryable")]
