@@ -53,9 +53,9 @@ def _work(argv: Sequence[str]) -> Path:
     made.wordings = Rewording(
         arguments.wordings, arguments.key, arguments.options, arguments.where, arguments.none, arguments.wrong
     )
-    sequence = StageLoop(made, arguments.run)
-    sequence.prepare(state)
-    tables = sequence.score_wordings()
+    loop = StageLoop(made, arguments.run)
+    loop.prepare(state)
+    tables = loop.score_reworded()
     for table in ("wording_answers", "wordings"):
         records.replace(arguments.run, table, tables[table], _SAME)
     return finish(arguments.run)

@@ -122,11 +122,11 @@ def _new_dir(out: Path | None, stem: str) -> Path:
 def _start(experiment: Experiment, run_dir: Path, report: bool = True) -> Path:
     from continual.engine.stage_loop import StageLoop
 
-    sequence = StageLoop(experiment, run_dir)
-    sequence.prepare()
-    sequence.run()
-    run_dir = sequence.run_dir
-    del sequence  # its model: the bounds load their own
+    loop = StageLoop(experiment, run_dir)
+    loop.prepare()
+    loop.run()
+    run_dir = loop.run_dir
+    del loop  # its model: the bounds load their own
     return finish(run_dir, report)
 
 
@@ -149,11 +149,11 @@ def _go_on(run_dir: Path, report: bool) -> Path:
     from continual.config import experiment
     from continual.engine.stage_loop import StageLoop
 
-    sequence = StageLoop(experiment.parse(text, state.run, where=str(run_dir / manifest.CONFIG_NAME)), run_dir)
-    sequence.prepare(state)
+    loop = StageLoop(experiment.parse(text, state.run, where=str(run_dir / manifest.CONFIG_NAME)), run_dir)
+    loop.prepare(state)
     print(f"Going on with {run_dir} after stage {state.finished_stage} of {len(state.stages)}.", flush=True)
-    sequence.run()
-    del sequence
+    loop.run()
+    del loop
     return finish(run_dir, report)
 
 

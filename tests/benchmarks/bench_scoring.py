@@ -18,6 +18,7 @@ from peft import PeftConfig
 from subjects import TEXT_LENGTHS, RandomText, ShapedLM, backbone_dtype, lora, queryable, sequence
 from torch import Tensor
 
+from continual.callbacks import RouteRecorder, TokenRecorder
 from continual.data import stage_data
 from continual.data.batch import Row
 from continual.data.batch_order import scoring_size, token_batches
@@ -25,7 +26,7 @@ from continual.data.label_tree import LabelTree
 from continual.engine.stage_loop import StageLoop
 from continual.scoring import evaluate
 from continual.scoring.evaluate import label_log_likelihoods, score_batch
-from continual.scoring.generation import generate, on_cuda
+from continual.scoring.generation import generate
 from continual.training.module import ContinualModule
 from tasks import Task
 
@@ -175,15 +176,16 @@ def recording(setting: Setting, folder: Path, shape: str) -> Iterator[Result]:
     """Time scoring with routes recorded and summed up, as in every run, against scoring alone."""
     task = RandomText(_lengths(setting, 12, 240), LABELS[:4], seed=setting.seed)
     stages, batches = _scoring(setting, folder / "routes", shape, queryable(), task)
-    module, keys, trained = stages.module, stages._keys(1), {stages.data[0].name: 1}
+    module = stages.module
+    recorders = [each for each in stages.recorders if isinstance(each, (RouteRecorder, TokenRecorder))]
 
     @torch.inference_mode()  # as Lightning tests
     def on() -> None:
-        stages.routes.start(keys, stages.data, trained)
-        stages.tokens.start(keys, stages.data, trained)
+        for recorder in recorders:
+            recorder.begin(stages.context(1, stages.data))
         for index, batch in enumerate(batches):
             outcome = score_batch(module, task, batch)
-            for recorder in (stages.routes, stages.tokens):
+            for recorder in recorders:
                 recorder.on_test_batch_end(None, module, outcome, batch, index)  # type: ignore[arg-type]
 
     @torch.inference_mode()
@@ -216,7 +218,9 @@ def ten_tasks(setting: Setting, folder: Path, shape: str) -> Iterator[Result]:
     def score(together: bool) -> Callable[[], None]:
         def run() -> None:
             with patch.object(stage_data, "scoring_size", lambda *of: scoring_size(*of)._replace(shared=together)):
-                stages._score(0, stages.experiment.make_trainer(None, folder, stages._callbacks))
+                for recorder in stages.recorders:
+                    recorder.begin(stages.context(0, stages.data))
+                stages._score(0, stages.experiment.make_trainer(None, folder, stages.recorders), stages.data)
 
         return run
 

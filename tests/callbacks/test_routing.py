@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from contexts import context
 from peft import LoraConfig
 
-from analysis.routing import js_divergence, kl_divergence, total_variation
 from continual.callbacks import RouteRecorder
 from continual.data.stage_data import StageData
+from continual.measures.distances import js_divergence, kl_divergence, total_variation
 from continual.scoring.outcome import Outcome
 from continual.storage import records
 from continual.storage.records import SCHEMAS
@@ -64,8 +65,7 @@ def by_block(recorder: RouteRecorder, table: str, metric: str, **columns: Any) -
 
 
 def start(recorder: RouteRecorder, stage: int, stages: list[StageData]) -> None:
-    trained = {str(data.name): index for index, data in enumerate(stages, start=1)}
-    recorder.start(KEYS | {"stage": stage}, stages, trained)
+    recorder.begin(context(stage, stages, seed=3))
 
 
 def move(module: ContinualModule) -> None:

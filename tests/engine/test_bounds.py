@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from analysis import load_run
-from analysis.bounds import joint_scores
+from analysis.summaries.bounds import joint_scores
 from continual.errors import ConfigError, RunError
 from continual.run import guarded, run_text
 from continual.run import run as go_on

@@ -16,11 +16,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import GenerationMixin, StaticCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from continual.compat import transformers as compat
+from continual.compat.transformers import CACHE
 from continual.data.stage_data import StageData
 from continual.errors import RunError
-from continual.scoring import generation
 from continual.scoring.generation import generate
 from continual.training.module import ContinualModule
+from continual.training.recorded_generation import generate_recorded, on_cuda
 
 Prepared = Callable[..., tuple[ContinualModule, list[StageData]]]
 CASES = [("Sequential", "lora"), ("Sequential", "queryable"), ("Sequential", "experts"), ("GrowingBank", "queryable")]
@@ -37,8 +39,8 @@ def caches(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[StaticCache]]:
             super().__init__(*args, **kwargs)
             made.append(weakref.ref(self))
 
-    monkeypatch.setattr(generation, "StaticCache", Watched)
-    is_static = lambda model, kwargs, config: isinstance(kwargs["past_key_values"], StaticCache)  # noqa: E731
+    monkeypatch.setattr(compat, "StaticCache", Watched)
+    is_static = lambda model, kwargs, config: isinstance(kwargs[CACHE], StaticCache)  # noqa: E731
     monkeypatch.setattr(GenerationMixin, "_valid_auto_compile_criteria", is_static)
     return made
 
@@ -62,7 +64,7 @@ class Recorder:
 
         def repeat() -> Any:
             self.num_repeats += 1
-            return CausalLMOutputWithPast(logits=trace(), past_key_values=cache)
+            return CausalLMOutputWithPast(**{"logits": trace(), CACHE: cache})
 
         return repeat
 
@@ -99,7 +101,8 @@ def texts(
 ) -> list[list[int]]:
     """Return the tokens that answer each prompt."""
     tokenizer: Any = module.backbone.tokenizer  # type: ignore[attr-defined]
-    return generate(module.model, inputs, most, end, tokenizer.pad_token_id, record).tolist()
+    given = (module.model, inputs, most, end, tokenizer.pad_token_id)
+    return (generate(*given) if record is None else generate_recorded(*given, record)).tolist()
 
 
 @pytest.mark.parametrize(("strategy", "adapter"), CASES)
@@ -165,7 +168,7 @@ def test_short_answers_and_windows_are_not_recorded(prepared: Prepared, caches: 
     config: Any = module.model.get_base_model().config  # type: ignore[union-attr]
     config.layer_types = ["full_attention", "sliding_attention"]
     config.sliding_window = 8
-    assert generation._static_cache(module.model.get_base_model(), 20, 10) is None  # type: ignore[union-attr]
+    assert compat.static_cache(module.model.get_base_model(), 29) is None  # type: ignore[union-attr]
 
 
 def test_a_step_that_cannot_be_recorded_is_one_line(prepared: Prepared, caches: Any) -> None:
@@ -185,4 +188,4 @@ def test_a_cuda_graph_gives_the_same_answers(sequence: Callable[..., Any], strat
     module.cuda()
     for size in (3, 1, 3):
         inputs = move_data_to_device(prompts(data, size), module.device)
-        assert texts(module, inputs, None, generation.on_cuda) == texts(module, inputs, None)
+        assert texts(module, inputs, None, on_cuda) == texts(module, inputs, None)
