@@ -32,6 +32,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import ModelParallelStrategy
 
+from continual.compat.jsonargparse import keys_of
 from continual.config import bounds
 from continual.config.messages import explain
 from continual.config.overrides import read_text, read_tree
@@ -197,7 +198,7 @@ def parse(text: str, stem: str, overrides: Sequence[str] = (), where: str = "con
     except ConfigError:
         raise
     except Exception as error:  # jsonargparse wraps whatever a constructor raises in types of its own
-        raise ConfigError(f"{where}: {explain(error, tree, Stage)}") from error
+        raise ConfigError(f"{where}: {explain(error, tree, Stage, keys_of(parser))}") from error
     if not isinstance(config.trainer.max_epochs, int) or config.trainer.max_epochs < 1:
         raise ConfigError(f"{where}: trainer.max_epochs must be at least 1, got {config.trainer.max_epochs}")
     bounds.check(config.bounds)

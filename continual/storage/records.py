@@ -152,12 +152,16 @@ def read(run_dir: str | Path, table: str) -> pd.DataFrame:
     if path.exists():
         return _read(path, schema).to_pandas()
     if schema is None:
-        raise RecordError(f"no table named {table!r}; there are {', '.join(SCHEMAS)}")
+        raise _unknown(table)
     return schema.empty_table().to_pandas()
 
 
 def _columns(table: pa.Table, names: Sequence[str]) -> list[tuple[Any, ...]]:
     return list(zip(*(table.column(name).to_pylist() for name in names), strict=True))
+
+
+def _unknown(table: str) -> RecordError:
+    return RecordError(f"no table named {table!r}; there are {', '.join(SCHEMAS)}")
 
 
 def _schema_of(path: Path) -> pa.Schema:
@@ -166,10 +170,12 @@ def _schema_of(path: Path) -> pa.Schema:
 
 def _inferred(path: Path, rows: Sequence[Mapping[str, Any]]) -> pa.Schema:
     """Return the columns of a table by its first rows: those of every table, then their own."""
+    if not rows:
+        raise _unknown(path.stem)
     keys = pa.schema(_KEYS)
-    own = [name for name in (rows[0] if rows else ()) if name not in keys.names]
+    own = [name for name in rows[0] if name not in keys.names]
     rest = pa.Table.from_pylist([{name: row.get(name) for name in own} for row in rows]).schema
-    if missing := [name for name in keys.names if rows and name not in rows[0]]:
+    if missing := [name for name in keys.names if name not in rows[0]]:
         raise RecordError(f"{path.name}: a row lacks {', '.join(missing)}")
     return pa.schema([*keys, *rest])
 

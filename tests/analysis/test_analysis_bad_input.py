@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import sweep_files as files
 
-from analysis.report import main
+from analysis.report.command import main
 from analysis.runs.load import RunReadError, load, load_run
 from continual.storage import records
 

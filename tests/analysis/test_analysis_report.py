@@ -16,7 +16,8 @@ import pytest
 
 import analysis
 from analysis import load, load_run, summarise
-from analysis.report import main, write_report
+from analysis.report import write_report
+from analysis.report.command import main
 from analysis.report.figures import plates
 from analysis.report.page import _plain
 from analysis.runs import tables

@@ -19,7 +19,8 @@ import test_analysis_page as page_tests
 
 from analysis import RunReadError, figures, load_sweep, method_table, paired_differences
 from analysis.measures import hierarchy
-from analysis.report import main, published, write_report
+from analysis.report import published, write_report
+from analysis.report.command import main
 from analysis.report.sweep_content import compare, edges
 from analysis.report.sweep_figures import sweep_plates
 from analysis.summaries import differences

@@ -31,7 +31,7 @@ clock = time.process_time if sys.argv[4] == "cpu" else lambda: time.time() - beg
 marks = {}
 from pathlib import Path
 from continual.runtime.quiet import quieten
-from continual.run import import_engine
+from continual.commands.run import import_engine
 quieten()
 import_engine()
 from continual.config import experiment

@@ -26,8 +26,9 @@ from continual.data.label_tree import LabelTree
 from continual.engine.stage_loop import StageLoop
 from continual.scoring import evaluate
 from continual.scoring.evaluate import label_log_likelihoods, score_batch
-from continual.scoring.generation import generate
+from continual.training import module as module_file
 from continual.training.module import ContinualModule
+from continual.training.recorded_generation import generate_recorded
 from tasks import Task
 
 LABELS = ["a", "on", "cat", "sky", "to", "green", "it", "up", "moon", "be", "salt", "we", "iron", "no"]
@@ -281,7 +282,7 @@ def free_answers(setting: Setting, folder: Path, shape: str) -> Iterator[Result]
     task = RandomText(_lengths(setting, 4, 80), answer_length=new_tokens - 2, seed=setting.seed)  # a space, an end mark
     ours, batches = _scoring(setting, folder / "ours", shape, queryable(), task)
     theirs, _ = _scoring(setting, folder / "theirs", shape, lora(), task)
-    record = on_cuda if setting.cuda else lambda step: step
+    record = None if setting.cuda else lambda step: step  # a CUDA graph by default
     texts: dict[str, list[str]] = {}
 
     @torch.inference_mode()  # as Lightning tests
@@ -290,10 +291,10 @@ def free_answers(setting: Setting, folder: Path, shape: str) -> Iterator[Result]
         texts["ours"] = [text for outcome in outcomes for text in outcome.predictions]
 
     def generate_static(*args: Any, **kwargs: Any) -> Tensor:
-        return generate(*args, **kwargs | {"record": record})
+        return generate_recorded(*args, **kwargs, record=record)
 
     def answer_static() -> None:
-        with patch.object(evaluate, "generate", generate_static):
+        with patch.object(module_file, "generate", generate_static):
             answer()
         texts["static"] = texts["ours"]
 

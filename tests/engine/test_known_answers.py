@@ -89,7 +89,7 @@ def test_known_answers_are_those_that_computing_gives(
     assert len(found) == 5  # where no answers are kept, nothing asks for any
     names = sorted(path.name for path in (tmp_path / "computed").glob("*.parquet"))
     assert names == sorted(path.name for path in (tmp_path / "known").glob("*.parquet"))
-    assert {"scores.parquet", "answers.parquet", "routing.parquet", "drift.parquet", "separation.parquet"} <= {*names}
+    assert {"scores.parquet", "answers.parquet", "routing.parquet", "usage_halves.parquet"} <= {*names}
     for name in names:
         same_table(name, tmp_path)
 

@@ -2,18 +2,47 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, cast
 
-from continual.adapters import QueryableLoraModel
+from continual.adapters import QueryableLoraConfig, QueryableLoraModel
 from continual.callbacks import ScoreRecorder
+from continual.config import experiment
+from continual.config.experiment import Experiment
 from continual.data.stage_data import StageData
 from continual.engine.stage_loop import StageLoop
+from continual.errors import ConfigError
+from continual.storage import manifest, records
 from continual.storage.manifest import Manifest
 
 Rows = dict[str, list[dict[str, Any]]]
 """Rows of the table ``ablation``, without their atom, by task."""
 Answers = dict[tuple[str, int], str]
 """What was answered, by task and row."""
+
+
+def ablate(run_dir: Path) -> None:
+    """Write ``ablation.parquet`` into the directory of a finished run.
+
+    Raises:
+        ConfigError: There is no run, it is not finished, or its adapter has no atoms of which one could go.
+    """
+    state, text = manifest.read_finished(run_dir)
+
+    made = experiment.parse(text, state.run, where=str(run_dir / manifest.CONFIG_NAME))
+    _check(made, run_dir)
+    made.wordings, made.general_ability, made.token_sample = None, False, 0
+    records.rewrite(run_dir, "ablation", AtomScores(made, run_dir).score(state))
+
+
+def _check(made: Experiment, run_dir: Path) -> None:
+    adapter = made.model.adapter
+    if not isinstance(adapter, QueryableLoraConfig):
+        raise ConfigError(
+            f"{run_dir} has no atoms to take out: its adapter, {type(adapter).__name__}, keeps no bank of them"
+        )
+    if adapter.num_atoms == 1:
+        raise ConfigError(f"{run_dir} has one atom (a slice): without it there is nothing to route to")
 
 
 class AtomScores(StageLoop):
