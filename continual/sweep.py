@@ -106,9 +106,7 @@ def _say_plan(sweep: SweepLoop) -> None:
     plan = sweep.plan
     num_tuning = sum(len(plan.tune.combinations(method)) for method in plan.methods) if plan.tune else 0
     before = f", after {num_tuning} tuning cells" if num_tuning else ""
-    print(
-        f"SweepLoop {sweep.sweep_dir}: {len(plan.cells())} cells{before}; {sweep.num_jobs} at a time on {sweep.engine}"
-    )
+    print(f"Sweep {sweep.sweep_dir}: {len(plan.cells())} cells{before}; {sweep.num_jobs} at a time on {sweep.engine}")
     print(f"  {len(plan.methods)} methods: {', '.join(plan.methods)} (baseline {plan.baseline})")
     for name, order in plan.orders.items():
         print(f"  order {name}, seeds {', '.join(map(str, order.seeds))}: {' > '.join(order.stages)}", flush=True)
