@@ -11,7 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench clean
+.PHONY: help setup demo test docs bench clean
 
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' Makefile
@@ -36,6 +36,11 @@ test: $(INSTALLED)  ## lint, check types and run the whole test suite
 	@$(PY) -m pyright
 	@echo "==> Running the tests"
 	@$(PY) -m pytest
+
+docs: $(INSTALLED)  ## build the documentation into build/docs (a warning is an error)
+	@echo "==> Building the documentation"
+	@$(PY) -m sphinx -W --keep-going -q docs build/docs
+	@echo "==> Documentation: build/docs/index.html"
 
 bench: $(INSTALLED)  ## measure speed (make bench DEVICE=cuda on a GPU): JSON lines and a table
 	@$(PY) tests/benchmarks --device $(DEVICE)
