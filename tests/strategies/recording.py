@@ -51,7 +51,8 @@ class Recorder:
 
     def __call__(self, callable: torch.nn.Module, own: tuple[Tensor, ...]) -> Recorded:
         self.shapes.append(tuple(tensor.shape for tensor in own))
-        with capturing(), tracing(TracingContext(FakeTensorMode())):  # else each tensor's shape is noted in a mode of its own
+        # One mode for what a trace notes of its tensors: each would else make its own.
+        with capturing(), tracing(TracingContext(FakeTensorMode())):
             trace = make_fx(lambda *tensors: callable(*tensors))(*own)
 
         def replay(*tensors: Tensor) -> tuple[Tensor, ...]:
