@@ -17,8 +17,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
+from continual.commands.terminal import OneLineParser, guarded
 from continual.errors import ConfigError
-from continual.run import OneLineParser, guarded
 from continual.sweeps.cells import Engine, choose_jobs, start_engine
 
 if TYPE_CHECKING:

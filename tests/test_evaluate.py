@@ -121,11 +121,11 @@ def test_later_labels_come_to_no_more_than_they_begin_with() -> None:
     own, later = ["yes", "yellow", "no"], ["yell", "yet", "none", "maybe", "no"]
     forward = Collator(module.backbone, True, answers=False)(rows)["forward"]
     with torch.inference_mode():
-        candidates = LabelTree.of(module.backbone, own, (), later)
+        candidates = LabelTree.of(module.backbone, own).with_beginnings(module.backbone, later)
         found = label_log_likelihoods(model, forward, candidates)
         alone = label_log_likelihoods(model, forward, LabelTree.of(module.backbone, own))
-        scores = label_log_likelihoods(model, forward, LabelTree.of(module.backbone, candidates.later))
-    assert candidates.later == ("yell", "yet", "none", "maybe")
+        scores = label_log_likelihoods(model, forward, LabelTree.of(module.backbone, candidates.further))
+    assert candidates.further == ("yell", "yet", "none", "maybe")
     torch.testing.assert_close(found[:, :3], alone)  # they ask for no node
     assert len(candidates.node_ids_K) == len(LabelTree.of(module.backbone, own).node_ids_K)
     most = found[:, 3:]

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig
 
 from continual.adapters import QueryableLoraConfig
-from continual.adapters.growing import inputs as inputs_module
+from continual.adapters.growing.bank import inputs as inputs_module
 from continual.adapters.growing.inputs import RowInputs
 from continual.backbones import MLPRegressor, TinyCausalLM
 from continual.data.batch import IGNORED
@@ -177,13 +177,13 @@ def test_lightning_moves_batches_to_the_device_candidates_included() -> None:
     moved = L.LightningModule().transfer_batch_to_device(batch, torch.device("meta"), 0)
     tensors = [
         *moved["forward"].values(),
-        *(value for value in vars(moved["candidates"]).values() if isinstance(value, torch.Tensor)),
+        *(value for value in vars(moved["label_tree"]).values() if isinstance(value, torch.Tensor)),
     ]
     assert {tensor.device.type for tensor in tensors} == {"meta"}
-    assert moved["candidates"].names == ("x", "yy")
-    assert moved["candidates"].num_own == 2
+    assert moved["label_tree"].names == ("x", "yy")
+    assert moved["label_tree"].num_own == 2
     assert moved["rows"] == batch["rows"]
-    assert batch["candidates"].ids_L.device.type == "cpu"
+    assert batch["label_tree"].ids_L.device.type == "cpu"
 
 
 # -- labels -----------------------------------------------------------------------------------------------------------
@@ -214,8 +214,8 @@ def test_seen_labels_stand_behind_the_own_ones(score_seen_labels: bool, names: t
     data = prepared(task, score_seen_labels=score_seen_labels)
     data.seen_labels = ["a", "c", "c", "b"]
     (batch,) = data.test_dataloader()
-    assert batch["candidates"].names == names
-    assert batch["candidates"].num_own == 2
+    assert batch["label_tree"].names == names
+    assert batch["label_tree"].num_own == 2
 
 
 # -- order ------------------------------------------------------------------------------------------------------------

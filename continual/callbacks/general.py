@@ -1,14 +1,15 @@
 """The untouched text on which a model's general ability is measured, and the measuring.
 
-``data/general.jsonl`` holds short passages of English in many registers, written for this project and under its
+``general.jsonl`` holds short passages of English in many registers, written for this project and under its
 licence. No task is made of them, and none was published before: whatever a backbone knows of them, it knows of English.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from importlib import resources
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning as L
 import torch
@@ -19,11 +20,9 @@ from continual.data.batch import IGNORED, Row, moved
 from continual.data.batch_order import token_batches
 from continual.data.collate import Collator
 from continual.errors import ConfigError
+from continual.interfaces import AdaptedModule, Recorder, Rows, StageContext
 from continual.runtime import distributed
 from continual.runtime.parameters import forward_context
-
-if TYPE_CHECKING:
-    from continual.interfaces import AdaptedModule
 
 BATCH_TOKENS = 1024
 
@@ -63,20 +62,24 @@ def log_likelihood(module: AdaptedModule, rows: list[Row]) -> tuple[float, int]:
     return sum(totals) / sum(counts), sum(counts)
 
 
-class GeneralRecorder(L.Callback):
+class GeneralRecorder(Recorder):
     """After all tasks are scored, measures the general ability: rows for the table ``general``."""
 
     def __init__(self) -> None:
-        self.rows: list[dict[str, Any]] = []
+        self.rows: Rows = []
         self._encoded: list[Row] = []
 
-    def prepare(self, backbone: Any) -> None:
+    def check(self, module: AdaptedModule, stages: Sequence[Any]) -> None:
         """Encode the passages, or raise ConfigError."""
-        self._encoded = encode_passages(backbone)
+        self._encoded = encode_passages(module.backbone)
 
-    def start(self, keys: dict[str, Any]) -> None:
-        """Begin a stage; ``keys`` are the columns run, seed and stage."""
-        self.keys, self.rows = keys, []
+    def begin(self, context: StageContext) -> None:
+        """Begin a stage."""
+        self.keys, self.rows = context.keys, []
+
+    def tables(self) -> dict[str, Rows]:
+        """Return the rows of the table ``general``."""
+        return {"general": self.rows}
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure, while the model is still on its device."""

@@ -21,8 +21,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from continual.commands.terminal import OneLineParser
 from continual.errors import ConfigError
-from continual.run import OneLineParser
 from continual.storage import manifest
 from continual.storage.files import atomic_directory, write_json
 from continual.storage.manifest import Manifest

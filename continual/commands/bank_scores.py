@@ -34,10 +34,7 @@ class BankScores(StageLoop):
         self.prepare(state)
         index = state.finished_stage
         self._see_labels(index)
-        self.scores.start(self._keys(index), self.data)
         self.progress.title = "bank"
-        callbacks = [self.scores, self.progress, self.module.strategy]
-        trainer = self.experiment.make_trainer(None, self.run_dir, callbacks)
-        self._test(trainer, self.data)
-        ScoreTable([data.name for data in self.data]).show("(bank)", self.scores.headline())
-        return self.scores
+        found = self.score_beside(index, self.data)
+        ScoreTable([data.name for data in self.data]).show("(bank)", found.headline())
+        return found

@@ -12,6 +12,7 @@
     best_checkpoint: false                                   score a stage's best epoch in training beside its last
     theory: false                                            measure how near the theory's bounds come to be reached
     wordings: {file: ..., ...}                               arguments of Rewording; null (the default) for none
+    recorders: [{class_path: ..., init_args: {...}}, ...]    recorders of one's own: ``interfaces.Recorder``
     stages: [{name: ..., task: {class_path: ..., init_args: {...}}}, ...]
 
 Classes are named by class_path and init_args; a constructor's signature is its configuration.
@@ -31,11 +32,13 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import ModelParallelStrategy
 
+from continual.compat.jsonargparse import keys_of
 from continual.config import bounds
 from continual.config.messages import explain
 from continual.config.overrides import read_text, read_tree
 from continual.data.stage_data import StageData
 from continual.errors import ConfigError, one_line
+from continual.interfaces import Recorder
 from continual.runtime import distributed
 from continual.scoring.rewording import Rewording
 from continual.storage import manifest
@@ -93,6 +96,7 @@ class Experiment:
         best_checkpoint: Whether a stage's task is scored under the epoch of best training accuracy too.
         theory: Whether the ratios of the theory's bounds are measured in training.
         wordings: Other words to score the finished model's tasks in, if any.
+        recorders: Recorders of the user's own.
         bounds: Names of the bounds to run beside it.
         resolved: The whole configuration with every default filled in, as YAML; running it gives the same run.
     """
@@ -111,6 +115,7 @@ class Experiment:
     best_checkpoint: bool = False
     theory: bool = False
     wordings: Rewording | None = None
+    recorders: list[Recorder] = field(default_factory=list)
     bounds: list[str] = field(default_factory=list)
 
     def epochs(self, stage: Stage) -> int:
@@ -160,6 +165,7 @@ def make_parser(parser: ArgumentParser | None = None) -> ArgumentParser:
     parser.add_argument("--best_checkpoint", type=bool, default=False, help="Score the best epoch in training too.")
     parser.add_argument("--theory", type=bool, default=False, help="Measure the theory's bounds in training.")
     parser.add_argument("--wordings", type=Rewording | None, default=None, help="Other words to score tasks in.")
+    parser.add_argument("--recorders", type=list[Recorder], default=[], help="What else is written down.")
     parser.add_argument("--stages", type=list[Stage], help="The stages, in training order.")
     parser.set_defaults({f"trainer.{name}": value for name, value in TRAINER_DEFAULTS.items()})
     return parser
@@ -188,11 +194,11 @@ def parse(text: str, stem: str, overrides: Sequence[str] = (), where: str = "con
     try:
         config = parser.parse_object(copy.deepcopy(tree))  # it takes keys out of what it is given
         objects = parser.instantiate(config)
-        resolved = parser.dump(config, skip_none=False)
+        resolved = parser.dump(_as_before(config), skip_none=False)
     except ConfigError:
         raise
     except Exception as error:  # jsonargparse wraps whatever a constructor raises in types of its own
-        raise ConfigError(f"{where}: {explain(error, tree, Stage)}") from error
+        raise ConfigError(f"{where}: {explain(error, tree, Stage, keys_of(parser))}") from error
     if not isinstance(config.trainer.max_epochs, int) or config.trainer.max_epochs < 1:
         raise ConfigError(f"{where}: trainer.max_epochs must be at least 1, got {config.trainer.max_epochs}")
     bounds.check(config.bounds)
@@ -211,8 +217,17 @@ def parse(text: str, stem: str, overrides: Sequence[str] = (), where: str = "con
         best_checkpoint=objects.best_checkpoint,
         theory=objects.theory,
         wordings=objects.wordings,
+        recorders=list(objects.recorders),
         bounds=list(objects.bounds),
     )
+
+
+def _as_before(config: Namespace) -> Namespace:
+    """Return a configuration without keys that came later and are not used: the names of runs are hashes of it."""
+    kept = config.clone()
+    if not kept.recorders:
+        del kept["recorders"]
+    return kept
 
 
 def _as_dict(namespace: Any) -> dict[str, Any]:

@@ -7,10 +7,13 @@ import difflib
 import importlib
 import inspect
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from jsonargparse import ArgumentParser
 from peft import PeftConfig
+
+from continual.backbones import Backbone
 
 _KEY = re.compile(r'Parser key "([^"]+)"')
 _CLASS = re.compile(r"Problem with given class_path '([^']+)'")
@@ -27,22 +30,23 @@ _NO_DOT = re.compile(r"Expected a dot import path string: (\S+)")
 _MISSING_NAME = re.compile(r"module '([^']+)' has no attribute '([^']+)'")
 
 
-def explain(error: Exception, tree: dict[str, Any], stage_class: type) -> str:
+def explain(error: Exception, tree: dict[str, Any], stage_class: type, keys: Sequence[str]) -> str:
     """Return one line for a parser's error.
 
     Args:
         error: What jsonargparse, or a constructor that it called, raised.
         tree: The configuration that was parsed, to find out which stage is at fault.
         stage_class: The class of a stage.
+        keys: The dotted keys of a configuration.
     """
     text = str(error)
-    keys = _KEY.findall(text)
-    place = ".".join(keys)
-    if not keys or keys[0] == "stages":
+    named = _KEY.findall(text)
+    place = ".".join(named)
+    if not named or named[0] == "stages":
         # A constructor's own error names no place, and the parser's names no stage.
-        place = ".".join([_failing_part(tree, stage_class, text) or ".".join(keys[:1]), *keys[1:]])
+        place = ".".join([_failing_part(tree, stage_class, text) or ".".join(named[:1]), *named[1:]])
     classes = _CLASS.findall(text)
-    message = _what(text, classes)
+    message = _what(text, classes, keys)
     if classes and classes[-1].rpartition(".")[2] in ("PeftConfig", "Backbone", "Task"):
         message += f"; {place} needs a class_path"
     return f"{place}: {message}" if place and place not in message else message
@@ -54,19 +58,19 @@ def near(name: str, names: list[str]) -> str:
     return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
-def _what(text: str, classes: list[str]) -> str:
+def _what(text: str, classes: list[str], keys: Sequence[str]) -> str:
     if found := _OPTION.search(text):
         group, option = found.groups()
         if group is None and not classes and (given := re.findall(r"class_path='([^']+)'", text)):
             classes = given
-        owner, names = _owner(group, classes)
+        owner, names = _owner(group, classes, keys)
         return f"unknown key {option!r} in {owner}{near(option.split('.')[0 if group else -1], names)}"
     if found := _MISSING_NAME.search(text):
         module, name = found.groups()
         names = [n for n in dir(importlib.import_module(module)) if not n.startswith("_")]
         return f"there is no class {name!r} in {module}{near(name, names)}"
     if found := _OPTIONAL.search(text):
-        return _what(found.group(1), [])
+        return _what(found.group(1), [], keys)
     if found := _UNION.search(text):
         kinds = re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1", found.group(1)).replace("NoneType", "null")
         kinds = re.sub(r"typing\.Literal\[(.*?)\]", r"\1", kinds)
@@ -82,24 +86,19 @@ def _what(text: str, classes: list[str]) -> str:
     return " ".join(lines) or text
 
 
-def _owner(group: str | None, classes: list[str]) -> tuple[str, list[str]]:
+def _owner(group: str | None, classes: list[str], keys: Sequence[str]) -> tuple[str, list[str]]:
     """Return what an unknown key was given to, and the keys that it takes."""
-    from continual.config.experiment import make_parser
-
     if group is None and classes:
         module, _, name = classes[-1].rpartition(".")
         owner = getattr(importlib.import_module(module), name)
         return name, list(inspect.signature(owner).parameters)
-    known = [action.dest for action in make_parser()._actions if action.dest]
     prefix = f"{group}." if group else ""
-    names = {dest.removeprefix(prefix).split(".")[0] for dest in known if dest.startswith(prefix)}
+    names = {key.removeprefix(prefix).split(".")[0] for key in keys if key.startswith(prefix)}
     return group or "the configuration", sorted(names)
 
 
 def _failing_part(tree: dict[str, Any], stage_class: type, text: str) -> str:
     """Return which stage, or which part of the model, raises ``text`` when it is built alone; "" if none does."""
-    from continual.backbones import Backbone
-
     model = tree.get("model") or {}
     parts = [(f"stages.{stage['name']}", stage_class, stage) for stage in tree.get("stages") or []]
     parts += [("model.backbone", Backbone, model.get("backbone")), ("model.adapter", PeftConfig, model.get("adapter"))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,12 @@ from typing import Any
 import yaml
 
 from continual.errors import ConfigError, one_line
+
+KEYS = (
+    "name seed threads scoring bounds model data trainer token_sample general_ability best_checkpoint theory wordings "
+    "recorders stages"
+).split()
+"""The keys of a configuration, at the top."""
 
 
 def read_text(path: Path) -> str:
@@ -31,9 +38,19 @@ def read_tree(text: str, overrides: Sequence[str] = (), where: str = "configurat
         raise ConfigError(f"{where} has to be a mapping with the keys model and stages")
     for override in overrides:
         _apply(tree, override)
+    _check_keys(tree, where)
     _check_groups(tree, where)
     _check_stage_names(tree, where)
     return tree
+
+
+def _check_keys(tree: dict[str, Any], where: str) -> None:
+    """Raise ConfigError for a key that no configuration has, before anything is made of its absence."""
+    for key in tree:
+        if key not in KEYS:
+            close = difflib.get_close_matches(str(key), KEYS, n=3, cutoff=0.5)
+            hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(KEYS)}"
+            raise ConfigError(f"{where}: unknown key {key!r}; {hint}")
 
 
 def _check_groups(tree: dict[str, Any], where: str) -> None:

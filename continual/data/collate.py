@@ -30,7 +30,7 @@ class Collator:
         backbone: Tokenises instructions; pads with its tokenizer's padding token.
         with_instructions: Whether the adapter has an instruction prior to feed.
         answers: Whether the answers follow the prompts (training) or prompts stand alone (scoring).
-        candidates: Labels to score, for a task that has them.
+        label_tree: Labels to score, for a task that has them.
         encoder: Encodes instructions for a backbone without words.
         row_inputs: What a gate reads of the rows, where there is one.
         share: Which of a batch's rows are this process's; all of them by default.
@@ -45,7 +45,7 @@ class Collator:
         backbone: Backbone,
         with_instructions: bool,
         answers: bool,
-        candidates: LabelTree | None = None,
+        label_tree: LabelTree | None = None,
         encoder: Any = None,
         row_inputs: Callable[[Sequence[Row]], dict[str, Tensor]] | None = None,
         share: slice = slice(None),
@@ -56,7 +56,7 @@ class Collator:
         self.task_id, self.pack_to, self.masks_padding = task_id, pack_to, masks_padding
         self.backbone: Any = backbone
         self.with_instructions, self.answers = with_instructions, answers
-        self.candidates, self.encoder, self.row_inputs, self.share = candidates, encoder, row_inputs, share
+        self.label_tree, self.encoder, self.row_inputs, self.share = label_tree, encoder, row_inputs, share
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
         """Return the batch; see the module's docstring for the shapes.
@@ -130,8 +130,8 @@ class Collator:
                 "position_ids": (mask.cumsum(dim=1) - 1).clamp_min(0),
             }
         }
-        if self.candidates is not None:
-            batch["candidates"] = self.candidates
+        if self.label_tree is not None:
+            batch["label_tree"] = self.label_tree
         return batch
 
     def _numbers(self, rows: Sequence[Row]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ Rows are read and encoded once, by ``batches``; the strategy of the module may m
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal
 
 import lightning as L
@@ -99,12 +99,12 @@ class StageData(RowsDataModule):
         self.name: str = type(task).__name__
         self.index: int = 0  # its place among the stages
         self.seen_labels: list[str] = []
-        self.later_labels: list[str] = []
+        self.label_tree: Callable[..., LabelTree] = LabelTree.of
         self._encoded: dict[str, EncodedTask] = {}
 
     def prepare(self, module: Any) -> None:
         """Read and encode the task's rows for the backbone of ``module``; a second call does nothing."""
-        self._module = module
+        self.module = module
         if not self._encoded:
             if self.packing and self.index == 0:  # all stages have the same model
                 check_packing(module, self._collator(answers=True), self._collator(answers=True, pack_to=self._pack_to))
@@ -118,7 +118,7 @@ class StageData(RowsDataModule):
             )
 
     def _encode(self, split: Literal["train", "test"], wording: Wording | Sequence[Wording]) -> EncodedTask:
-        return EncodedTask(self.task, self._module.backbone, split, self.max_tokens, self.options, wording)
+        return EncodedTask(self.task, self.module.backbone, split, self.max_tokens, self.options, wording)
 
     def _varied(self) -> list[Wording]:
         """Return each training row's wording; rows held out of training are put as test rows are."""
@@ -137,7 +137,7 @@ class StageData(RowsDataModule):
         """Return the length, in tokens, of what prompts open with in other words."""
         listed = (self.task.labels or []) if self.options == "listed" else []
         text = opening(wording.in_prompt(self.task.instruction), wording.order(listed, row=0))
-        return len(self._module.backbone.encode_instruction(text))
+        return len(self.module.backbone.encode_instruction(text))
 
     def setup(self, stage: str) -> None:
         """Lightning's hook: encode with the backbone of the module that the trainer runs."""
@@ -180,7 +180,7 @@ class StageData(RowsDataModule):
         """Return shuffled batches of rows of like length, with what the module's strategy mixes in."""
         rows = self.train_rows
         batches = LengthBatches([row.length for row in rows], self.batch_size, self.seed)
-        rows, batches = self._module.strategy.mix(rows, batches)
+        rows, batches = self.module.strategy.mix(rows, batches)
         return DataLoader(
             rows,  # type: ignore[arg-type]
             batch_sampler=batches,
@@ -192,31 +192,31 @@ class StageData(RowsDataModule):
         """Return the held-out training rows, to be scored; none by default."""
         return [self._scoring_loader(self.held_out_rows)] if self.held_out_rows else []
 
-    def test_dataloader(self, share: slice = slice(None), known: Collection[int] = ()) -> DataLoader:
+    def test_dataloader(self, share: slice = slice(None), skip: Collection[int] = ()) -> DataLoader:
         """Return the rows that the task is scored on, its test rows unless ``score_rows`` says otherwise.
 
         Args:
             share: Which of the batches to return.
-            known: Rows to leave out, by their index.
+            skip: Rows to leave out, by their index.
         """
-        return self._scoring_loader([row for row in self.scored_rows if row.source["row"] not in known], share)
+        return self._scoring_loader([row for row in self.scored_rows if row.source["row"] not in skip], share)
 
     @property
     def _pack_to(self) -> int:
         if not self.packing:
             return 0
-        return 8 if self._module.compiles else 1  # attention that is compiled has another code for masks not aligned
+        return 8 if self.module.compiles else 1  # attention that is compiled has another code for masks not aligned
 
     def collate(self, rows: Sequence[Row]) -> dict[str, Any]:
         """Return rows, of any stage, as one training batch; padded, also where those of an epoch are packed."""
         return self._collator(answers=True)(rows)
 
     def _scoring_loader(self, rows: list[Row], share: slice = slice(None)) -> DataLoader:
-        candidates, extra = None, 0
+        tree, extra = None, 0
         if self.task.kind == "labels":
-            others = (self.seen_labels, self.later_labels) if self.score_seen_labels else ()
-            candidates = LabelTree.of(self._module.backbone, self.task.labels or [], *others)
-            extra = len(candidates.node_ids_K)
+            others = self.seen_labels if self.score_seen_labels else []
+            tree = self.label_tree(self.module.backbone, self.task.labels or [], others)
+            extra = len(tree.node_ids_K)
         elif self.task.kind == "free":
             extra = self.max_answer_tokens
         lengths = [max(1, len(row.prompt_ids)) for row in rows]
@@ -224,27 +224,22 @@ class StageData(RowsDataModule):
         return DataLoader(
             rows,  # type: ignore[arg-type]
             batch_sampler=batches[share],  # type: ignore[arg-type]
-            collate_fn=self._collator(answers=self.task.kind == "regression", candidates=candidates),
+            collate_fn=self._collator(answers=self.task.kind == "regression", label_tree=tree),
         )
 
     def scoring_batches(self, lengths: Sequence[int], extra: int = 0, least: int = 1) -> list[list[int]]:
         """Return batches of rows to score, as large as the module's device likes them; see ``token_batches``."""
-        return token_batches(lengths, extra, self.scoring_tokens, self._scoring.full, least)
+        return token_batches(lengths, extra, self.scoring_tokens, self.scoring_size.full, least)
 
     @property
     def scoring_tokens(self) -> int:
         """Padded tokens of a scoring batch at most."""
-        return self.eval_batch_tokens or self._scoring.tokens
+        return self.eval_batch_tokens or self.scoring_size.tokens
 
     @property
-    def scored_with_others(self) -> bool:
-        """Whether its batches may share a pass with those of other label tasks."""
-        alike = self.task.kind == "labels" and not self.generates and not self._module.strategy.scores_by_task
-        return self._scoring.shared and alike
-
-    @property
-    def _scoring(self) -> ScoringSize:
-        return scoring_size(self._module.device.type, self._module.hidden_width)
+    def scoring_size(self) -> ScoringSize:
+        """How large the module's device likes batches to score."""
+        return scoring_size(self.module.device.type, self.module.hidden_width)
 
     @property
     def max_answer_tokens(self) -> int:
@@ -254,18 +249,18 @@ class StageData(RowsDataModule):
     def _collator(
         self,
         answers: bool,
-        candidates: LabelTree | None = None,
+        label_tree: LabelTree | None = None,
         share: slice = slice(None),
         pack_to: int = 0,
     ) -> Collator:
-        module = self._module
+        module = self.module
         # More stages than the adapter has tasks: the last ones share its last.
         task_id = min(self.index, module.adapter.n_tasks - 1) if module.takes_task_ids else None
         return Collator(
             module.backbone,
             module.uses_instructions,
             answers,
-            candidates,
+            label_tree,
             module.instruction_encoder,
             module.row_inputs,
             share,

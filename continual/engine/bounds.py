@@ -45,6 +45,6 @@ def _run(folder: Path, text: str) -> None:
         state, text = manifest.read(folder)
         if state.complete:
             return
-    sequence = StageLoop(experiment.parse(text, folder.name, where=str(folder)), folder)
-    sequence.prepare(state)
-    sequence.run()
+    loop = StageLoop(experiment.parse(text, folder.name, where=str(folder)), folder)
+    loop.prepare(state)
+    loop.run()

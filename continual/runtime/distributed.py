@@ -2,7 +2,7 @@
 
 Lightning (``trainer.devices=N trainer.strategy=ddp``), torchrun or srun runs the command once for each device, and all
 of these processes run the same lines on the same seed. A training batch is the same whatever their number: each takes
-every N-th of its rows (``batches.Collator``). Batches to be scored are dealt out whole (``stage_data.AllTasks``), and
+every N-th of its rows (``batches.Collator``). Batches to be scored are dealt out whole (``stage_data.ScoringDataModule``), and
 what was found in them is gathered before anything is computed from it. The first process alone writes, and speaks.
 
 Lightning's ModelParallelStrategy cuts the frozen decoder layers into shards, one a device (``shard``): passes then have
@@ -12,6 +12,7 @@ to be made by all processes together, so that each scores every batch, and train
 from __future__ import annotations
 
 import inspect
+import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -183,9 +184,13 @@ def of_batches(found: _Found, module: AdaptedModule) -> list[_Found]:
 
 
 def in_order(found: list[_Found], module: AdaptedModule) -> list[_Found]:
-    """Return what all processes found in their ``own_batches``, an entry a batch, in the batches' order."""
+    """Return what all processes found in their ``own_batches``, an entry a batch, in the batches' order.
+
+    What one process has beyond the others comes last.
+    """
     parts = of_batches(found, module)
-    return [parts[place % len(parts)][place // len(parts)] for place in range(sum(map(len, parts)))]
+    rounds = itertools.zip_longest(*([[entry] for entry in part] for part in parts), fillvalue=[])
+    return [entry for each in rounds for own in each for entry in own]
 
 
 def mean(values: Tensor) -> Tensor:

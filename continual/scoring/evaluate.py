@@ -9,7 +9,7 @@ Shapes: B rows, P prompt columns, K nodes of the tree, L label tokens, C labels,
 
 from __future__ import annotations
 
-import itertools
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
@@ -21,16 +21,11 @@ from torch import Tensor
 from continual.adapters import QueryableLoraModel
 from continual.adapters.queryable.carrier import ROUTING_KEYWORDS
 from continual.data.label_tree import LabelTree
-from continual.scoring.generation import generate, on_cuda
 from continual.scoring.outcome import Outcome
 from tasks import Task
 
 if TYPE_CHECKING:
     from continual.interfaces import AdaptedModule
-
-
-_ROUNDING = 0.1
-"""Nats, and more than that, by which a label's score differs from batch to batch (bfloat16)."""
 
 
 @torch.no_grad()
@@ -43,7 +38,8 @@ def score_batch(module: AdaptedModule, task: Task, batch: dict[str, Any], max_an
         batch: From ``StageData.test_dataloader``.
         max_answer_tokens: Longest generated answer, in tokens; with 0, labels are ranked and not generated too.
     """
-    with _first_routes(module) as passes:
+    started = time.perf_counter()
+    with first_routes(module) as passes:
         if task.kind == "labels":
             outcome = _rank_labels(module, task, batch)
             if max_answer_tokens:
@@ -52,64 +48,25 @@ def score_batch(module: AdaptedModule, task: Task, batch: dict[str, Any], max_an
             outcome = _generate(module, task, batch, max_answer_tokens)
         else:
             outcome = _predict(module, batch)
-    outcome.stages = _chosen_stages(module)
+    outcome.seconds = time.perf_counter() - started  # answers were read back from the device: nothing is pending
+    outcome.stages = chosen_stages(module)
     mask = batch["forward"].get("attention_mask")
     if mask is None:  # a regression row is one token
         mask = torch.ones(len(batch["rows"]), 1, device=batch["labels"].device)
-    if (routes := _prompt_routes(module, passes, mask)) is not None:
+    if (routes := prompt_routes(module, passes, mask)) is not None:
         outcome.routes, outcome.prompt_mask = routes, mask
     return outcome
 
 
-@torch.no_grad()
-def score_together(module: AdaptedModule, parts: Sequence[tuple[Task, dict[str, Any]]]) -> list[Outcome]:
-    """Answer batches of several label tasks, as ``score_batch`` does each, from one pass over all of their rows."""
-    tasks, batches = zip(*parts, strict=True)
-    forward = concat_batches([batch["forward"] for batch in batches])
-    trees = [(batch["candidates"], len(batch["rows"])) for batch in batches]
-    with _first_routes(module) as passes:
-        found = log_likelihoods_of_trees(module.model, forward, trees)
-    stages, mask = _chosen_stages(module), forward["attention_mask"]
-    routes = _prompt_routes(module, passes, mask)
-    outcomes: list[Outcome] = []
-    for task, batch, scores in zip(tasks, batches, found, strict=True):
-        first = sum(len(outcome.rows) for outcome in outcomes)
-        own, width = slice(first, first + len(scores)), batch["forward"]["attention_mask"].shape[1]
-        outcome = _ranked(task, batch, scores)
-        outcome.pass_rows = 0 if outcomes else len(mask)
-        outcome.stages = stages and stages[own]
-        if routes is not None:
-            outcome.routes, outcome.prompt_mask = routes[:, own, -width:], batch["forward"]["attention_mask"]
-        outcomes.append(outcome)
-    return outcomes
-
-
-def concat_batches(forwards: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Return the keywords of several batches of prompts as those of one: prompts, on the left, are padded with 0."""
-    joined = {}
-    for name in forwards[0]:
-        tensors = [forward[name] for forward in forwards]
-        if name in ("input_ids", "attention_mask", "position_ids"):
-            width = max(tensor.shape[1] for tensor in tensors)
-            tensors = [F.pad(tensor, (width - tensor.shape[1], 0)) for tensor in tensors]
-        elif name in ("instruction_ids", "text_ids"):
-            width = max(tensor.shape[1] for tensor in tensors)
-            tensors = [F.pad(tensor, (0, width - tensor.shape[1]), value=-1) for tensor in tensors]
-        joined[name] = torch.cat(tensors)
-    return joined
-
-
-def label_log_likelihoods(model: Any, forward: dict[str, Tensor], candidates: LabelTree) -> Tensor:
-    """Return log p(label | prompt), (B, C), of every candidate label, from one pass over prompt and labels; on the CPU.
-
-    Behind these, of each later label, what it can come to at most.
+def label_log_likelihoods(model: Any, forward: dict[str, Tensor], tree: LabelTree) -> Tensor:
+    """Return log p(label | prompt), (B, C), of every entry of a tree of labels, from one pass; on the CPU.
 
     Args:
         model: The language model.
         forward: Left-padded prompts: input_ids, attention_mask, position_ids, (B, P), and the instruction keyword.
-        candidates: The labels.
+        tree: The labels.
     """
-    return log_likelihoods_of_trees(model, forward, [(candidates, len(forward["input_ids"]))])[0]
+    return log_likelihoods_of_trees(model, forward, [(tree, len(forward["input_ids"]))])[0]
 
 
 def log_likelihoods_of_trees(
@@ -124,7 +81,7 @@ def log_likelihoods_of_trees(
     """
     ids, prompt_mask, positions = (forward[name] for name in ("input_ids", "attention_mask", "position_ids"))
     rest = {name: value for name, value in forward.items() if name in (*ROUTING_KEYWORDS, "task_ids")}
-    device, num_nodes = ids.device, max(len(candidates.node_ids_K) for candidates, _ in trees)
+    device, num_nodes = ids.device, max(len(tree.node_ids_K) for tree, _ in trees)
     length = prompt_mask.sum(dim=1, keepdim=True)
     nodes_BK, depth_BK, path_BKK = (torch.cat(each).to(device) for each in zip(*_by_row(trees, num_nodes), strict=True))
     logits = model(
@@ -139,11 +96,11 @@ def log_likelihoods_of_trees(
     # A CPU is four times as fast row by row, in memory that it has at hand; a GPU is not asked for each row by itself.
     rows = max(1, 2**24 // logits[0].numel()) if device.type == "cuda" else 1
     found = []
-    for (candidates, count), own in zip(trees, logits.split([count for _, count in trees]), strict=True):
-        log_p = _log_p(own, (candidates.after_L + 1).to(device), candidates.ids_L.to(device), rows)
+    for (tree, count), own in zip(trees, logits.split([count for _, count in trees]), strict=True):
+        log_p = _log_p(own, (tree.after_L + 1).to(device), tree.ids_L.to(device), rows)
         # Summed on the CPU: a GPU adds up in an order that changes from run to run.
-        scores = torch.zeros(count, len(candidates.names) + len(candidates.later), dtype=torch.float64)
-        found.append(scores.index_add(1, candidates.segment_L.cpu(), log_p.cpu().double()))
+        scores = torch.zeros(count, tree.num_entries, dtype=torch.float64)
+        found.append(scores.index_add(1, tree.segment_L.cpu(), log_p.cpu().double()))
     return found
 
 
@@ -152,10 +109,10 @@ def _by_row(trees: Sequence[tuple[LabelTree, int]], num_nodes: int) -> Iterator[
 
     Nodes that a tree lacks stand alone.
     """
-    for candidates, count in trees:
-        gap = num_nodes - len(candidates.node_ids_K)
-        nodes, depth = F.pad(candidates.node_ids_K, (0, gap)), F.pad(candidates.depth_K, (0, gap))
-        path = F.pad(candidates.path_KK, (0, gap, 0, gap))
+    for tree, count in trees:
+        gap = num_nodes - len(tree.node_ids_K)
+        nodes, depth = F.pad(tree.node_ids_K, (0, gap)), F.pad(tree.depth_K, (0, gap))
+        path = F.pad(tree.path_KK, (0, gap, 0, gap))
         yield nodes.expand(count, -1), depth.expand(count, -1), path.expand(count, -1, -1)
 
 
@@ -181,43 +138,37 @@ def _tree_mask(prompt_mask_BP: Tensor, path_BKK: Tensor, dtype: torch.dtype) -> 
 
 
 def _rank_labels(module: AdaptedModule, task: Task, batch: dict[str, Any]) -> Outcome:
-    return _ranked(task, batch, label_log_likelihoods(module.model, batch["forward"], batch["candidates"]))
+    return ranked(task, batch, label_log_likelihoods(module.model, batch["forward"], batch["label_tree"]))
 
 
-def _ranked(task: Task, batch: dict[str, Any], found: Tensor) -> Outcome:
-    """Return what rows come to by what ``label_log_likelihoods`` found."""
-    candidates: LabelTree = batch["candidates"]
-    scores, most = found.split([len(candidates.names), len(candidates.later)], dim=1)
+def ranked(task: Task, batch: dict[str, Any], found: Tensor) -> Outcome:
+    """Return what rows come to by the log-likelihoods of their labels, (B, C)."""
+    tree: LabelTree = batch["label_tree"]
     for place, row in enumerate(batch["rows"]):
         if "num_choices" in row:  # the task's further labels name choices that this row does not have
-            scores[place, row["num_choices"] : candidates.num_own] = -torch.inf
-    own = scores[:, : candidates.num_own].argmax(dim=1).tolist()
-    predictions = [candidates.names[index] for index in own]
+            found[place, row["num_choices"] : tree.num_own] = -torch.inf
+    own = found[:, : tree.num_own].argmax(dim=1).tolist()
+    predictions = [tree.names[index] for index in own]
     targets = [row["answer"] for row in batch["rows"]]
     outcome = Outcome(
         rows=[row["row"] for row in batch["rows"]],
         values=[float(p == t) for p, t in zip(predictions, targets, strict=True)],
         predictions=predictions,
         targets=targets,
+        label_scores=found,
     )
-    if len(candidates.names) > candidates.num_own:
-        among_all = [candidates.names[index] for index in scores.argmax(dim=1).tolist()]
+    if len(tree.names) > tree.num_own:
+        among_all = [tree.names[index] for index in found[:, : len(tree.names)].argmax(dim=1).tolist()]
         outcome.seen_values = [float(p == t) for p, t in zip(among_all, targets, strict=True)]
-    might_win = (most > scores.amax(dim=1, keepdim=True) - _ROUNDING).tolist()
-    outcome.rivals = [tuple(itertools.compress(candidates.later, own)) for own in might_win]
     return outcome
 
 
 def _generate(module: AdaptedModule, task: Task, batch: dict[str, Any], max_answer_tokens: int) -> Outcome:
-    model: Any = module.model
     backbone: Any = module.backbone
-    forward, tokenizer = batch["forward"], backbone.tokenizer
-    inputs = {name: value for name, value in forward.items() if name != "position_ids"}
+    inputs = {name: value for name, value in batch["forward"].items() if name != "position_ids"}
     if (ids := inputs.pop("instruction_ids", None)) is not None:  # once, not with every token
         inputs["instruction_encoding"] = cast(QueryableLoraModel, module.tuner).encode_instruction(ids)
-    record = on_cuda if module.cuda_graphs and module.device.type == "cuda" else None
-    marks = (tokenizer.eos_token_id, tokenizer.pad_token_id)
-    new = generate(model, inputs, max_answer_tokens, *marks, record=record).tolist()
+    new = module.generate(inputs, max_answer_tokens).tolist()
     predictions = [backbone.decode(ids) for ids in new]
     return Outcome(
         rows=[row["row"] for row in batch["rows"]],
@@ -238,7 +189,7 @@ def _predict(module: AdaptedModule, batch: dict[str, Any]) -> Outcome:
     )
 
 
-def _chosen_stages(module: AdaptedModule) -> list[str] | None:
+def chosen_stages(module: AdaptedModule) -> list[str] | None:
     """Return the names of the stages that a growing bank chose for the rows of the last pass."""
     growing = module.tuner and module.tuner.growing
     if not growing or growing.chosen_B is None:
@@ -246,12 +197,12 @@ def _chosen_stages(module: AdaptedModule) -> list[str] | None:
     return growing.stages_of(growing.chosen_B)
 
 
-def _first_routes(module: AdaptedModule) -> AbstractContextManager[list[dict[str, list[Tensor]]]]:
+def first_routes(module: AdaptedModule) -> AbstractContextManager[list[dict[str, list[Tensor]]]]:
     """Record the routes of the first pass made inside the ``with``: that of the prompts."""
     return nullcontext([]) if module.tuner is None else module.tuner.record_routes(most=1)
 
 
-def _prompt_routes(module: AdaptedModule, passes: list[dict[str, list[Tensor]]], mask_BP: Tensor) -> Tensor | None:
+def prompt_routes(module: AdaptedModule, passes: list[dict[str, list[Tensor]]], mask_BP: Tensor) -> Tensor | None:
     """Return the routes of the prompt's columns, (N, B, P, M), never those of labels or generated tokens.
 
     A growing bank's are over all its slices. None without a router, and where the adapter is switched off.

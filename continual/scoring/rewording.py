@@ -12,17 +12,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
-from typing import Any
 
-from continual.callbacks import ScoreRecorder
 from continual.data.prompt_variants import Options, Where, Wording
 from continual.data.stage_data import StageData
 from continual.errors import ConfigError
+from continual.interfaces import Rows
 
 Slot = dict[str, Wording]
 """A wording for each task, by the task's name, that are scored together; a task it does not suit is left out."""
 
-Score = Callable[[list[StageData]], ScoreRecorder]
+Score = Callable[[list[StageData]], tuple[Rows, Rows]]
+"""Scores test rows; returns the rows of the tables scores and answers."""
 
 
 @dataclass
@@ -109,21 +109,21 @@ def check_fit(slots: Sequence[Slot], stages: Sequence[StageData]) -> None:
                 raise ConfigError(f"wordings: stages.{data.name}: {error}") from error
 
 
-def score_slots(slots: Sequence[Slot], stages: Sequence[StageData], score: Score) -> dict[str, list[dict[str, Any]]]:
+def score_slots(slots: Sequence[Slot], stages: Sequence[StageData], score: Score) -> dict[str, Rows]:
     """Score tasks under each slot's wordings and return the rows of the tables wordings and wording_answers.
 
     Args:
         slots: From ``Rewording.slots``.
         stages: The data of every stage.
-        score: Scores test rows and returns what it recorded.
+        score: Scores them.
     """
-    rows: dict[str, list[dict[str, Any]]] = {"wordings": [], "wording_answers": []}
+    rows: dict[str, Rows] = {"wordings": [], "wording_answers": []}
     for slot in slots:
-        recorded = score([data.worded(slot[data.name]) for data in stages if data.name in slot])
+        scores, answers = score([data.worded(slot[data.name]) for data in stages if data.name in slot])
         first = next(iter(slot.values()))
         keys = {"wording": first.name, "where": first.where, "options": first.options}
-        rows["wordings"] += [row | keys for row in recorded.rows]
-        for answer in recorded.answers:
+        rows["wordings"] += [row | keys for row in scores]
+        for answer in answers:
             del answer["prediction"]
             rows["wording_answers"].append(answer | keys)
     return rows

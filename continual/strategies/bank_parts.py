@@ -15,6 +15,7 @@ from torch import Tensor
 from continual.adapters.growing.bank import GrowingBank
 from continual.adapters.growing.bank_folder import GATE_NAME, STATE_NAME, read_state
 from continual.adapters.growing.inputs import RowInputs
+from continual.compat.transformers import CACHE, cache_of
 
 if TYPE_CHECKING:
     from continual.interfaces import AdaptedModule
@@ -155,8 +156,8 @@ def sample_text(model: Any, ids_B1: Tensor, num_tokens: int) -> Tensor:
     """Return what a language model writes after its first tokens, (B, num_tokens), drawn from torch's generator."""
     ids, cache = ids_B1, None
     for _ in range(num_tokens):
-        output = model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        output = model(input_ids=ids[:, -1:], **{CACHE: cache}, use_cache=True)
+        cache = cache_of(output)
         probabilities = output.logits[:, -1].float().softmax(dim=-1)
         ids = torch.cat([ids, torch.multinomial(probabilities, 1)], dim=1)
     return ids[:, 1:]

@@ -32,11 +32,13 @@ from continual.interfaces import AdaptedModule
 from continual.runtime import distributed
 from continual.runtime.parameters import trainable
 from continual.scoring.evaluate import score_batch
+from continual.scoring.generation import generate
 from continual.scoring.outcome import Outcome
 from continual.storage.files import atomic_directory
 from continual.strategies import Sequential, Strategy
 from continual.training.compiled import compile_layers
 from continual.training.cuda_graphs import GraphedPasses
+from continual.training.recorded_generation import generate_recorded
 
 _PLAIN = lazy_instance(Sequential)  # a default that a resolved configuration can name
 
@@ -301,10 +303,8 @@ class ContinualModule(AdaptedModule):
     def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> Outcome:
         """Answer a batch of test rows; callbacks turn the outcome into scores and routes."""
         data = self.scored[dataloader_idx]
-        if "together" in batch:
-            outcome = batch["together"].take(self, batch["place"])
-        else:
-            outcome = score_batch(self, data.task, batch, data.max_answer_tokens if data.generates else 0)
+        score = getattr(self.trainer.datamodule, "score_batch", score_batch)  # type: ignore[attr-defined]
+        outcome = score(self, data.task, batch, data.max_answer_tokens if data.generates else 0)
         mean = math.fsum(outcome.values) / len(outcome.values)
         name = "squared_error" if data.task.kind == "regression" else data.task.metric
         self.log(name, mean, batch_size=len(outcome.values), on_epoch=True)  # logger=False would keep it from `test`
@@ -313,6 +313,17 @@ class ContinualModule(AdaptedModule):
     def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> Outcome:
         """Score held-out training rows, as ``test_step`` does test rows."""
         return self.test_step(batch, batch_idx, dataloader_idx)
+
+    def generate(self, inputs: dict[str, Tensor], max_new_tokens: int) -> Tensor:
+        """Return the tokens that follow each prompt, (B, at most ``max_new_tokens``), padded after the end mark.
+
+        Args:
+            inputs: Left-padded prompts: input_ids and attention_mask, (B, P), and what routes are decided by.
+            max_new_tokens: Longest answer, its end mark included.
+        """
+        tokenizer = cast(Any, self.backbone).tokenizer
+        answer = generate_recorded if self.cuda_graphs and self.device.type == "cuda" else generate
+        return answer(self.model, inputs, max_new_tokens, tokenizer.eos_token_id, tokenizer.pad_token_id)
 
     @property
     def scored(self) -> list[Any]:

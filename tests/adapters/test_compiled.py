@@ -8,10 +8,11 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, DynamicCache
 
 from continual.adapters import QueryableLoraConfig
 from continual.backbones import MLPRegressor, TinyCausalLM
+from continual.compat.transformers import CACHE
 from continual.errors import ConfigError
 from continual.training import compiled
 from continual.training.module import ContinualModule
@@ -232,3 +233,13 @@ def test_a_backbone_without_decoder_layers_is_refused() -> None:
     module = ContinualModule(MLPRegressor(num_inputs=4), LoraConfig(target_modules=["head"]), compile=True)
     with pytest.raises(ConfigError, match=r"^there are no decoder layers to compile: leave model\.compile out$"):
         module.configure_model()
+
+
+def test_a_checkpointed_layer_fills_no_cache(backbone: Callable[..., Any], adapt: Callable[..., PeftModel]) -> None:
+    model: Any = adapt(backbone(num_hidden_layers=1), num_blocks=1)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    compiled.compile_layers(model)
+    ids, cache = torch.arange(3, 11).view(2, 4), DynamicCache()
+    output = model.train()(input_ids=ids, labels=ids, instruction_ids=ids, **{CACHE: cache})
+    output.loss.backward()  # computes the layer again
+    assert num_graphs() > 0 and cache.get_seq_length() == 0

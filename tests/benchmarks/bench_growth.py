@@ -31,7 +31,7 @@ clock = time.process_time if sys.argv[4] == "cpu" else lambda: time.time() - beg
 marks = {}
 from pathlib import Path
 from continual.runtime.quiet import quieten
-from continual.run import import_engine
+from continual.commands.run import import_engine
 quieten()
 import_engine()
 from continual.config import experiment
@@ -169,7 +169,7 @@ def scoring_share(setting: Setting) -> Iterator[Result]:
         trainers = [stages._fit(1)]
         stand = Stand(setting.device)
         stand.add("train", lambda: lambda: trainers.append(stages._fit(1)), warm_up=0)
-        stand.add("score", lambda: lambda: stages._score(tasks // 2, trainers[-1]), warm_up=1)
+        stand.add("score", lambda: lambda: stages._score(tasks // 2, trainers[-1], stages.data), warm_up=1)
         timings = stand.run(setting.num_rounds(3))
     train, score = timings.median("train") / count, timings.median("score") / (tasks * count)
     scored = {"all": 11 * tasks, "seen": tasks + sum(range(1, tasks + 1)), "final": 2 * tasks + tasks - 1}

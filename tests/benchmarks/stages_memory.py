@@ -72,8 +72,8 @@ def main(device: str, shape: str, stages: int, rows: int, seed: int) -> list[dic
         run = sequence(setting, Path(folder) / "run", module, tasks, {"batch_size": 8})
         write, found = run._write, list[dict[str, int]]()
 
-        def write_and_read(index: int) -> None:
-            write(index)
+        def write_and_read(index: int, tables: dict[str, Any]) -> None:
+            write(index, tables)
             found.append(read(module))
 
         with patch.object(run, "_write", write_and_read):

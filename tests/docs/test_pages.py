@@ -10,7 +10,7 @@ import yaml
 
 import continual.adapters
 import continual.strategies
-from analysis.summary import KEYS
+from analysis.summaries.summary import KEYS
 from continual.config.experiment import make_parser
 from continual.storage.records import SCHEMAS
 

@@ -10,10 +10,11 @@ import pytest
 import yaml
 
 from analysis import load_run
-from analysis.bounds import joint_scores
+from analysis.summaries.bounds import joint_scores
+from continual.commands.run import run as go_on
+from continual.commands.run import run_text
+from continual.commands.terminal import guarded
 from continual.errors import ConfigError, RunError
-from continual.run import guarded, run_text
-from continual.run import run as go_on
 from continual.storage import manifest
 from continual.training.module import ContinualModule
 

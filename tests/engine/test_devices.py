@@ -71,7 +71,7 @@ torch.set_num_threads(1)
 from recording import Recorder
 from continual import run
 from continual.data import batch_order, stage_data
-from continual.scoring import test_data
+from continual.scoring import data_module
 from continual.storage import manifest, records
 from continual.training import cuda_graphs
 from continual.training.module import ContinualModule

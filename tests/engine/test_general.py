@@ -11,7 +11,7 @@ import torch
 import yaml
 from peft import LoraConfig
 
-from analysis.frames import Frame
+from analysis.runs.frames import Frame
 from continual.adapters import QueryableLoraConfig
 from continual.backbones import TinyCausalLM
 from continual.callbacks import general

@@ -12,13 +12,13 @@ import pytest
 import yaml
 
 import analysis.report
-from analysis.frames import Frame
+from analysis.runs.frames import Frame
 from continual import rescore, run
 from continual.callbacks import ScoreRecorder
 from continual.config import experiment
 from continual.data.stage_data import StageData
 from continual.engine.stage_loop import StageLoop
-from continual.scoring.test_data import AllTasks
+from continual.scoring.data_module import ScoringDataModule
 from continual.storage import manifest, records
 
 OWN = {"animals": "Sort the animals.", "colours": "Sort the colours."}
@@ -95,9 +95,9 @@ def test_a_wording_scores_as_a_task_built_with_that_instruction_does(worded: Pat
         other.name = data.name
         built.append(other)
     recorder = ScoreRecorder()
-    recorder.start(sequence._keys(2), built)
+    recorder.begin(sequence.context(2, built))
     trainer = sequence.experiment.make_trainer(None, worded, [recorder])
-    trainer.test(sequence.module, datamodule=AllTasks(built), verbose=False)
+    trainer.test(sequence.module, datamodule=ScoringDataModule(built), verbose=False)
     rows = read(worded, "wording_answers")
     rows = rows[(rows["wording"] == "others-1") & (rows["where"] == "both") & (rows["options"] == "kept")]
     assert rows[SAME].to_dict("records") == [{name: row[name] for name in SAME} for row in recorder.answers]

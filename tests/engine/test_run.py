@@ -20,7 +20,7 @@ from continual.training.module import ContinualModule
 
 ROOT = Path(__file__).resolve().parents[2]
 Tree = dict[str, Any]
-TABLES = {"scores", "answers", "routing", "separation", "drift", "gradients", "tokens"}
+TABLES = {"scores", "answers", "routing", "usage_halves", "gradients", "tokens"}
 
 
 def test_the_command_runs_the_smoke_configuration(tmp_path: Path) -> None:

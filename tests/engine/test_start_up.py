@@ -6,7 +6,7 @@ import sys
 import pytest
 
 import continual.engine
-from continual.run import import_engine
+from continual.commands.run import import_engine
 
 
 def test_the_collector_leaves_imports_alone_and_works_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from peft import PeftConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from analysis.studies import ABLATIONS, ablated, whole_adapter
+from analysis.summaries.studies import ABLATIONS, ablated, whole_adapter
 from continual.adapters import QueryableLoraConfig
 from continual.backbones import MLPRegressor
 from continual.storage import manifest, records

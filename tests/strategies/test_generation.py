@@ -5,22 +5,26 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from lightning.fabric.utilities import move_data_to_device
+from peft import LoraConfig, get_peft_model
 from recording import NoWaiting, capturing
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
-from transformers import GenerationMixin, StaticCache
+from transformers import CompileConfig, GenerationConfig, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, StaticCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from continual.compat import transformers as compat
+from continual.compat.transformers import CACHE
 from continual.data.stage_data import StageData
 from continual.errors import RunError
 from continual.scoring import generation
 from continual.scoring.generation import generate
 from continual.training.module import ContinualModule
+from continual.training.recorded_generation import generate_recorded, on_cuda
 
 Prepared = Callable[..., tuple[ContinualModule, list[StageData]]]
 CASES = [("Sequential", "lora"), ("Sequential", "queryable"), ("Sequential", "experts"), ("GrowingBank", "queryable")]
@@ -37,9 +41,13 @@ def caches(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[StaticCache]]:
             super().__init__(*args, **kwargs)
             made.append(weakref.ref(self))
 
-    monkeypatch.setattr(generation, "StaticCache", Watched)
-    is_static = lambda model, kwargs, config: isinstance(kwargs["past_key_values"], StaticCache)  # noqa: E731
-    monkeypatch.setattr(GenerationMixin, "_valid_auto_compile_criteria", is_static)
+    def on_all_devices() -> GenerationConfig:
+        compiling: Any = CompileConfig()
+        compiling._compile_all_devices = True  # all else that transformers asks before it takes our steps stays asked
+        return GenerationConfig(compile_config=compiling)
+
+    monkeypatch.setattr(compat, "StaticCache", Watched)
+    monkeypatch.setattr(generation, "GenerationConfig", on_all_devices)
     return made
 
 
@@ -62,7 +70,7 @@ class Recorder:
 
         def repeat() -> Any:
             self.num_repeats += 1
-            return CausalLMOutputWithPast(logits=trace(), past_key_values=cache)
+            return CausalLMOutputWithPast(**{"logits": trace(), CACHE: cache})
 
         return repeat
 
@@ -99,7 +107,8 @@ def texts(
 ) -> list[list[int]]:
     """Return the tokens that answer each prompt."""
     tokenizer: Any = module.backbone.tokenizer  # type: ignore[attr-defined]
-    return generate(module.model, inputs, most, end, tokenizer.pad_token_id, record).tolist()
+    given = (module.model, inputs, most, end, tokenizer.pad_token_id)
+    return (generate(*given) if record is None else generate_recorded(*given, record)).tolist()
 
 
 @pytest.mark.parametrize(("strategy", "adapter"), CASES)
@@ -154,6 +163,21 @@ def test_nothing_in_a_step_waits_for_the_device_and_nothing_stays(
     assert {*vars(base), *vars(module.model)} == before
 
 
+def test_a_mask_for_each_kind_of_layer_follows_the_steps(caches: Any) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config: dict[str, Any] = sizes | {"vocab_size": 64, "num_key_value_heads": 2, "initializer_range": 0.5}
+    base = cast(PreTrainedModel, Qwen2ForCausalLM(Qwen2Config(**config)))
+    model = get_peft_model(base, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")).eval()
+    ids = torch.randint(0, 64, (3, 5))
+    inputs = {"input_ids": ids, "attention_mask": torch.tensor([[0, 0, 1, 1, 1], [0, 1, 1, 1, 1], [1] * 5])}
+    with torch.inference_mode():
+        free, record = generate(model, inputs, NUM_TOKENS, None, 0), Recorder(caches)
+        assert len(free.unique()) > 6
+        assert generate_recorded(model, inputs, NUM_TOKENS, None, 0, record).tolist() == free.tolist()
+    assert record.num_traces == 1 and record.num_repeats == NUM_TOKENS - 2
+
+
 def test_short_answers_and_windows_are_not_recorded(prepared: Prepared, caches: Any) -> None:
     module, data = prepared("Sequential", "lora")
     inputs = prompts(data, 2)
@@ -165,7 +189,7 @@ def test_short_answers_and_windows_are_not_recorded(prepared: Prepared, caches: 
     config: Any = module.model.get_base_model().config  # type: ignore[union-attr]
     config.layer_types = ["full_attention", "sliding_attention"]
     config.sliding_window = 8
-    assert generation._static_cache(module.model.get_base_model(), 20, 10) is None  # type: ignore[union-attr]
+    assert compat.static_cache(module.model.get_base_model(), 29) is None  # type: ignore[union-attr]
 
 
 def test_a_step_that_cannot_be_recorded_is_one_line(prepared: Prepared, caches: Any) -> None:
@@ -185,4 +209,4 @@ def test_a_cuda_graph_gives_the_same_answers(sequence: Callable[..., Any], strat
     module.cuda()
     for size in (3, 1, 3):
         inputs = move_data_to_device(prompts(data, size), module.device)
-        assert texts(module, inputs, None, generation.on_cuda) == texts(module, inputs, None)
+        assert texts(module, inputs, None, on_cuda) == texts(module, inputs, None)

@@ -16,7 +16,7 @@ from continual.config import experiment
 from continual.engine.stage_loop import StageLoop
 from continual.errors import RunError
 from continual.runtime.parameters import adapter_tensors
-from continual.scoring.test_data import AllTasks
+from continual.scoring.data_module import ScoringDataModule
 from continual.storage import manifest, records
 from continual.strategies import Joint, PerInstructionLookup, PerTask
 from continual.strategies.library import AdapterLibrary
@@ -113,10 +113,9 @@ def test_lookup_takes_the_instruction_and_not_the_task(sequence: Callable[..., S
         strategy.choose(module, second, {"instructions": [first.task.instruction, second.task.instruction]})
     for row in second._encoded["test"].rows:
         row.instruction = first.task.instruction
-    trainer = run.experiment.make_trainer(None, run.run_dir, [*run._callbacks, strategy])
-    run.scores.start(run._keys(2), [second])
-    run.routes.start(run._keys(2), [second], {})
-    trainer.test(module, datamodule=AllTasks([second]), verbose=False)
+    trainer = run.experiment.make_trainer(None, run.run_dir, [*run.recorders, strategy])
+    begin(run, second)
+    trainer.test(module, datamodule=ScoringDataModule([second]), verbose=False)
     with_wrong = [answer["prediction"] for answer in run.scores.answers]
     strategy.put_in(module, 0)
     alone = experiment_answers(run, second)
@@ -137,13 +136,13 @@ def test_a_finished_run_scored_again_answers_as_it_did(
     again = StageLoop(experiment.parse(text, "again"), run.run_dir)
     again.prepare(state)
     again._see_labels(2)
-    again.scores.start(again._keys(2), again.data)
+    again.scores.begin(again.context(2, again.data))
     library, chosen = again.module.strategy, set[int | None]()
     assert isinstance(library, AdapterLibrary)
     put_in = library.put_in
     monkeypatch.setattr(library, "put_in", lambda module, index: (chosen.add(index), put_in(module, index)))
     trainer = again.experiment.make_trainer(None, run.run_dir, [again.scores, library])
-    trainer.test(again.module, datamodule=AllTasks(again.data), verbose=False)
+    trainer.test(again.module, datamodule=ScoringDataModule(again.data), verbose=False)
     assert chosen == {0, 1}
     assert [row["value"] for row in again.scores.rows] == [row["value"] for row in run.scores.rows]
     assert [row["prediction"] for row in again.scores.answers] == [row["prediction"] for row in run.scores.answers]
@@ -154,12 +153,16 @@ def test_a_finished_run_scored_again_answers_as_it_did(
     )
 
 
+def begin(run: StageLoop, data: Any) -> None:
+    for recorder in run.recorders:
+        recorder.begin(run.context(2, [data]))
+
+
 def experiment_answers(run: StageLoop, data: Any) -> list[str]:
     """Return the answers to a task's rows as the model stands."""
-    trainer = run.experiment.make_trainer(None, run.run_dir, run._callbacks)
-    run.scores.start(run._keys(2), [data])
-    run.routes.start(run._keys(2), [data], {})
-    trainer.test(run.module, datamodule=AllTasks([data]), verbose=False)
+    trainer = run.experiment.make_trainer(None, run.run_dir, run.recorders)
+    begin(run, data)
+    trainer.test(run.module, datamodule=ScoringDataModule([data]), verbose=False)
     return [answer["prediction"] for answer in run.scores.answers]
 
 

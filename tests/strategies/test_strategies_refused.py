@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import yaml
 
+from continual.commands.run import run_text
+from continual.commands.terminal import guarded
 from continual.config import experiment
 from continual.engine.stage_loop import StageLoop
 from continual.errors import ConfigError
-from continual.run import guarded, run_text
 from continual.strategies import Sequential
 
 
