@@ -21,13 +21,12 @@ from continual.commands import bank, run
 from continual.commands.terminal import OneLineParser, guarded
 from continual.compat.jsonargparse import keys_of
 from continual.config.experiment import TRAINER_DEFAULTS, Stage, make_parser
-from continual.config.messages import explain
+from continual.config.messages import RUN_STAGES, explain
 from continual.data.stage_data import StageData
 from continual.errors import ConfigError
 from continual.runtime.quiet import quieten
 from continual.training.module import ContinualModule
 
-RUN_STAGES = "run-stages"
 BANK = "bank"
 _OWN_KEYS = ("config", "out", "resume")
 

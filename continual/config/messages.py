@@ -15,9 +15,13 @@ from peft import PeftConfig
 
 from continual.backbones import Backbone
 
+RUN_STAGES = "run-stages"
+"""The subcommand of ``continual.cli`` that takes the configuration of a run."""
+
 _KEY = re.compile(r'Parser key "([^"]+)"')
 _CLASS = re.compile(r"Problem with given class_path '([^']+)'")
 _OPTION = re.compile(r"(?:Group '([^']+)' does not accept option|Option) '([^']+)'(?: is not accepted)?")
+_SUBCOMMAND = re.compile(r"Subcommand '([^']+)' does not accept option '([^']+)'")
 _UNION = re.compile(r"Subtypes: \[(.*?)\]\s*Errors:.*Given value: (.*?)(?:\. Got value: .*)?$", re.DOTALL)
 _OPTIONAL = re.compile(  # a class or null, given by a class_path
     r"Subtypes: \[<class '[^']+'>, <class 'NoneType'>\]\s*Errors:\s*- (.*?)\s*"
@@ -59,6 +63,10 @@ def near(name: str, names: list[str]) -> str:
 
 
 def _what(text: str, classes: list[str], keys: Sequence[str]) -> str:
+    if found := _SUBCOMMAND.search(text):
+        command, option = found.groups()
+        names = sorted({key.split(".")[0] for key in keys}) if command == RUN_STAGES else []
+        return f"unknown key {option!r} in the configuration of {command}{near(option, names)}"
     if found := _OPTION.search(text):
         group, option = found.groups()
         if group is None and not classes and (given := re.findall(r"class_path='([^']+)'", text)):
