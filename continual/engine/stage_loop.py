@@ -115,9 +115,7 @@ class StageLoop:
     def _work(self, index: int) -> None:
         """Train stage ``index``, score after it and write what was found; stage 0 trains nothing."""
         skipped = bool(index) and self.module.strategy.skips(index, len(self.data))
-        context = self.context(index, [] if skipped else self.scored_after(index))
-        for recorder in self.recorders:
-            recorder.begin(context)
+        context = self.begin(index, [] if skipped else self.scored_after(index))
         tables: dict[str, Rows] = {}
         if not skipped:
             trainer = self._fit(index) if index else self._trainer(self.recorders)
@@ -128,6 +126,13 @@ class StageLoop:
                     tables[table] = [*tables.get(table, []), *rows]
         if self.writes:
             self._write(index, tables)
+
+    def begin(self, index: int, scored: Sequence[StageData]) -> StageContext:
+        """Tell every recorder that stage ``index`` begins, after which ``scored`` are scored."""
+        context = self.context(index, scored)
+        for recorder in self.recorders:
+            recorder.begin(context)
+        return context
 
     def context(self, index: int, scored: Sequence[StageData]) -> StageContext:
         """Return what recorders are told of stage ``index``, after which ``scored`` are scored."""
