@@ -14,6 +14,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from continual.backbones.base import decoder_of
+from continual.compat.transformers import cache_keyword
 
 _NUM_GRAPHS = 128
 """Variants that the layers' code may have: a handful at a time, and as many again where a stage adds an adapter."""
@@ -53,7 +54,7 @@ def _forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
     # Checkpointing, which transformers puts into ``forward``, stays around what is compiled: the layer writes routes
     # where later layers find them, and a compiler takes no such writing inside of what is to be computed twice.
     # Recomputing would fill a cache twice, so there is none, as in transformers' own.
-    uncached = kwargs | dict.fromkeys(kwargs.keys() & {"past_key_values", "layer_past"})
+    uncached = kwargs | dict.fromkeys(kwargs.keys() & {cache_keyword(), "layer_past"})
     checkpointed: Any = layer._gradient_checkpointing_func
     return checkpointed(functools.partial(_compiled(plain.__wrapped__), layer, **uncached), *args)
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import GenerationConfig, StaticCache
 from transformers.cache_utils import StaticLayer
 
+from continual.compat.transformers import cache_keyword
 from continual.graphed import recording
 
 Record = Callable[[Callable[[], Any]], Callable[[], Any]]
@@ -67,7 +68,7 @@ def generate(
     ):
         return model.generate(**inputs, **options)[:, width:]
     with _stepping_by(base, RecordedSteps(base, record)):
-        return model.generate(**inputs, **options, past_key_values=cache)[:, width:]
+        return model.generate(**inputs, **options, **{cache_keyword(): cache})[:, width:]
 
 
 class RecordedSteps:
@@ -84,21 +85,20 @@ class RecordedSteps:
         self._model, self._record = model, record
         self._is_first = True
         self._repeat: Callable[[], Any] | None = None
-        self._buffers: dict[str, Tensor] = {}
+        self._buffers: dict[str, Any] = {}
 
     def __call__(self, **inputs: Any) -> Any:
         """Return the model's output; a later call writes into the same tensors."""
         if self._is_first:
             self._is_first = False
             return self._model(**inputs)
-        given = {name: inputs[name] for name in _CHANGING if isinstance(inputs.get(name), Tensor)}
+        given = {name: inputs[name] for name in _CHANGING if inputs.get(name) is not None}
         if self._repeat is None:
-            model, self._buffers = self._model, {name: tensor.clone() for name, tensor in given.items()}
+            model, self._buffers = self._model, _copied(given)
             fixed = inputs | self._buffers  # what rows are routed by is the same in every step
             with recording("step of a free answer"):
                 self._repeat = self._record(lambda: model(**fixed))
-        for name, buffer in self._buffers.items():
-            buffer.copy_(given[name])
+        _copy_into(self._buffers, given)
         return self._repeat()
 
 
@@ -113,6 +113,20 @@ def on_cuda(step: Callable[[], Any]) -> Callable[[], Any]:
         return output
 
     return repeat
+
+
+def _copied(given: Any) -> Any:
+    """Return a copy of a tensor, or of tensors by name: some models take a mask for each kind of layer."""
+    return {name: _copied(part) for name, part in given.items()} if isinstance(given, dict) else given.clone()
+
+
+def _copy_into(buffers: Any, given: Any) -> None:
+    """Write what is given into the tensors that ``_copied`` returned for a step before."""
+    if isinstance(buffers, dict):
+        for name, buffer in buffers.items():
+            _copy_into(buffer, given[name])
+    else:
+        buffers.copy_(given)
 
 
 def _static_cache(base: Any, width: int, max_new_tokens: int) -> StaticCache | None:

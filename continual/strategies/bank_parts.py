@@ -15,6 +15,7 @@ from torch import Tensor
 from continual.adapters.bank_folder import GATE_NAME, STATE_NAME, read_state
 from continual.adapters.growing import GrowingBank
 from continual.batches import RowInputs
+from continual.compat.transformers import cache_keyword
 
 if TYPE_CHECKING:
     from continual.module import ContinualModule
@@ -153,10 +154,10 @@ def _roots(moments_rr: Tensor) -> tuple[Tensor, Tensor]:
 
 def write_freely(model: Any, ids_B1: Tensor, num_tokens: int) -> Tensor:
     """Return what a language model writes after its first tokens, (B, num_tokens), drawn from torch's generator."""
-    ids, cache = ids_B1, None
+    ids, cache, name = ids_B1, None, cache_keyword()
     for _ in range(num_tokens):
-        output = model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        output = model(input_ids=ids[:, -1:], use_cache=True, **{name: cache})
+        cache = output[name]
         probabilities = output.logits[:, -1].float().softmax(dim=-1)
         ids = torch.cat([ids, torch.multinomial(probabilities, 1)], dim=1)
     return ids[:, 1:]

@@ -8,11 +8,12 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, DynamicCache
 
 from continual import compiled
 from continual.adapters import QueryableLoraConfig
 from continual.backbones import MLPRegressor, TinyCausalLM
+from continual.compat.transformers import cache_keyword
 from continual.errors import ConfigError
 from continual.module import ContinualModule
 
@@ -226,6 +227,16 @@ def test_checkpointing_and_compiling_give_the_plain_gradients(
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5, msg=name)
     assert 0 < num_graphs() <= 3
     assert num_bytes <= checkpointed_bytes < all_bytes / 2  # kept for the backward pass: little but the layers' inputs
+
+
+def test_a_checkpointed_layer_fills_no_cache(backbone: Callable[..., Any], adapt: Callable[..., PeftModel]) -> None:
+    model: Any = adapt(backbone(num_hidden_layers=1), num_blocks=1)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    compiled.compile_layers(model)
+    ids, cache = torch.arange(3, 11).view(2, 4), DynamicCache()
+    output = model.train()(input_ids=ids, labels=ids, instruction_ids=ids, **{cache_keyword(): cache})
+    output.loss.backward()  # computes the layer again
+    assert num_graphs() > 0 and cache.get_seq_length() == 0
 
 
 def test_a_backbone_without_decoder_layers_is_refused() -> None:

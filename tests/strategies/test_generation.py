@@ -5,18 +5,20 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from lightning.fabric.utilities import move_data_to_device
+from peft import LoraConfig, get_peft_model
 from recording import NoWaiting, capturing
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
-from transformers import GenerationMixin, StaticCache
+from transformers import CompileConfig, GenerationConfig, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, StaticCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from continual import generation
+from continual.compat.transformers import cache_keyword
 from continual.errors import RunError
 from continual.generation import generate
 from continual.module import ContinualModule
@@ -37,9 +39,13 @@ def caches(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[StaticCache]]:
             super().__init__(*args, **kwargs)
             made.append(weakref.ref(self))
 
+    def on_all_devices() -> GenerationConfig:
+        compiling: Any = CompileConfig()
+        compiling._compile_all_devices = True  # all else that transformers asks before it takes our steps stays asked
+        return GenerationConfig(compile_config=compiling)
+
     monkeypatch.setattr(generation, "StaticCache", Watched)
-    is_static = lambda model, kwargs, config: isinstance(kwargs["past_key_values"], StaticCache)  # noqa: E731
-    monkeypatch.setattr(GenerationMixin, "_valid_auto_compile_criteria", is_static)
+    monkeypatch.setattr(generation, "GenerationConfig", on_all_devices)
     return made
 
 
@@ -62,7 +68,8 @@ class Recorder:
 
         def repeat() -> Any:
             self.num_repeats += 1
-            return CausalLMOutputWithPast(logits=trace(), past_key_values=cache)
+            output: dict[str, Any] = {"logits": trace(), cache_keyword(): cache}
+            return CausalLMOutputWithPast(**output)
 
         return repeat
 
@@ -152,6 +159,21 @@ def test_nothing_in_a_step_waits_for_the_device_and_nothing_stays(
     finally:
         gc.enable()
     assert {*vars(base), *vars(module.model)} == before
+
+
+def test_a_mask_for_each_kind_of_layer_follows_the_steps(caches: Any) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config: dict[str, Any] = sizes | {"vocab_size": 64, "num_key_value_heads": 2, "initializer_range": 0.5}
+    base = cast(PreTrainedModel, Qwen2ForCausalLM(Qwen2Config(**config)))
+    model = get_peft_model(base, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")).eval()
+    ids = torch.randint(0, 64, (3, 5))
+    inputs = {"input_ids": ids, "attention_mask": torch.tensor([[0, 0, 1, 1, 1], [0, 1, 1, 1, 1], [1] * 5])}
+    with torch.inference_mode():
+        free, record = generate(model, inputs, NUM_TOKENS, None, 0), Recorder(caches)
+        assert len(free.unique()) > 6
+        assert generate(model, inputs, NUM_TOKENS, None, 0, record).tolist() == free.tolist()
+    assert record.num_traces == 1 and record.num_repeats == NUM_TOKENS - 2
 
 
 def test_short_answers_and_windows_are_not_recorded(prepared: Prepared, caches: Any) -> None:
