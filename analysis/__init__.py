@@ -1,14 +1,14 @@
-"""Read a run's records, measure them and draw its report; needs nothing of the framework but ``continual.records``."""
+"""Read a run's records, measure them and draw its report; needs nothing of the framework but ``continual.storage.records``."""
 
-from analysis.differences import paired_differences
-from analysis.load import Frames, Run, RunError, load, load_run
-from analysis.summary import Summary, summarise
-from analysis.sweeps import Sweep, load_sweep, method_table
+from analysis.runs.load import Frames, Run, RunReadError, load, load_run
+from analysis.summaries.differences import paired_differences
+from analysis.summaries.summary import Summary, summarise
+from analysis.summaries.sweeps import Sweep, load_sweep, method_table
 
 __all__ = [
     "Frames",
     "Run",
-    "RunError",
+    "RunReadError",
     "Summary",
     "Sweep",
     "load",

@@ -13,49 +13,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from continual import manifest, records
-from continual.errors import ConfigError
-from continual.quiet import quieten
-from continual.run import OneLineParser, guarded
-
-if TYPE_CHECKING:
-    from continual.experiment import Experiment
+from continual.commands.terminal import OneLineParser, guarded
+from continual.runtime.quiet import quieten
+from continual.storage import manifest
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run from the command line; return the exit status."""
     return guarded(lambda: _work(sys.argv[1:] if argv is None else argv))
-
-
-def ablate(run_dir: Path) -> None:
-    """Write ``ablation.parquet`` into the directory of a finished run.
-
-    Raises:
-        ConfigError: There is no run, it is not finished, or its adapter has no atoms of which one could go.
-    """
-    state, text = manifest.read_finished(run_dir)
-    quieten()
-    from continual import experiment  # here: the error above should not have to wait for torch
-    from continual.atom_scores import AtomScores
-
-    made = experiment.parse(text, state.run, where=str(run_dir / manifest.CONFIG_NAME))
-    _check(made, run_dir)
-    made.wordings, made.general_ability, made.token_sample = None, False, 0
-    records.rewrite(run_dir, "ablation", AtomScores(made, run_dir).score(state))
-
-
-def _check(experiment: Experiment, run_dir: Path) -> None:
-    from continual.adapters import QueryableLoraConfig
-
-    adapter = experiment.model.adapter
-    if not isinstance(adapter, QueryableLoraConfig):
-        raise ConfigError(
-            f"{run_dir} has no atoms to take out: its adapter, {type(adapter).__name__}, keeps no bank of them"
-        )
-    if adapter.num_atoms == 1:
-        raise ConfigError(f"{run_dir} has one atom (a slice): without it there is nothing to route to")
 
 
 def _work(argv: Sequence[str]) -> Path:
@@ -64,6 +30,10 @@ def _work(argv: Sequence[str]) -> Path:
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="the directory of a finished run")
     run_dir: Path = parser.parse_args(argv).run
+    manifest.read_finished(run_dir)  # what is wrong here need not wait for torch
+    quieten()
+    from continual.commands.ablate import ablate
+
     ablate(run_dir)
     return run_dir
 

@@ -17,13 +17,15 @@ from typing import Any
 from jsonargparse import ArgumentError
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
-from continual import bank, run
+from continual.commands import bank, run
+from continual.commands.terminal import OneLineParser, guarded
+from continual.compat.jsonargparse import keys_of
+from continual.config.experiment import TRAINER_DEFAULTS, Stage, make_parser
+from continual.config.messages import explain
+from continual.data.stage_data import StageData
 from continual.errors import ConfigError
-from continual.experiment import TRAINER_DEFAULTS, Stage, make_parser
-from continual.explain import explain
-from continual.module import ContinualModule
-from continual.quiet import quieten
-from continual.stage_data import StageData
+from continual.runtime.quiet import quieten
+from continual.training.module import ContinualModule
 
 RUN_STAGES = "run-stages"
 BANK = "bank"
@@ -50,7 +52,7 @@ class ContinualCLI(LightningCLI):
         try:
             super().parse_arguments(parser, args)
         except ArgumentError as error:
-            raise ConfigError(explain(error, {}, Stage)) from error
+            raise ConfigError(explain(error, {}, Stage, keys_of(make_parser()))) from error
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         super()._add_subcommands(parser, **kwargs)
@@ -84,10 +86,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     quieten()
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == [BANK]:
-        return run.guarded(lambda: bank.main(argv[1:]))
+        return guarded(lambda: bank.main(argv[1:]))
     if argv[:1] == [RUN_STAGES] and not {"--help", "-h"} & set(argv):
-        return run.guarded(lambda: _run_stages(argv))
-    return run.guarded(lambda: _run_stage(argv))
+        return guarded(lambda: _run_stages(argv))
+    return guarded(lambda: _run_stage(argv))
 
 
 def _run_stage(argv: list[str]) -> Path:
@@ -96,7 +98,7 @@ def _run_stage(argv: list[str]) -> Path:
 
 
 def _run_stages(argv: list[str]) -> Path:
-    resuming = run.OneLineParser(prog=f"python -m continual.cli {RUN_STAGES}", add_help=False, allow_abbrev=False)
+    resuming = OneLineParser(prog=f"python -m continual.cli {RUN_STAGES}", add_help=False, allow_abbrev=False)
     resuming.add_argument("--resume", type=Path)
     known, others = resuming.parse_known_args(argv[1:])
     if known.resume and others:

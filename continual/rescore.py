@@ -15,12 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from continual import manifest, records
-from continual.quiet import quieten
-from continual.run import OneLineParser, finish, guarded
-from continual.wordings import Options, Where
-
-_SAME = ["run", "seed", "stage", "task", "wording", "where", "options"]
+from continual.commands.finish import finish
+from continual.commands.terminal import OneLineParser, guarded
+from continual.data.prompt_variants import Options, Where
+from continual.runtime.quiet import quieten
+from continual.storage import manifest
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,21 +42,12 @@ def _work(argv: Sequence[str]) -> Path:
     arguments = parser.parse_args(argv)
     if not (arguments.wordings or arguments.none or arguments.wrong):
         parser.error("nothing to score: give --wordings FILE, or leave --no-none or --no-wrong away")
-    state, text = manifest.read_finished(arguments.run)
+    manifest.read_finished(arguments.run)  # what is wrong here need not wait for torch
     quieten()
-    from continual import experiment  # here: neither of the errors above should have to wait for torch
-    from continual.other_words import OtherWords
-    from continual.sequence import Sequence as StageSequence
+    from continual.commands.rescore import rescore
 
-    made = experiment.parse(text, state.run, where=str(arguments.run / manifest.CONFIG_NAME))
-    made.wordings = OtherWords(
-        arguments.wordings, arguments.key, arguments.options, arguments.where, arguments.none, arguments.wrong
-    )
-    sequence = StageSequence(made, arguments.run)
-    sequence.prepare(state)
-    tables = sequence.score_wordings()
-    for table in ("wording_answers", "wordings"):
-        records.replace(arguments.run, table, tables[table], _SAME)
+    words = (arguments.wordings, arguments.key, arguments.options, arguments.where, arguments.none, arguments.wrong)
+    rescore(arguments.run, *words)
     return finish(arguments.run)
 
 

@@ -17,8 +17,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
+from continual.commands.terminal import OneLineParser, guarded
 from continual.errors import ConfigError
-from continual.run import OneLineParser, guarded
 from continual.sweeps.cells import Engine, choose_jobs, start_engine
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def _work(argv: Sequence[str], failed: dict[str, str]) -> Path:
         parser.error("give a sweep file, or --resume DIR")
     if arguments.jobs is not None and arguments.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {arguments.jobs}")
-    from continual.quiet import quieten
+    from continual.runtime.quiet import quieten
 
     quieten()
     from continual.sweeps.plan import SWEEP_NAME

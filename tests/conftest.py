@@ -11,7 +11,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from analysis import page
+from analysis.report import page
 from continual.backbones import CausalLM, TinyCausalLM
 
 

@@ -12,14 +12,17 @@ from datasets import Dataset
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from continual import evaluate
 from continual.adapters import QueryableLoraConfig
+from continual.adapters.tuner import is_routed
 from continual.backbones import MLPRegressor, TinyCausalLM
-from continual.batches import Collator, Row
-from continual.candidates import Candidates
-from continual.evaluate import Outcome, is_routed, label_log_likelihoods, score_batch
-from continual.module import ContinualModule
-from continual.stage_data import StageData
+from continual.data.batch import Row
+from continual.data.collate import Collator
+from continual.data.label_tree import LabelTree
+from continual.data.stage_data import StageData
+from continual.scoring import evaluate
+from continual.scoring.evaluate import label_log_likelihoods, score_batch
+from continual.scoring.outcome import Outcome
+from continual.training.module import ContinualModule
 from tasks import Task
 from tasks.base import Split, text_rows
 
@@ -105,7 +108,7 @@ def plain_scores(model: Any, backbone: Any, rows: list[Row], names: Any, instruc
 def tree_scores(model: Any, backbone: Any, rows: list[Row], names: list[str], instructed: bool) -> Tensor:
     batch = Collator(backbone, instructed, answers=False)(rows)
     with torch.inference_mode():
-        return label_log_likelihoods(model, batch["forward"], Candidates.of(backbone, names))
+        return label_log_likelihoods(model, batch["forward"], LabelTree.of(backbone, names))
 
 
 # -- labels -----------------------------------------------------------------------------------------------------------
@@ -118,13 +121,13 @@ def test_later_labels_come_to_no_more_than_they_begin_with() -> None:
     own, later = ["yes", "yellow", "no"], ["yell", "yet", "none", "maybe", "no"]
     forward = Collator(module.backbone, True, answers=False)(rows)["forward"]
     with torch.inference_mode():
-        candidates = Candidates.of(module.backbone, own, (), later)
+        candidates = LabelTree.of(module.backbone, own).with_beginnings(module.backbone, later)
         found = label_log_likelihoods(model, forward, candidates)
-        alone = label_log_likelihoods(model, forward, Candidates.of(module.backbone, own))
-        scores = label_log_likelihoods(model, forward, Candidates.of(module.backbone, candidates.later))
-    assert candidates.later == ("yell", "yet", "none", "maybe")
+        alone = label_log_likelihoods(model, forward, LabelTree.of(module.backbone, own))
+        scores = label_log_likelihoods(model, forward, LabelTree.of(module.backbone, candidates.further))
+    assert candidates.further == ("yell", "yet", "none", "maybe")
     torch.testing.assert_close(found[:, :3], alone)  # they ask for no node
-    assert len(candidates.node_ids_K) == len(Candidates.of(module.backbone, own).node_ids_K)
+    assert len(candidates.node_ids_K) == len(LabelTree.of(module.backbone, own).node_ids_K)
     most = found[:, 3:]
     assert (most > scores - 1e-5).all()
     torch.testing.assert_close(most[:, 0], scores[:, 0])  # " yell" is in the tree as far as its last letter

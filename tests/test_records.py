@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from continual import records
-from continual.records import SCHEMAS, RecordError
+from continual.storage import records
+from continual.storage.records import SCHEMAS, RecordError
 
 EXAMPLES: dict[pa.DataType, Any] = {pa.string(): "x", pa.int64(): 1, pa.float64(): 0.5}
 
@@ -138,9 +138,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: p
 
 
 def test_importing_records_imports_no_torch() -> None:
-    code = (
-        "import sys, continual.records; print([m for m in ('torch', 'lightning', 'transformers') if m in sys.modules])"
-    )
+    code = "import sys, continual.storage.records; print([m for m in ('torch', 'lightning', 'transformers') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=_root())
     assert done.stdout.strip() == "[]"
 

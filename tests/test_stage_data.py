@@ -15,17 +15,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig
 
-from continual import batches
 from continual.adapters import QueryableLoraConfig
+from continual.adapters.growing.bank import inputs as inputs_module
+from continual.adapters.growing.inputs import RowInputs
 from continual.backbones import MLPRegressor, TinyCausalLM
-from continual.batch_order import LengthBatches, scoring_size, token_batches
-from continual.batches import IGNORED, EncodedTask
-from continual.candidates import Candidates
+from continual.data.batch import IGNORED
+from continual.data.batch_order import LengthBatches, scoring_size, token_batches
+from continual.data.encoding import EncodedTask
+from continual.data.label_tree import LabelTree
+from continual.data.prompt_variants import Wording
+from continual.data.stage_data import StageData
 from continual.errors import ConfigError
-from continual.module import ContinualModule
-from continual.stage_data import StageData
 from continual.strategies import Sequential
-from continual.wordings import Wording
+from continual.training.module import ContinualModule
 from tasks import Task
 from tasks.base import Split, text_rows
 
@@ -175,20 +177,20 @@ def test_lightning_moves_batches_to_the_device_candidates_included() -> None:
     moved = L.LightningModule().transfer_batch_to_device(batch, torch.device("meta"), 0)
     tensors = [
         *moved["forward"].values(),
-        *(value for value in vars(moved["candidates"]).values() if isinstance(value, torch.Tensor)),
+        *(value for value in vars(moved["label_tree"]).values() if isinstance(value, torch.Tensor)),
     ]
     assert {tensor.device.type for tensor in tensors} == {"meta"}
-    assert moved["candidates"].names == ("x", "yy")
-    assert moved["candidates"].num_own == 2
+    assert moved["label_tree"].names == ("x", "yy")
+    assert moved["label_tree"].num_own == 2
     assert moved["rows"] == batch["rows"]
-    assert batch["candidates"].ids_L.device.type == "cpu"
+    assert batch["label_tree"].ids_L.device.type == "cpu"
 
 
 # -- labels -----------------------------------------------------------------------------------------------------------
 
 
 def test_candidates_are_deduplicated_and_what_they_begin_with_is_a_node_once() -> None:
-    candidates = Candidates.of(BACKBONE, ["no", "no way"], ["yes", "no", "yes"])
+    candidates = LabelTree.of(BACKBONE, ["no", "no way"], ["yes", "no", "yes"])
     assert candidates.names == ("no", "no way", "yes")
     assert candidates.num_own == 2
     encoded = [BACKBONE.encode_answer(name) for name in candidates.names]
@@ -212,8 +214,8 @@ def test_seen_labels_stand_behind_the_own_ones(score_seen_labels: bool, names: t
     data = prepared(task, score_seen_labels=score_seen_labels)
     data.seen_labels = ["a", "c", "c", "b"]
     (batch,) = data.test_dataloader()
-    assert batch["candidates"].names == names
-    assert batch["candidates"].num_own == 2
+    assert batch["label_tree"].names == names
+    assert batch["label_tree"].num_own == 2
 
 
 # -- order ------------------------------------------------------------------------------------------------------------
@@ -464,11 +466,11 @@ def test_a_trainer_alone_sets_the_data_up(quiet_trainer: Callable[..., L.Trainer
 
 def test_a_text_that_a_gate_reads_is_tokenised_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """But for one call's, no more than so many are kept."""
-    monkeypatch.setattr(batches, "_MOST_KEPT", 3)
+    monkeypatch.setattr(inputs_module, "_MOST_KEPT", 3)
     backbone, asked = TinyCausalLM(num_layers=2), list[str]()
     encode = backbone.encode_text
     monkeypatch.setattr(backbone, "encode_text", lambda text: asked.append(text) or encode(text))
-    inputs = batches.RowInputs(backbone, lambda _: torch.zeros(4), text_tokens=2)  # type: ignore[arg-type]
+    inputs = RowInputs(backbone, lambda _: torch.zeros(4), text_tokens=2)  # type: ignore[arg-type]
     for texts in (["abc", "de"], ["de", "abc", "de"], ["f"]):
         expected = [(encode(text)[:2] + [-1])[:2] for text in texts]
         assert inputs.of(texts, texts)["text_ids"].tolist() == (expected if texts != ["f"] else [[*encode("f")]])

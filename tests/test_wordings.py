@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from continual.backbones import TinyCausalLM
-from continual.batches import Collator, EncodedTask
+from continual.data.collate import Collator
+from continual.data.encoding import EncodedTask
+from continual.data.prompt_variants import TRAINING, Wording, opening, varied
+from continual.data.stage_data import StageData
 from continual.errors import ConfigError
-from continual.stage_data import StageData
-from continual.wordings import TRAINING, Wording, opening, varied
 from tasks import Task
 from tasks.base import Split, text_rows
 

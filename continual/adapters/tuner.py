@@ -11,8 +11,8 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from continual.adapters.base_config import RoutedLoraConfig
-from continual.adapters.growing import GrowingBank
 from continual.adapters.routed_linear import CANNOT_MERGE, RoutedLinear
+from continual.interfaces import RowSelector
 
 # Where transformers keeps q/k/v/o projections under other names, the user names target_modules.
 _ATTENTION = ["k_proj", "o_proj", "q_proj", "v_proj"]
@@ -64,7 +64,7 @@ class RoutedTuner(LayerTuner):
     """
 
     tuner_layer_cls: Any = RoutedLinear
-    growing: GrowingBank | None = None
+    growing: RowSelector | None = None
     """What decides which adapters a pass uses, where the bank grows; otherwise all active ones are."""
     target_module_mapping = _DEFAULT_TARGETS
 
@@ -175,3 +175,8 @@ class RoutedTuner(LayerTuner):
         for handle in self._hooks:
             handle.remove()
         return super()._unload_and_optionally_merge(merge, *args, **kwargs)
+
+
+def is_routed(model: Any) -> bool:
+    """Say whether a PEFT model carries one of our routed adapters."""
+    return isinstance(getattr(model, "base_model", None), RoutedTuner)

@@ -10,9 +10,10 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from continual import devices
 from continual.adapters.routed_linear import layer_of as layer_of_module
 from continual.errors import DIVERGED, RunError
+from continual.interfaces import Recorder, Rows, StageContext
+from continual.runtime import distributed
 
 
 def layer_of(parameter_name: str) -> str:
@@ -25,7 +26,7 @@ def layer_of(parameter_name: str) -> str:
     return "bank" if path == parameter_name else layer_of_module(re.sub(r"\.\w+\.default(\.\w+)?$", "", path))
 
 
-class GradientRecorder(L.Callback):
+class GradientRecorder(Recorder):
     """Records the training loss and the concentration each step, and every layer's norm each ``interval`` steps.
 
     A layer's norm is that of all its adapter gradients (A and B of its projections) before clipping; the bank, shared
@@ -40,12 +41,16 @@ class GradientRecorder(L.Callback):
 
     def __init__(self, interval: int = 10) -> None:
         self.interval = interval
-        self.rows: list[dict[str, Any]] = []
+        self.rows: Rows = []
         self._pending: list[tuple[int, int, Tensor, Tensor]] = []
 
-    def start(self, keys: dict[str, Any]) -> None:
-        """Begin a stage; ``keys`` are the columns run, seed, stage and task."""
-        self.keys, self.rows, self._pending = keys, [], []
+    def begin(self, context: StageContext) -> None:
+        """Begin a stage."""
+        self.keys, self.rows, self._pending = context.keys | {"task": context.name}, [], []
+
+    def tables(self) -> dict[str, Rows]:
+        """Return the rows of the table ``gradients``."""
+        return {"gradients": self.rows}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Group the trainable parameters by layer."""
@@ -93,7 +98,7 @@ class GradientRecorder(L.Callback):
     def _settle(self) -> None:
         if not self._pending:
             return
-        losses = devices.mean(torch.stack([loss for _, _, loss, _ in self._pending])).tolist()
+        losses = distributed.mean(torch.stack([loss for _, _, loss, _ in self._pending])).tolist()
         for value, (step, epoch, _, norms) in zip(losses, self._pending, strict=True):
             if not math.isfinite(value):
                 raise RunError(f"stage {self.keys['task']!r}, step {step}: {DIVERGED} ({value}); the stage is dropped")

@@ -1,75 +1,51 @@
-"""While tasks are scored: which atoms each task uses, how far apart tasks are, and how far routes moved.
+"""While tasks are scored: which atoms each task uses, and how evenly.
 
 Usage U[s, j, b, m] is the mean of alpha over the prompt's own tokens of task j's test rows, in block b, after stage s.
 Everything is computed for each block first; a value with block -1 is the mean of the blocks' values. Rows of each task
 are split into two halves by their index, and the distance between the halves' usages is the null beside which every
-distance is read: two samples of one task are never 0 apart.
+distance is read: two samples of one task are never 0 apart. Distances themselves are derived from what is written here
+(``analysis.runs.distances``).
+
+Shapes: N blocks, M atoms.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import lightning as L
 import numpy as np
-import pandas as pd
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from analysis.routing import entropy_nats, js_divergence, kl_divergence, total_variation
-from continual import devices
-from continual.evaluate import Outcome
+from continual.interfaces import Recorder, Rows, StageContext
+from continual.measures.distances import entropy_nats
+from continual.runtime import distributed
+from continual.scoring.outcome import Outcome, RouteSums
 
 
-class RouteRecorder(L.Callback):
-    """Turns the routes of outcomes into rows for the tables ``routing``, ``separation`` and ``drift``.
+class RouteRecorder(Recorder):
+    """Turns the routes of outcomes into rows for the tables ``routing`` and ``usage_halves``.
 
     Attributes:
-        usage: Stage -> task -> usage of each block, (N, M): all that drift is measured against. Of stages before the
-            last one, that is what each task's own stage left; with every other task's it would grow with the cube of
-            their number, where a bank grows.
-        computed: Task -> sums of the batches that were computed, of all processes; empty unless asked for.
+        usage: Usage of each task that was scored after the stage, (N, M).
     """
 
     def __init__(self) -> None:
-        self.usage: dict[int, dict[str, np.ndarray]] = {}
-        self.tables: dict[str, list[dict[str, Any]]] = {}
-        self.computed: dict[str, list[RouteSums]] = {}
+        self.usage: dict[str, np.ndarray] = {}
+        self._tables: dict[str, Rows] = {}
 
-    def restore(self, routing: pd.DataFrame) -> None:
-        """Take the usages of finished stages from the table ``routing``."""
-        rows = routing[routing["metric"] == "usage"]
-        for key, group in rows.groupby(["stage", "task"]):
-            stage, task = cast(tuple[int, str], key)
-            table = group.pivot(index="block", columns="atom", values="value").sort_index().sort_index(axis=1)
-            self.usage.setdefault(int(stage), {})[task] = table.to_numpy()
-
-    def start(
-        self,
-        keys: dict[str, Any],
-        tasks: list[Any],
-        trained_stage: dict[str, int],
-        known: Mapping[str, RouteSums] | None = None,
-    ) -> None:
-        """Begin scoring ``tasks``.
-
-        Args:
-            keys: The columns run, seed and stage.
-            tasks: StageData, in loader order.
-            trained_stage: After which stage each task was learnt.
-            known: Sums of rows that are not computed, by task; with it, even empty, sums of the others are kept by row.
-        """
-        self.keys, self.tasks, self.trained_stage = keys, tasks, trained_stage
-        self.tables = {"routing": [], "separation": [], "drift": []}
+    def begin(self, context: StageContext) -> None:
+        """Begin a stage."""
+        self.keys, self.tasks = context.keys, list(context.scored)
+        self.usage, self._tables = {}, {"routing": [], "usage_halves": []}
         self._sums: dict[str, _TaskRoutes] = {}
-        self._known, self._own, self.computed = known, dict[str, list[RouteSums]](), {}
-        for stage in [stage for stage in self.usage if stage < keys["stage"] - 1]:
-            own = {name: usage for name, usage in self.usage.pop(stage).items() if trained_stage.get(name) == stage}
-            self.usage |= {stage: own} if own else {}
+
+    def tables(self) -> dict[str, Rows]:
+        """Return the rows of the tables, once: they are the largest, with each atom of each block."""
+        tables, self._tables = self._tables, {}
+        return tables
 
     def on_test_batch_end(
         self,
@@ -82,105 +58,37 @@ class RouteRecorder(L.Callback):
     ) -> None:
         """Add a batch's routes to its task's sums."""
         outcome: Outcome = outputs
-        if outcome.routes is None or outcome.prompt_mask is None:
-            return
-        name = self.tasks[dataloader_idx].name
-        sums = RouteSums.of(outcome.routes, outcome.prompt_mask, outcome.rows)
-        self._sums.setdefault(name, _TaskRoutes()).add(sums)
-        if self._known is not None:
-            self._own.setdefault(name, []).append(sums)
+        if (sums := outcome.route_sums) is not None:
+            self._sums.setdefault(self.tasks[dataloader_idx].name, _TaskRoutes()).add(sums)
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Compute usage, entropies, separation and drift from the routes of all processes."""
-        found = devices.of_batches(self._sums, pl_module)  # type: ignore[arg-type]
+        """Compute usage and entropies from the routes of all processes."""
+        found = distributed.of_batches(self._sums, pl_module)  # type: ignore[arg-type]
         own = {data.name: [sums[data.name] for sums in found if data.name in sums] for data in self.tasks}
-        self._sums = {name: sum(each[1:], start=each[0]) for name, each in own.items() if each}
-        if not self._sums:
-            return
-        if self._known is not None:
-            for found in devices.of_batches(self._own, pl_module):  # type: ignore[arg-type]
-                for name, sums in found.items():
-                    self.computed.setdefault(name, []).extend(sums)
-            for name, sums in self._known.items():
-                self._sums[name].add(sums.widened(self._sums[name].num_atoms))
-        stage = self.keys["stage"]
-        self.usage[stage] = {name: sums.usage() for name, sums in self._sums.items()}
-        for name, sums in self._sums.items():
-            self._add_usage(name, sums)
-            self._add_drift(name, sums.num_tokens)
-        self._add_separation()
+        for name, each in own.items():
+            if each:
+                self._add(name, sum(each[1:], start=each[0]))
         self._sums = {}
 
-    def _add_usage(self, task: str, sums: _TaskRoutes) -> None:
-        usage, count = self.usage[self.keys["stage"]][task], sums.num_tokens
+    def _add(self, task: str, sums: _TaskRoutes) -> None:
+        usage = self.usage[task] = sums.usage()
         for block, atom in np.ndindex(*usage.shape):
-            self._row("routing", task, "usage", float(usage[block, atom]), count, block=block, atom=atom)
+            self._row(task, "usage", float(usage[block, atom]), sums.num_tokens, block, atom)
         for metric, values in (
             ("usage_entropy_nats", entropy_nats(usage)),
             ("token_entropy_nats", sums.token_entropy()),
         ):
-            for block, value in _with_mean(values):
-                self._row("routing", task, metric, value, count, block=block, atom=-1)
+            for block, value in [*enumerate(values.tolist()), (-1, float(np.mean(values)))]:
+                self._row(task, metric, value, sums.num_tokens, block, -1)
+        for half, (values, count) in enumerate(zip(sums.halves(), sums.tokens.tolist(), strict=True)):
+            for block, atom in np.ndindex(*values.shape):
+                place = {"half": half, "block": block, "atom": atom}
+                measured = {"value": float(values[block, atom]), "count": int(count)}
+                self._tables["usage_halves"].append(self.keys | {"task": task} | place | measured)
 
-    def _add_separation(self) -> None:
-        usage = self.usage[self.keys["stage"]]
-        for task in usage:
-            for other in usage:
-                if task == other:
-                    first, second = self._sums[task].halves()
-                    names = ("js_split_half", "kl_split_half")
-                else:
-                    first, second, names = usage[task], usage[other], ("js", "kl")
-                for metric, distance in zip(names, (js_divergence, kl_divergence), strict=True):
-                    for block, value in _with_mean(distance(first, second)):
-                        count = self._sums[task].num_tokens
-                        self._row("separation", task, metric, value, count, other=other, block=block)
-
-    def _add_drift(self, task: str, count: int) -> None:
-        stage, trained = self.keys["stage"], self.trained_stage[task]
-        references = {"previous": stage - 1} | ({"trained": trained} if trained < stage else {})
-        for reference, earlier in references.items():
-            if task not in self.usage.get(earlier, {}):
-                continue
-            now, then = _same_atoms(self.usage[stage][task], self.usage[earlier][task])
-            place = {"reference": reference, "reference_stage": earlier}
-            for metric, distance in (("js", js_divergence), ("kl", kl_divergence), ("tv", total_variation)):
-                for block, value in _with_mean(distance(now, then)):
-                    self._row("drift", task, metric, value, count, block=block, **place)
-
-    def _row(self, table: str, task: str, metric: str, value: float, count: int, **columns: Any) -> None:
+    def _row(self, task: str, metric: str, value: float, count: int, block: int, atom: int) -> None:
         measured = {"metric": metric, "direction": "none", "value": float(value), "count": count}
-        self.tables[table].append(self.keys | {"task": task} | columns | measured)
-
-
-@dataclass
-class RouteSums:
-    """Routes of rows, summed over the tokens of each row's prompt; in float64, on the CPU.
-
-    Attributes:
-        rows: Index of each row within its split.
-        weights_NBM: Routing weights of each block.
-        entropy_NB: Entropies in nats.
-        tokens_B: Tokens.
-    """
-
-    rows: list[int]
-    weights_NBM: Tensor
-    entropy_NB: Tensor
-    tokens_B: Tensor
-
-    @classmethod
-    def of(cls, routes_NBPM: Tensor, mask_BP: Tensor, rows: Iterable[int]) -> RouteSums:
-        """Sum a batch's routes over the tokens that ``mask_BP`` marks; all blocks at once, since each call costs."""
-        routes = routes_NBPM.float().masked_fill(~mask_BP.bool().unsqueeze(-1), 0.0)
-        entropy = -torch.xlogy(routes, routes).sum(dim=(2, 3))
-        tokens = mask_BP.sum(dim=1)
-        return cls(list(rows), routes.sum(dim=2).cpu().double(), entropy.cpu().double(), tokens.cpu().double())
-
-    def widened(self, num_atoms: int) -> RouteSums:
-        """Return the same over ``num_atoms`` atoms: a bank has grown by some that nothing went to."""
-        weights = F.pad(self.weights_NBM, (0, num_atoms - self.weights_NBM.shape[2]))
-        return replace(self, weights_NBM=weights)
+        self._tables["routing"].append(self.keys | {"task": task, "block": block, "atom": atom} | measured)
 
 
 class _TaskRoutes:
@@ -194,6 +102,7 @@ class _TaskRoutes:
     def add(self, sums: RouteSums) -> None:
         """Add rows."""
         half = torch.tensor([_half_of(row) for row in sums.rows])
+        sums = sums.widened(0 if self.weights is None else self.num_atoms)
         weights_BNM, entropy = sums.weights_NBM.transpose(0, 1), sums.entropy_NB.sum(dim=1)
         if self.weights is None:
             self.weights = weights_BNM.new_zeros(2, *weights_BNM.shape[1:])
@@ -236,17 +145,6 @@ class _TaskRoutes:
         return (self.entropy / self.tokens.sum()).numpy()
 
 
-def _same_atoms(now: np.ndarray, then: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return two usages, (N, M), over the same atoms: those that were not there yet were used by nobody."""
-    num_atoms = max(now.shape[1], then.shape[1])
-    now, then = (np.pad(usage, ((0, 0), (0, num_atoms - usage.shape[1]))) for usage in (now, then))
-    return now, then
-
-
 def _half_of(row: int) -> int:
     """Return 0 or 1 for a row, as good as at random and always the same: the golden ratio spreads indices evenly."""
     return int(math.modf(row * 0.6180339887498949)[0] < 0.5)
-
-
-def _with_mean(values: np.ndarray) -> list[tuple[int, float]]:
-    return [*enumerate(values.tolist()), (-1, float(np.mean(values)))]

@@ -3,54 +3,47 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import lightning as L
 import torch
 from torchmetrics import MeanMetric, MeanSquaredError, Metric, R2Score
 
-from continual import devices
-from continual.evaluate import Outcome
+from continual.interfaces import Recorder, Rows, StageContext
+from continual.runtime import distributed
+from continual.scoring.outcome import Outcome
 
 
-class ScoreRecorder(L.Callback):
+class ScoreRecorder(Recorder):
     """Turns outcomes into rows for the tables ``scores`` and ``answers``.
 
     Attributes:
-        computed: Task -> outcomes of the batches that were computed, of all processes, without their routes.
+        rows: Of the table ``scores``.
+        answers: Of the table ``answers``.
+        chosen: Task -> how many rows a growing bank's gate sent to each stage; empty without a gate.
     """
 
     def __init__(self) -> None:
-        self.rows: list[dict[str, Any]] = []
-        self.answers: list[dict[str, Any]] = []
-        self.computed: dict[str, list[Outcome]] = {}
+        self.rows: Rows = []
+        self.answers: Rows = []
 
-    def start(
-        self, keys: dict[str, Any], tasks: list[Any], known: Mapping[str, tuple[Outcome, list[Any]]] | None = None
-    ) -> None:
-        """Begin scoring ``tasks``.
-
-        Args:
-            keys: The columns run, seed and stage.
-            tasks: StageData, in loader order.
-            known: Outcomes of rows that are not computed, and the rows, by task.
-        """
-        self.keys, self.tasks, self._known = keys, tasks, known or {}
-        self.rows, self.answers, self.computed = [], [], {}
-        self._outcomes: list[list[tuple[Outcome, list[Any]]]] = [[] for _ in tasks]
+    def begin(self, context: StageContext) -> None:
+        """Begin a stage."""
+        self.keys, self.tasks = context.keys, list(context.scored)
+        self.rows, self.answers = [], []
+        self._outcomes: list[list[tuple[Outcome, list[Any]]]] = [[] for _ in self.tasks]
         self.chosen: dict[str, Counter[str]] = {}
         self._milliseconds: list[float] = []
-        self._started = time.perf_counter()
 
-    def on_test_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Note the time; the answers of the batch before were read back from the device, so nothing is pending."""
-        self._started = time.perf_counter()
+    @property
+    def found(self) -> tuple[Rows, Rows]:
+        """The rows of the tables ``scores`` and ``answers``."""
+        return self.rows, self.answers
+
+    def tables(self) -> dict[str, Rows]:
+        """Return scores and answers."""
+        return {"scores": self.rows, "answers": self.answers}
 
     def on_test_batch_end(
         self,
@@ -63,18 +56,15 @@ class ScoreRecorder(L.Callback):
     ) -> None:
         """Take in a batch's outcome."""
         outcome: Outcome = outputs
-        if rows := len(outcome.rows) if outcome.pass_rows is None else outcome.pass_rows:
-            self._milliseconds.append(1e3 * (time.perf_counter() - self._started) / rows)
-        # Routes are another recorder's, and large.
-        self._outcomes[dataloader_idx].append((replace(outcome, routes=None, prompt_mask=None), batch["rows"]))
+        if outcome.seconds is not None:
+            self._milliseconds.append(1e3 * outcome.seconds / len(outcome.rows))
+        self._outcomes[dataloader_idx].append((outcome.without_tensors(), batch["rows"]))
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Compute the scores from the answers of all processes."""
         for data, own in zip(self.tasks, self._outcomes, strict=True):
             metrics, given, count = _metrics_of(data), ([], []), 0
-            outcomes = devices.in_order(own, pl_module)  # type: ignore[arg-type]
-            self.computed[data.name] = [outcome for outcome, _ in outcomes]
-            for outcome, sources in [*outcomes, *filter(None, [self._known.get(data.name)])]:
+            for outcome, sources in distributed.in_order(own, pl_module):  # type: ignore[arg-type]
                 self._take_in(data, metrics, outcome)
                 given[0].extend(sources)
                 given[1].extend(outcome.predictions)

@@ -21,16 +21,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.linalg import matrix_norm, vector_norm
 
-from continual import devices
-from continual.adapters.layer import QueryableLinear
-from continual.adapters.router import routed_operator
-from continual.strategies.base import evaluating, forward_context
+from continual.adapters.queryable.layer import QueryableLinear
+from continual.adapters.queryable.router import routed_operator
+from continual.interfaces import Recorder, Rows, StageContext
+from continual.runtime import distributed
+from continual.runtime.parameters import evaluating, forward_context
 
 RATIOS = ("weights", "operator", "update", "summary")
 _MOST_OPERATORS = 1024  # a singular value decomposition each
 
 
-class TheoryRecorder(L.Callback):
+class TheoryRecorder(Recorder):
     """Rows for the table ``theory``: the largest ratio of each bound in each block, over a batch's tokens.
 
     The batch of a step is passed through the model once more, without gradients and dropout, so that training goes on
@@ -42,11 +43,15 @@ class TheoryRecorder(L.Callback):
 
     def __init__(self, interval: int = 20) -> None:
         self.interval = interval
-        self.rows: list[dict[str, Any]] = []
+        self.rows: Rows = []
 
-    def start(self, keys: dict[str, Any]) -> None:
-        """Begin a stage; ``keys`` are the columns run, seed, stage and task."""
-        self.keys, self.rows = keys, []
+    def begin(self, context: StageContext) -> None:
+        """Begin a stage."""
+        self.keys, self.rows = context.keys | {"task": context.name}, []
+
+    def tables(self) -> dict[str, Rows]:
+        """Return the rows of the table ``theory``."""
+        return {"theory": self.rows}
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -55,7 +60,7 @@ class TheoryRecorder(L.Callback):
         step = trainer.global_step
         if step != 1 and step % self.interval:
             return
-        everywhere = devices.gathered(measure(pl_module, batch) if batch["weight"] else {})
+        everywhere = distributed.gathered(measure(pl_module, batch) if batch["weight"] else {})
         for metric, block in everywhere[0]:
             ratios, counts = zip(*(found[metric, block] for found in everywhere if found), strict=True)
             value, count = max(ratios), sum(counts)

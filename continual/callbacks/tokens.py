@@ -14,17 +14,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from continual import devices
 from continual.adapters import QueryableLoraModel
-from continual.evaluate import Outcome
+from continual.interfaces import Recorder, Rows, StageContext
+from continual.runtime import distributed
+from continual.scoring.outcome import Outcome
 
 if TYPE_CHECKING:
-    from continual.stage_data import StageData
+    from continual.data.stage_data import StageData
 
 _NUM_BEFORE = 12  # tokens of a sampled token's context that are kept as text
 
 
-class TokenRecorder(L.Callback):
+class TokenRecorder(Recorder):
     """Turns the routes of some of the prompts' tokens into rows for the table ``tokens``.
 
     A task is sampled after the stage that trained it and after the last one, so that the table grows with the number
@@ -40,17 +41,21 @@ class TokenRecorder(L.Callback):
 
     def __init__(self, num_tokens: int) -> None:
         self.num_tokens = num_tokens
-        self.rows: list[dict[str, Any]] = []
+        self.rows: Rows = []
         self.wanted: list[str] = []
 
-    def start(self, keys: dict[str, Any], tasks: list[Any], trained_stage: dict[str, int]) -> None:
-        """Begin scoring ``tasks``; ``trained_stage`` says after which stage each task was learnt."""
-        self.keys, self.tasks, self.rows = keys, tasks, []
+    def begin(self, context: StageContext) -> None:
+        """Begin a stage: a task is sampled after its own and after the last."""
+        self.keys, self.tasks, self.rows = context.keys, list(context.scored), []
         self._kept: dict[str, list[tuple[int, tuple[int, int, list[int], NDArray[np.float32]]]]] = {}
-        stage, last = keys["stage"], max(trained_stage.values(), default=0)
-        self.wanted = [data.name for data in tasks if self.num_tokens and stage in (trained_stage[data.name], last)]
+        own = [data.name for data in self.tasks if context.is_last or context.trained_stage[data.name] == context.stage]
+        self.wanted = own if self.num_tokens else []
 
-    def needed(self, data: StageData) -> set[int]:
+    def tables(self) -> dict[str, Rows]:
+        """Return the rows of the table ``tokens``."""
+        return {"tokens": self.rows}
+
+    def needed_rows(self, data: StageData) -> set[int]:
         """Return the rows of a task, by their index, whose prompts hold the tokens of its sample; none without one."""
         if data.name not in self.wanted:
             return set()
@@ -70,8 +75,10 @@ class TokenRecorder(L.Callback):
     ) -> None:
         """Keep those of a batch's tokens that are in the sample so far."""
         outcome: Outcome = outputs
-        name, ids = self.tasks[dataloader_idx].name, batch["forward"].get("input_ids")
-        if name not in self.wanted or outcome.routes is None or ids is None:  # a regression row has no tokens
+        name = self.tasks[dataloader_idx].name
+        if name not in self.wanted or outcome.routes is None:
+            return
+        if (ids := batch["forward"].get("input_ids")) is None:  # a regression row has no tokens
             return
         if not isinstance(pl_module.tuner, QueryableLoraModel):
             return
@@ -96,7 +103,7 @@ class TokenRecorder(L.Callback):
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Put the sample of all processes' tokens into rows, by task, row and place; only now is any put into words."""
-        found = devices.of_batches(self._kept, pl_module)  # type: ignore[arg-type]
+        found = distributed.of_batches(self._kept, pl_module)  # type: ignore[arg-type]
         backbone: Any = pl_module.backbone
         kept: list[dict[str, Any]] = []
         for data in self.tasks:

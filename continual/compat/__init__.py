@@ -1,1 +1,5 @@
-"""What differs between the versions of the libraries that are built on: one function for each name that moves."""
+"""Private names of other libraries that this project leans on: one function each, with the version it was read in.
+
+Nothing else in the project reaches into PEFT, transformers, Lightning, torch or jsonargparse. When one of them moves a
+name, a test under ``tests/compat`` says which, and this room is where it is mended.
+"""

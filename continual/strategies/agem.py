@@ -14,11 +14,12 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from continual.strategies.base import flat, flat_gradient, forward_context, require_at_least, trainable
+from continual.runtime.parameters import flat, flat_gradient, forward_context, trainable
+from continual.strategies.base import require_at_least
 from continual.strategies.replay import MemoryStrategy
 
 if TYPE_CHECKING:
-    from continual.module import ContinualModule
+    from continual.interfaces import AdaptedModule
 
 
 def project(gradient_P: Tensor, reference_P: Tensor) -> Tensor:
@@ -52,7 +53,7 @@ class AGEM(MemoryStrategy):
         """Project the gradients: after their norms are recorded, before they are clipped."""
         if not self.stage or not self.memory.items:
             return
-        module: ContinualModule = pl_module  # type: ignore[assignment]
+        module: AdaptedModule = pl_module  # type: ignore[assignment]
         parameters = trainable(module)
         items = self.draw(self.memory_batch_size)
         with torch.enable_grad(), forward_context(module):

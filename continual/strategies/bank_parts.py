@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from continual.adapters.bank_folder import GATE_NAME, STATE_NAME, read_state
-from continual.adapters.growing import GrowingBank
-from continual.batches import RowInputs
-from continual.compat.transformers import cache_keyword
+from continual.adapters.growing.bank import GrowingBank
+from continual.adapters.growing.bank_folder import GATE_NAME, STATE_NAME, read_state
+from continual.adapters.growing.inputs import RowInputs
+from continual.compat.transformers import CACHE, cache_of
 
 if TYPE_CHECKING:
-    from continual.module import ContinualModule
+    from continual.interfaces import AdaptedModule
 
 FIRST = "default"
 """The slice of the first stage: the adapter that a PEFT model starts with."""
@@ -29,12 +29,12 @@ def slice_name(stage: int) -> str:
     return FIRST if stage == 1 else f"stage{stage:02d}"
 
 
-def bank_of(module: ContinualModule) -> GrowingBank:
+def bank_of(module: AdaptedModule) -> GrowingBank:
     """Return the growing bank of a module that the strategy ``GrowingBank`` has prepared."""
     return cast(GrowingBank, cast(Any, module.tuner).growing)
 
 
-def add_slice(module: ContinualModule, name: str) -> None:
+def add_slice(module: AdaptedModule, name: str) -> None:
     """Put another slice, that changes nothing yet, on the tuner."""
     model: Any = module.model
     first = model.peft_config[FIRST]
@@ -49,7 +49,7 @@ def add_slice(module: ContinualModule, name: str) -> None:
     bank_of(module).train_only(name)
 
 
-def write_bank(module: ContinualModule, folder: Path, notes: dict[str, Any]) -> None:
+def write_bank(module: AdaptedModule, folder: Path, notes: dict[str, Any]) -> None:
     """Write a bank: bank.json (which stage uses which slices), gate.safetensors and NAME.safetensors for each slice.
 
     bank.json also says what the gate reads and how it weighs it, for ``continual.adapters.load_bank``.
@@ -66,7 +66,7 @@ def write_bank(module: ContinualModule, folder: Path, notes: dict[str, Any]) -> 
     module.model.peft_config[FIRST].save_pretrained(str(folder))  # type: ignore[union-attr]
 
 
-def read_bank(module: ContinualModule, folder: Path) -> dict[str, Any]:
+def read_bank(module: AdaptedModule, folder: Path) -> dict[str, Any]:
     """Read what ``write_bank`` wrote, into a module whose bank is empty; return its notes."""
     bank, state = bank_of(module), read_state(folder)
     for name in state["slices"]:
@@ -152,12 +152,12 @@ def _roots(moments_rr: Tensor) -> tuple[Tensor, Tensor]:
     return vectors @ root.diag() @ vectors.T, vectors @ (1 / root).diag() @ vectors.T
 
 
-def write_freely(model: Any, ids_B1: Tensor, num_tokens: int) -> Tensor:
+def sample_text(model: Any, ids_B1: Tensor, num_tokens: int) -> Tensor:
     """Return what a language model writes after its first tokens, (B, num_tokens), drawn from torch's generator."""
-    ids, cache, name = ids_B1, None, cache_keyword()
+    ids, cache = ids_B1, None
     for _ in range(num_tokens):
-        output = model(input_ids=ids[:, -1:], use_cache=True, **{name: cache})
-        cache = output[name]
+        output = model(input_ids=ids[:, -1:], **{CACHE: cache}, use_cache=True)
+        cache = cache_of(output)
         probabilities = output.logits[:, -1].float().softmax(dim=-1)
         ids = torch.cat([ids, torch.multinomial(probabilities, 1)], dim=1)
     return ids[:, 1:]

@@ -19,25 +19,23 @@ Shapes: B rows, L label columns (the first answer's column and all after it), V 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import lightning as L
-import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Sampler
 
-from continual.batches import moved
+from continual.data.batch import moved
 from continual.errors import RunError, one_line
-from continual.files import size_bytes, whole_folder
+from continual.runtime.parameters import forward_context, trainable
+from continual.storage.files import atomic_directory, size_bytes
 
 if TYPE_CHECKING:
-    from continual.batches import Row
-    from continual.module import ContinualModule
-    from continual.stage_data import StageData
+    from continual.data.batch import Row
+    from continual.data.stage_data import StageData
+    from continual.interfaces import AdaptedModule
 
 
 class Strategy(L.Callback):
@@ -60,13 +58,13 @@ class Strategy(L.Callback):
 
     # -- what a method fills in ---------------------------------------------------------------------------------------
 
-    def check(self, module: ContinualModule, stages: Sequence[StageData]) -> None:
+    def check(self, module: AdaptedModule, stages: Sequence[StageData]) -> None:
         """Raise ConfigError where the method cannot serve the adapter, the backbone or a task."""
 
-    def prepare(self, module: ContinualModule) -> None:
+    def prepare(self, module: AdaptedModule) -> None:
         """Freeze what the method never trains."""
 
-    def begin_stage(self, module: ContinualModule, data: StageData, stage: int) -> None:
+    def begin_stage(self, module: AdaptedModule, data: StageData, stage: int) -> None:
         """Get ready for stage number ``stage`` (from 1) on ``data``."""
 
     def skips(self, stage: int, num_stages: int) -> bool:
@@ -77,7 +75,7 @@ class Strategy(L.Callback):
         """Return the rows to train on and the batches of their indices."""
         return rows, batches
 
-    def penalty(self, module: ContinualModule, batch: dict[str, Any], outputs: Tensor) -> Tensor | None:
+    def penalty(self, module: AdaptedModule, batch: dict[str, Any], outputs: Tensor) -> Tensor | None:
         """Return what to add to a batch's loss; None for nothing.
 
         Args:
@@ -92,17 +90,17 @@ class Strategy(L.Callback):
         """Whether the method adds to a batch's loss."""
         return type(self).penalty is not Strategy.penalty
 
-    def end_stage(self, module: ContinualModule, data: StageData, stage: int) -> None:
+    def end_stage(self, module: AdaptedModule, data: StageData, stage: int) -> None:
         """Keep what later stages need of this one."""
 
-    def answered_by(self, module: ContinualModule) -> dict[str, tuple[str, ...]] | None:
+    def answered_by(self, module: AdaptedModule) -> dict[str, tuple[str, ...]] | None:
         """Return the parts that answer the rows sent to each stage, if they never change after it; "" for no stage.
 
         None where training may change any answer.
         """
         return None
 
-    def sent_to(self, module: ContinualModule, rows: list[Row]) -> list[str]:
+    def sent_to(self, module: AdaptedModule, rows: list[Row]) -> list[str]:
         """Return the stage that answers each row, of those that ``answered_by`` names."""
         raise NotImplementedError
 
@@ -111,38 +109,38 @@ class Strategy(L.Callback):
         """Whether the model is another one for each task's batches, so that none may share a pass with other tasks'."""
         return type(self).on_test_batch_start is not L.Callback.on_test_batch_start
 
-    def begin_untasked(self, module: ContinualModule) -> None:
+    def begin_untasked(self, module: AdaptedModule) -> None:
         """Get ready to score text of no task, after the tasks of a test and before it ends."""
 
     def write(self, folder: Path) -> None:
         """Write into the empty ``folder`` what is kept between stages."""
 
-    def read(self, module: ContinualModule, folder: Path) -> None:
+    def read(self, module: AdaptedModule, folder: Path) -> None:
         """Take up what ``write`` wrote."""
 
     def stored_bytes(self) -> int:
         """Return the bytes on disk that the method keeps for later stages, beyond one adapter; 0 before any stage."""
         return self._stored_bytes
 
-    def stored_parameters(self, module: ContinualModule) -> int:
+    def stored_parameters(self, module: AdaptedModule) -> int:
         """Return the numbers that have to be kept to answer all tasks so far, the backbone's apart; after a stage."""
         return sum(parameter.numel() for parameter in trainable(module))
 
-    def serving_parameters(self, module: ContinualModule) -> int:
+    def serving_parameters(self, module: AdaptedModule) -> int:
         """Return how many of ``stored_parameters`` a forward pass reads for one row, at most."""
         return self.stored_parameters(module)
 
-    def save_adapter(self, module: ContinualModule, folder: Path) -> None:
+    def save_adapter(self, module: AdaptedModule, folder: Path) -> None:
         """Write the adapter, whole or not at all; a PEFT folder unless a method needs another."""
         module.save_adapter(folder)
 
-    def load_adapter(self, module: ContinualModule, folder: Path) -> None:
+    def load_adapter(self, module: AdaptedModule, folder: Path) -> None:
         """Read what ``save_adapter`` wrote; raises RunError where it cannot."""
         module.load_adapter(folder)
 
     # -- what the engine calls ----------------------------------------------------------------------------------------
 
-    def start(self, module: ContinualModule, data: StageData, stage: int) -> None:
+    def start(self, module: AdaptedModule, data: StageData, stage: int) -> None:
         """Begin a stage."""
         self.data, self.stage = data, stage
         self.begin_stage(module, data, stage)
@@ -156,11 +154,11 @@ class Strategy(L.Callback):
     def save(self, folder: Path) -> None:
         """Write what is kept between stages, whole or not at all; no folder for a method that keeps nothing."""
         if type(self).write is not Strategy.write:
-            with whole_folder(folder) as temporary:
+            with atomic_directory(folder) as temporary:
                 self.write(temporary)
             self._stored_bytes = size_bytes(folder)
 
-    def load(self, module: ContinualModule, folder: Path) -> None:
+    def load(self, module: AdaptedModule, folder: Path) -> None:
         """Take up what ``save`` wrote.
 
         Raises:
@@ -176,69 +174,13 @@ class Strategy(L.Callback):
 
     # -- what methods share -------------------------------------------------------------------------------------------
 
-    def collate(self, module: ContinualModule, rows: Sequence[Row]) -> dict[str, Any]:
+    def collate(self, module: AdaptedModule, rows: Sequence[Row]) -> dict[str, Any]:
         """Return rows of any stage as a training batch on the module's device."""
         return moved(self.data.collate(rows), module.device)
 
 
 class Sequential(Strategy):
     """Plain fine-tuning, stage after stage: nothing is kept and nothing is added. The lower baseline."""
-
-
-def trainable(module: ContinualModule) -> list[nn.Parameter]:
-    """Return the trainable parameters, in the order that the model registers them."""
-    return [parameter for parameter in module.parameters() if parameter.requires_grad]
-
-
-def adapter_tensors(module: ContinualModule) -> dict[str, Tensor]:
-    """Return every tensor that the adapter brought, by name: what trains, and what else carries its tuner's prefix.
-
-    They are views: writing into one changes the model.
-    """
-    assert module.model is not None
-    prefix = getattr(module.model.base_model, "prefix", None)
-    trains = {name for name, parameter in module.model.named_parameters() if parameter.requires_grad}
-    state = module.model.state_dict()
-    return {name: t for name, t in state.items() if name in trains or (prefix is not None and prefix in name)}
-
-
-def flat(tensors: Sequence[Tensor]) -> Tensor:
-    """Return tensors as one float32 vector, (P,)."""
-    return torch.cat([tensor.flatten().float() for tensor in tensors])
-
-
-def flat_gradient(loss: Tensor, parameters: Sequence[nn.Parameter], retain_graph: bool = False) -> Tensor:
-    """Return the gradient of ``loss`` as one vector, (P,); ``.grad`` stays as it is."""
-    gradients = torch.autograd.grad(loss, parameters, retain_graph=retain_graph, allow_unused=True)
-    return flat([torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)])
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Switch dropout off inside the ``with``."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
-
-
-def forward_context(module: L.LightningModule) -> Any:
-    """Return the context that training steps run in (mixed precision, say), for passes outside of one."""
-    trainer = getattr(module, "_trainer", None)
-    return nullcontext() if trainer is None else trainer.precision_plugin.forward_context()
-
-
-def save_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Write named tensors into ``folder``."""
-    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, folder / "tensors.safetensors")
-
-
-def load_tensors(folder: Path) -> dict[str, Tensor]:
-    """Read what ``save_tensors`` wrote."""
-    return load_file(folder / "tensors.safetensors")
 
 
 def require_at_least(least: float, **values: float) -> None:

@@ -22,12 +22,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from continual.strategies.base import Strategy, load_tensors, require_at_least, save_tensors
+from continual.runtime.parameters import load_tensors, save_tensors
+from continual.strategies.base import Strategy, require_at_least
 from continual.strategies.plain_lora import check_plain_lora, lora_layers
 
 if TYPE_CHECKING:
-    from continual.module import ContinualModule
-    from continual.stage_data import StageData
+    from continual.data.stage_data import StageData
+    from continual.interfaces import AdaptedModule
 
 _PAIR = "default"
 
@@ -68,11 +69,11 @@ class CLoRA(Strategy):
         self.weight, self.train_subspace = weight, train_subspace
         self.routings: dict[str, Routing] = {}
 
-    def check(self, module: ContinualModule, stages: Sequence[StageData]) -> None:
+    def check(self, module: AdaptedModule, stages: Sequence[StageData]) -> None:
         """Raise ConfigError for any adapter but plain LoRA on linear layers."""
         check_plain_lora(module, "CLoRA")
 
-    def prepare(self, module: ContinualModule) -> None:
+    def prepare(self, module: AdaptedModule) -> None:
         """Put the routing matrices in."""
         for name, layer in lora_layers(module).items():
             routing = Routing(layer.r[_PAIR]).to(layer.lora_A[_PAIR].weight.device)
@@ -80,7 +81,7 @@ class CLoRA(Strategy):
             layer.lora_A[_PAIR].register_forward_hook(routing.forward)
             self.routings[name] = routing
 
-    def begin_stage(self, module: ContinualModule, data: StageData, stage: int) -> None:
+    def begin_stage(self, module: AdaptedModule, data: StageData, stage: int) -> None:
         """Train an R_new."""
         for routing in self.routings.values():
             nn.init.eye_(routing.new) if stage == 1 else nn.init.zeros_(routing.new)
@@ -89,20 +90,20 @@ class CLoRA(Strategy):
             for pair in (layer.lora_A, layer.lora_B):
                 pair[_PAIR].requires_grad_(self.train_subspace or stage == 1)
 
-    def penalty(self, module: ContinualModule, batch: dict[str, Any], outputs: Tensor) -> Tensor | None:
+    def penalty(self, module: AdaptedModule, batch: dict[str, Any], outputs: Tensor) -> Tensor | None:
         """Return how far the new routing overlaps with the old one."""
         if self.stage < 2 or not self.weight:
             return None
         return self.weight * torch.stack([routing.overlap() for routing in self.routings.values()]).sum()
 
     @torch.no_grad()
-    def end_stage(self, module: ContinualModule, data: StageData, stage: int) -> None:
+    def end_stage(self, module: AdaptedModule, data: StageData, stage: int) -> None:
         """Make R_old + R_new the next stage's R_old."""
         for routing in self.routings.values():
             routing.old += routing.new
             routing.new.zero_().requires_grad_(False)
 
-    def stored_parameters(self, module: ContinualModule) -> int:
+    def stored_parameters(self, module: AdaptedModule) -> int:
         """Return the numbers of A, B and R_old."""
         pairs = [part[_PAIR].weight for layer in lora_layers(module).values() for part in (layer.lora_A, layer.lora_B)]
         return sum(tensor.numel() for tensor in [*pairs, *(routing.old for routing in self.routings.values())])
@@ -111,7 +112,7 @@ class CLoRA(Strategy):
         """Write the routing matrices."""
         save_tensors(folder, {name: routing.old for name, routing in self.routings.items()})
 
-    def read(self, module: ContinualModule, folder: Path) -> None:
+    def read(self, module: AdaptedModule, folder: Path) -> None:
         """Read the routing matrices."""
         tensors = load_tensors(folder)
         for name, routing in self.routings.items():

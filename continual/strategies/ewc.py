@@ -21,20 +21,13 @@ import torch
 from torch import Tensor
 
 from continual.errors import ConfigError, RunError
-from continual.strategies.base import (
-    Strategy,
-    evaluating,
-    flat,
-    load_tensors,
-    require_at_least,
-    save_tensors,
-    trainable,
-)
+from continual.runtime.parameters import evaluating, flat, load_tensors, save_tensors, trainable
+from continual.strategies.base import Strategy, require_at_least
 from continual.strategies.fisher import Estimator, fisher_diagonal
 
 if TYPE_CHECKING:
-    from continual.module import ContinualModule
-    from continual.stage_data import StageData
+    from continual.data.stage_data import StageData
+    from continual.interfaces import AdaptedModule
 
 _LARGEST_EXACT = 4096  # vocabulary: 'exact' takes a backward pass for each token of it, at each token of each answer
 
@@ -58,7 +51,7 @@ class EWC(Strategy):
         self.estimator: Estimator = estimator
         self.fisher_KP = self.anchor_KP = torch.zeros(0, 0)
 
-    def check(self, module: ContinualModule, stages: Sequence[StageData]) -> None:
+    def check(self, module: AdaptedModule, stages: Sequence[StageData]) -> None:
         """Raise ConfigError where the exact Fisher would take too many backward passes."""
         vocabulary = len(module.backbone.tokenizer) if module.backbone.kind == "causal_lm" else 0  # type: ignore
         if self.estimator == "exact" and vocabulary > _LARGEST_EXACT:
@@ -71,14 +64,14 @@ class EWC(Strategy):
         """Move what is kept to the device, once."""
         self.fisher_KP, self.anchor_KP = self.fisher_KP.to(pl_module.device), self.anchor_KP.to(pl_module.device)
 
-    def penalty(self, module: ContinualModule, batch: dict[str, Any], outputs: Tensor) -> Tensor | None:
+    def penalty(self, module: AdaptedModule, batch: dict[str, Any], outputs: Tensor) -> Tensor | None:
         """Return the pull towards where earlier stages left the parameters."""
         if not len(self.fisher_KP):
             return None
         distance_KP = flat(trainable(module)) - self.anchor_KP
         return 0.5 * self.weight * (self.fisher_KP * distance_KP.square()).sum()
 
-    def end_stage(self, module: ContinualModule, data: StageData, stage: int) -> None:
+    def end_stage(self, module: AdaptedModule, data: StageData, stage: int) -> None:
         """Estimate the stage's Fisher diagonal where its training ended."""
         generator = torch.Generator().manual_seed(data.seed)
         with evaluating(module), torch.enable_grad():
@@ -92,7 +85,7 @@ class EWC(Strategy):
             torch.cat([kept.reshape(-1, len(new)), new.unsqueeze(0)]) for kept, new in earlier
         )
 
-    def _rows(self, module: ContinualModule, data: StageData) -> Iterator[tuple[Tensor, Tensor]]:
+    def _rows(self, module: AdaptedModule, data: StageData) -> Iterator[tuple[Tensor, Tensor]]:
         rows = data.train_rows
         num_rows = len(rows) if self.fisher_rows is None else min(self.fisher_rows, len(rows))
         for row in random.Random(data.seed).sample(rows, num_rows):
@@ -103,7 +96,7 @@ class EWC(Strategy):
         """Write the terms."""
         save_tensors(folder, {"fisher": self.fisher_KP, "anchor": self.anchor_KP})
 
-    def read(self, module: ContinualModule, folder: Path) -> None:
+    def read(self, module: AdaptedModule, folder: Path) -> None:
         """Read the terms."""
         tensors = load_tensors(folder)
         self.fisher_KP, self.anchor_KP = tensors["fisher"], tensors["anchor"]

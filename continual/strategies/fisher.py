@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from continual.strategies.base import flat_gradient
+from continual.runtime.parameters import flat_gradient
 
 Estimator = Literal["exact", "sampled", "empirical"]
 

@@ -1,6 +1,6 @@
 """The growing atom bank: every stage adds a slice of atoms, keeps what earlier stages own, and is found by its rows.
 
-Ours, beyond the paper (arXiv 2605.08423, which has one bank and no stages). ``continual.adapters.growing`` computes;
+Ours, beyond the paper (arXiv 2605.08423, which has one bank and no stages). ``continual.adapters.growing.bank`` computes;
 this strategy decides, stage by stage:
 
     reuses    the slice under which the new rows' loss is lowest, where that is lower than the backbone's by
@@ -28,14 +28,15 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from continual import devices
 from continual.adapters import QueryableLoraConfig
-from continual.adapters.gate import StageGate
-from continual.adapters.growing import GrowingBank as Bank
-from continual.batches import RowInputs
+from continual.adapters.growing.bank import GrowingBank as Bank
+from continual.adapters.growing.gate import StageGate
+from continual.adapters.growing.inputs import RowInputs
+from continual.adapters.instructions import InstructionEncoder
 from continual.errors import ConfigError, RunError, one_line
-from continual.files import whole_folder
-from continual.instructions import InstructionEncoder
+from continual.runtime import distributed
+from continual.runtime.parameters import evaluating, forward_context
+from continual.storage.files import atomic_directory
 from continual.strategies.bank_parts import (
     FIRST,
     Components,
@@ -46,16 +47,16 @@ from continual.strategies.bank_parts import (
     components_of_A,
     components_of_B,
     read_bank,
+    sample_text,
     slice_name,
     write_bank,
-    write_freely,
 )
-from continual.strategies.base import Strategy, evaluating, forward_context, require_at_least
+from continual.strategies.base import Strategy, require_at_least
 
 if TYPE_CHECKING:
-    from continual.batches import Row
-    from continual.module import ContinualModule
-    from continual.stage_data import StageData
+    from continual.data.batch import Row
+    from continual.data.stage_data import StageData
+    from continual.interfaces import AdaptedModule
 
 _APART = 0.8  # share of a stage's own rows that the gate has to send home for the stage to count as told apart
 
@@ -122,7 +123,7 @@ class GrowingBank(Strategy):
 
     # -- before the first stage ---------------------------------------------------------------------------------------
 
-    def check(self, module: ContinualModule, stages: Sequence[StageData]) -> None:
+    def check(self, module: AdaptedModule, stages: Sequence[StageData]) -> None:
         """Raise ConfigError for any adapter but ours."""
         if not isinstance(module.adapter, QueryableLoraConfig):
             raise ConfigError(
@@ -132,7 +133,7 @@ class GrowingBank(Strategy):
         if module.start_from is not None:
             raise ConfigError("model.strategy: GrowingBank grows its own bank: leave model.start_from out")
 
-    def prepare(self, module: ContinualModule) -> None:
+    def prepare(self, module: AdaptedModule) -> None:
         """Put an empty gate over the tuner's adapters; until a stage is learnt, every row gets the bare backbone."""
         tuner: Any = module.tuner
         encoder = None if self.instruction_encoder == "backbone" else self.instruction_encoder
@@ -153,7 +154,7 @@ class GrowingBank(Strategy):
 
     # -- one stage ----------------------------------------------------------------------------------------------------
 
-    def begin_stage(self, module: ContinualModule, data: StageData, stage: int) -> None:
+    def begin_stage(self, module: AdaptedModule, data: StageData, stage: int) -> None:
         """Add the stage's slice."""
         # Known before loaders start workers, which could not read embeddings that lie on a GPU.
         cast(RowInputs, module.row_inputs).encode(data.task.instruction)
@@ -166,7 +167,7 @@ class GrowingBank(Strategy):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Choose what the new slice takes up, now that the model is on its device."""
-        module, name = cast("ContinualModule", pl_module), slice_name(self.stage)
+        module, name = cast("AdaptedModule", pl_module), slice_name(self.stage)
         bank = bank_of(module)
         self._source = self._like_stage(module) if self.reuse != "none" else []
         if self.reuse == "copy" and self._source:
@@ -177,7 +178,7 @@ class GrowingBank(Strategy):
         """Return the adapters that answer the stage's rows by its own slice ``name``."""
         return [*self._source, name] if self.reuse == "read" else [name]
 
-    def _like_stage(self, module: ContinualModule) -> list[str]:
+    def _like_stage(self, module: AdaptedModule) -> list[str]:
         """Return the adapters of the stage under which the loss on some of the new rows is lowest; [] for none."""
         choices = sorted({tuple(anchors.adapters) for anchors in bank_of(module).gate.stages.values()})
         choices = [list(names) for names in choices if len(names) <= self.max_reads or self.reuse == "copy"]
@@ -190,16 +191,16 @@ class GrowingBank(Strategy):
         rows = data.train_rows
         return random.Random(data.seed).sample(rows, min(self.probe_rows, len(rows)))
 
-    def _loss(self, module: ContinualModule, data: StageData, names: list[str]) -> float:
+    def _loss(self, module: AdaptedModule, data: StageData, names: list[str]) -> float:
         """Return the mean loss of the probe's rows with the slices ``names`` in use."""
         rows, total = sorted(self._sample(data), key=lambda row: row.length), 0.0
         with evaluating(module), torch.no_grad(), bank_of(module).using(names):
-            for start in range(0, len(rows), 32)[devices.own_batches(module)]:
+            for start in range(0, len(rows), 32)[distributed.own_batches(module)]:
                 batch = self.collate(module, rows[start : start + 32])
                 total += module.loss(batch, module.outputs(batch)).item() * len(batch["rows"])
-        return sum(devices.of_batches(total, module)) / len(rows)
+        return sum(distributed.of_batches(total, module)) / len(rows)
 
-    def end_stage(self, module: ContinualModule, data: StageData, stage: int) -> None:
+    def end_stage(self, module: AdaptedModule, data: StageData, stage: int) -> None:
         """Share or prune the slice, anchor the stage, and let the gate decide from here on."""
         bank, name = bank_of(module), slice_name(stage)
         limit = self._loss(module, data, self._own(name)) * (1 + self.prune_tolerance) + self.prune_slack
@@ -218,7 +219,7 @@ class GrowingBank(Strategy):
         self.notes[data.name] = {"source": self._source, "kept": kept, "home": home, "elsewhere": elsewhere}
         print(f"  {data.name}: {_told(adapters, self._source, kept, home, elsewhere)}", flush=True)
 
-    def _prune(self, module: ContinualModule, data: StageData, name: str, limit: float) -> float:
+    def _prune(self, module: AdaptedModule, data: StageData, name: str, limit: float) -> float:
         """Drop components of the slice, the least a number first, while the loss stays within ``limit``.
 
         Returns:
@@ -247,7 +248,7 @@ class GrowingBank(Strategy):
         kept = [factored[key].num_numbers if key in factored else matrix.numel() for key, matrix in matrices.items()]
         return sum(kept) / sum(matrix.numel() for matrix in matrices.values())
 
-    def _components(self, module: ContinualModule, data: StageData, name: str) -> dict[str, Components]:
+    def _components(self, module: AdaptedModule, data: StageData, name: str) -> dict[str, Components]:
         """Return the components of the slice's matrices, by how much they move their layer on the stage's tokens."""
         bank = bank_of(module)
         moments: dict[nn.Module, Moments] = {}
@@ -261,7 +262,7 @@ class GrowingBank(Strategy):
             self._loss(module, data, self._own(name))
         layers = bank.layers(name)
         own = [moments[layer].cpu() for layer in layers.values() if layer in moments]
-        everywhere = devices.of_batches(own, module)
+        everywhere = distributed.of_batches(own, module)
         of_layers = zip(*filter(None, everywhere), strict=True)
         parts: dict[str, Components] = {}
         for (place, layer), of_layer in zip(layers.items(), of_layers, strict=True):
@@ -273,16 +274,16 @@ class GrowingBank(Strategy):
         return parts
 
     @torch.no_grad()
-    def _anchor(self, module: ContinualModule, data: StageData, adapters: list[str]) -> tuple[float, dict[str, float]]:
+    def _anchor(self, module: AdaptedModule, data: StageData, adapters: list[str]) -> tuple[float, dict[str, float]]:
         """Add the stage's anchors; return the share of its rows that come home, and where the others go."""
         bank, inputs = bank_of(module), cast(RowInputs, module.row_inputs)
         rows = sorted(data.train_rows, key=lambda row: row.length)
         encoding, parts = inputs.encode(data.task.instruction), []
         with evaluating(module):
-            for start in range(0, len(rows), 64)[devices.own_batches(module)]:
+            for start in range(0, len(rows), 64)[distributed.own_batches(module)]:
                 found = bank.features(self._keywords(module, rows[start : start + 64]))
                 parts.append(tuple(tensor.cpu() for tensor in found))
-        features, lengths = (torch.cat(part) for part in zip(*devices.in_order(parts, module), strict=True))
+        features, lengths = (torch.cat(part) for part in zip(*distributed.in_order(parts, module), strict=True))
         best = bank.gate.add(data.name, features, lengths, self._groups(data, rows, features), encoding)
         bank.gate.stages[data.name].adapters = list(adapters)
         shares = {name: (best == index).float().mean().item() for index, name in enumerate(bank.gate.stages)}
@@ -290,7 +291,7 @@ class GrowingBank(Strategy):
         return home, {name: share for name, share in shares.items() if share}
 
     @torch.no_grad()
-    def _set_background(self, module: ContinualModule) -> None:
+    def _set_background(self, module: AdaptedModule) -> None:
         """Let the gate know what the backbone writes by itself: what is like that is no task's row."""
         bank, tokenizer = bank_of(module), cast(Any, module.backbone).tokenizer
         starts = sorted({tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id} - {None})
@@ -300,8 +301,8 @@ class GrowingBank(Strategy):
             torch.manual_seed(0)
             for start in starts:
                 first = torch.full((-(-self.background_rows // len(starts)), 1), start, device=module.device)
-                texts.append(write_freely(module.model, first, self.text_tokens))
-        ids = devices.gathered(torch.cat(texts).cpu())[0].to(module.device)  # one text for all processes' gates
+                texts.append(sample_text(module.model, first, self.text_tokens))
+        ids = distributed.gathered(torch.cat(texts).cpu())[0].to(module.device)  # one text for all processes' gates
         features, lengths = bank.features({"text_ids": ids, "row_features": None})
         bank.gate.set_background(features, lengths, cluster(features, min(self.background_clusters, len(ids)), seed=0))
 
@@ -317,12 +318,12 @@ class GrowingBank(Strategy):
         """Let the gate decide."""
         bank_of(cast(Any, pl_module)).in_use = None
 
-    def answered_by(self, module: ContinualModule) -> dict[str, tuple[str, ...]]:
+    def answered_by(self, module: AdaptedModule) -> dict[str, tuple[str, ...]]:
         """Return each stage's slices: frozen once the stage is over."""
         return {"": ()} | {name: tuple(anchors.adapters) for name, anchors in bank_of(module).gate.stages.items()}
 
     @torch.no_grad()
-    def sent_to(self, module: ContinualModule, rows: list[Row]) -> list[str]:
+    def sent_to(self, module: AdaptedModule, rows: list[Row]) -> list[str]:
         """Return the stage that the gate chooses for each row."""
         bank, found = bank_of(module), list[str]()
         with evaluating(module), forward_context(module):
@@ -330,31 +331,31 @@ class GrowingBank(Strategy):
                 found += bank.stages_of(bank.choose(self._keywords(module, rows[start : start + 512])))
         return found
 
-    def _keywords(self, module: ContinualModule, rows: list[Row]) -> dict[str, Tensor | None]:
+    def _keywords(self, module: AdaptedModule, rows: list[Row]) -> dict[str, Tensor | None]:
         """Return what the gate reads of rows, on the module's device."""
         given = cast(RowInputs, module.row_inputs)(rows)
         return {"text_ids": None, "row_features": None} | {name: each.to(module.device) for name, each in given.items()}
 
     # -- on disk ------------------------------------------------------------------------------------------------------
 
-    def save_adapter(self, module: ContinualModule, folder: Path) -> None:
+    def save_adapter(self, module: AdaptedModule, folder: Path) -> None:
         """Write the whole bank."""
-        with whole_folder(folder) as temporary:
+        with atomic_directory(folder) as temporary:
             write_bank(module, temporary, self.notes)
 
-    def load_adapter(self, module: ContinualModule, folder: Path) -> None:
+    def load_adapter(self, module: AdaptedModule, folder: Path) -> None:
         """Read the whole bank."""
         try:
             self.notes = read_bank(module, folder)
         except Exception as error:  # safetensors and JSON each have errors of their own
             raise RunError(f"cannot read the bank in {folder}: {one_line(error)}") from error
 
-    def stored_parameters(self, module: ContinualModule) -> int:
+    def stored_parameters(self, module: AdaptedModule) -> int:
         """Return the numbers of all slices and of the gate."""
         bank = bank_of(module)
         return sum(bank.num_numbers(name) for name in bank.names) + bank.gate.num_numbers
 
-    def serving_parameters(self, module: ContinualModule) -> int:
+    def serving_parameters(self, module: AdaptedModule) -> int:
         """Return the numbers of the gate and of the stage that has the largest slices."""
         bank = bank_of(module)
         sizes = {name: bank.num_numbers(name) for name in bank.names}

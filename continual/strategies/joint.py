@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 
 from torch.utils.data import Sampler
 
-from continual.batch_order import LengthBatches
+from continual.data.batch_order import LengthBatches
 from continual.strategies.base import Strategy
 
 if TYPE_CHECKING:
-    from continual.batches import Row
-    from continual.module import ContinualModule
-    from continual.stage_data import StageData
+    from continual.data.batch import Row
+    from continual.data.stage_data import StageData
+    from continual.interfaces import AdaptedModule
 
 
 class Joint(Strategy):
@@ -38,7 +38,7 @@ class Joint(Strategy):
     def __init__(self, final_only: bool = False) -> None:
         self.final_only = final_only
 
-    def check(self, module: ContinualModule, stages: Sequence[StageData]) -> None:
+    def check(self, module: AdaptedModule, stages: Sequence[StageData]) -> None:
         """Note all stages, whose rows are to be read again."""
         self._stages = list(stages)
 
@@ -46,7 +46,7 @@ class Joint(Strategy):
         """Say whether ``stage`` trains nothing."""
         return self.final_only and stage < num_stages
 
-    def begin_stage(self, module: ContinualModule, data: StageData, stage: int) -> None:
+    def begin_stage(self, module: AdaptedModule, data: StageData, stage: int) -> None:
         """Start a fresh adapter."""
         module.renew_adapter()
 

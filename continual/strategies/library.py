@@ -7,7 +7,7 @@ is handed on. What is left to decide is which of them answers a row:
     PerInstructionLookup    argmax_i cos(e(row's instruction), e_i): no task label, no learnt router, no sharing
 
 e(text) is the mean of the frozen backbone's input embeddings over the text's tokens (a backbone without words: a
-sentence encoder's) less the fixed reference of ``continual.instructions``: the encoding of the paper's adapter. A
+sentence encoder's) less the fixed reference of ``continual.adapters.instructions``: the encoding of the paper's adapter. A
 method that routes by instruction has to be better, or smaller, than such a table of adapters.
 """
 
@@ -23,13 +23,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from continual.adapters.instructions import InstructionEncoder
 from continual.errors import RunError
-from continual.instructions import InstructionEncoder
-from continual.strategies.base import Strategy, adapter_tensors, load_tensors, save_tensors
+from continual.runtime.parameters import adapter_tensors, load_tensors, save_tensors
+from continual.strategies.base import Strategy
 
 if TYPE_CHECKING:
-    from continual.module import ContinualModule
-    from continual.stage_data import StageData
+    from continual.data.stage_data import StageData
+    from continual.interfaces import AdaptedModule
 
 
 class AdapterLibrary(Strategy):
@@ -46,11 +47,11 @@ class AdapterLibrary(Strategy):
         self._chosen: int | None = None
         self._disabled = ExitStack()
 
-    def begin_stage(self, module: ContinualModule, data: StageData, stage: int) -> None:
+    def begin_stage(self, module: AdaptedModule, data: StageData, stage: int) -> None:
         """Start a fresh adapter."""
         module.renew_adapter()
 
-    def end_stage(self, module: ContinualModule, data: StageData, stage: int) -> None:
+    def end_stage(self, module: AdaptedModule, data: StageData, stage: int) -> None:
         """Keep the stage's adapter."""
         # A second copy: on the CPU, .cpu() would return the parameter's own memory.
         new = {name: tensor.cpu().clone() for name, tensor in adapter_tensors(module).items()}
@@ -58,7 +59,7 @@ class AdapterLibrary(Strategy):
             new = {name: tensor for name, tensor in new.items() if not torch.equal(tensor, self.adapters[0][name])}
         self.adapters.append(new)
 
-    def choose(self, module: ContinualModule, data: StageData, batch: dict[str, Any]) -> int | None:
+    def choose(self, module: AdaptedModule, data: StageData, batch: dict[str, Any]) -> int | None:
         """Return the index of the adapter that answers a batch of ``data``'s rows, None for the bare backbone."""
         raise NotImplementedError
 
@@ -73,7 +74,7 @@ class AdapterLibrary(Strategy):
     ) -> None:
         """Put in the adapter that answers this batch."""
         if self.adapters:  # by what is kept, not by the stage: a finished run that is scored again is in none
-            module: ContinualModule = pl_module  # type: ignore[assignment]
+            module: AdaptedModule = pl_module  # type: ignore[assignment]
             self.put_in(module, self.choose(module, module.scored[dataloader_idx], batch))
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -81,12 +82,12 @@ class AdapterLibrary(Strategy):
         if self.adapters:
             self.put_in(pl_module, len(self.adapters) - 1)  # type: ignore[arg-type]
 
-    def begin_untasked(self, module: ContinualModule) -> None:
+    def begin_untasked(self, module: AdaptedModule) -> None:
         """Let the bare backbone answer: text of no task has no adapter, nor an instruction to find one by."""
         if self.adapters:
             self.put_in(module, None)
 
-    def put_in(self, module: ContinualModule, index: int | None) -> None:
+    def put_in(self, module: AdaptedModule, index: int | None) -> None:
         """Answer by the adapter ``index`` from here on, or by the bare backbone for None."""
         assert module.model is not None
         if index == self._chosen:
@@ -101,11 +102,11 @@ class AdapterLibrary(Strategy):
                     tensor.copy_(own[name])
         self._chosen = index
 
-    def stored_parameters(self, module: ContinualModule) -> int:
+    def stored_parameters(self, module: AdaptedModule) -> int:
         """Return the numbers of all adapters."""
         return sum(tensor.numel() for adapter in self.adapters for tensor in adapter.values())
 
-    def serving_parameters(self, module: ContinualModule) -> int:
+    def serving_parameters(self, module: AdaptedModule) -> int:
         """Return the numbers of one adapter."""
         if not self.adapters:
             return 0
@@ -117,7 +118,7 @@ class AdapterLibrary(Strategy):
         """Write all adapters."""
         save_tensors(folder, {f"{i}|{name}": t for i, each in enumerate(self.adapters) for name, t in each.items()})
 
-    def read(self, module: ContinualModule, folder: Path) -> None:
+    def read(self, module: AdaptedModule, folder: Path) -> None:
         """Read all adapters."""
         self.adapters = []
         for key, tensor in sorted(load_tensors(folder).items(), key=lambda item: int(item[0].partition("|")[0])):
@@ -135,11 +136,11 @@ class PerTask(AdapterLibrary):
     Stores: every stage's adapter.
     """
 
-    def check(self, module: ContinualModule, stages: Sequence[StageData]) -> None:
+    def check(self, module: AdaptedModule, stages: Sequence[StageData]) -> None:
         """Note which stage trains which task."""
         self._trained = {data.name: index for index, data in enumerate(stages)}
 
-    def choose(self, module: ContinualModule, data: StageData, batch: dict[str, Any]) -> int | None:
+    def choose(self, module: AdaptedModule, data: StageData, batch: dict[str, Any]) -> int | None:
         """Return the index of the task's own stage, or None where that is still to come."""
         index = self._trained[data.name]
         return index if index < len(self.adapters) else None
@@ -164,18 +165,18 @@ class PerInstructionLookup(AdapterLibrary):
         self.instruction_encoder = instruction_encoder
         self.encodings: list[Tensor] = []
 
-    def check(self, module: ContinualModule, stages: Sequence[StageData]) -> None:
+    def check(self, module: AdaptedModule, stages: Sequence[StageData]) -> None:
         """Make ready to encode instructions by the module's backbone."""
         self._encode = InstructionEncoder(
             module, None if self.instruction_encoder == "backbone" else self.instruction_encoder
         )
 
-    def end_stage(self, module: ContinualModule, data: StageData, stage: int) -> None:
+    def end_stage(self, module: AdaptedModule, data: StageData, stage: int) -> None:
         """Keep the stage's adapter and its instruction's encoding."""
         super().end_stage(module, data, stage)
         self.encodings.append(self._encode(data.task.instruction))
 
-    def choose(self, module: ContinualModule, data: StageData, batch: dict[str, Any]) -> int | None:
+    def choose(self, module: AdaptedModule, data: StageData, batch: dict[str, Any]) -> int | None:
         """Return the index of the nearest stored instruction, or None where the rows carry none.
 
         Raises:
@@ -197,11 +198,11 @@ class PerInstructionLookup(AdapterLibrary):
         best = (cosines >= cosines.max() - 1e-6).nonzero()  # equal up to rounding
         return int(best[-1])
 
-    def stored_parameters(self, module: ContinualModule) -> int:
+    def stored_parameters(self, module: AdaptedModule) -> int:
         """Return the numbers of all adapters and encodings."""
         return super().stored_parameters(module) + sum(encoding.numel() for encoding in self.encodings)
 
-    def serving_parameters(self, module: ContinualModule) -> int:
+    def serving_parameters(self, module: AdaptedModule) -> int:
         """Return the numbers of one adapter and of all encodings."""
         return super().serving_parameters(module) + sum(encoding.numel() for encoding in self.encodings)
 
@@ -210,7 +211,7 @@ class PerInstructionLookup(AdapterLibrary):
         adapters = {f"{i}|{name}": t for i, each in enumerate(self.adapters) for name, t in each.items()}
         save_tensors(folder, adapters | {f"{i}|{_ENCODING}": e for i, e in enumerate(self.encodings)})
 
-    def read(self, module: ContinualModule, folder: Path) -> None:
+    def read(self, module: AdaptedModule, folder: Path) -> None:
         """Read all adapters and encodings."""
         super().read(module, folder)
         self.encodings = [adapter.pop(_ENCODING) for adapter in self.adapters]

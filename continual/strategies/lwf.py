@@ -16,11 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from continual.strategies.base import Strategy, evaluating, require_at_least
+from continual.runtime.parameters import evaluating
+from continual.strategies.base import Strategy, require_at_least
 
 if TYPE_CHECKING:
-    from continual.module import ContinualModule
-    from continual.stage_data import StageData
+    from continual.data.stage_data import StageData
+    from continual.interfaces import AdaptedModule
 
 
 class LwF(Strategy):
@@ -42,13 +43,13 @@ class LwF(Strategy):
         self.temperature, self.weight = temperature, weight
         self.teacher: dict[str, Tensor] = {}
 
-    def begin_stage(self, module: ContinualModule, data: StageData, stage: int) -> None:
+    def begin_stage(self, module: AdaptedModule, data: StageData, stage: int) -> None:
         """Keep the adapter's parameters as they are now."""
         assert module.model is not None
         named = module.model.named_parameters() if stage > 1 else []
         self.teacher = {name: p.detach().clone() for name, p in named if p.requires_grad}
 
-    def penalty(self, module: ContinualModule, batch: dict[str, Any], outputs: Tensor) -> Tensor | None:
+    def penalty(self, module: AdaptedModule, batch: dict[str, Any], outputs: Tensor) -> Tensor | None:
         """Return the distillation loss on the batch."""
         if not self.teacher or not self.weight:
             return None
@@ -60,7 +61,7 @@ class LwF(Strategy):
         return weight * self.temperature**2 * F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
 
     @torch.no_grad()
-    def _before(self, module: ContinualModule, batch: dict[str, Any]) -> Tensor:
+    def _before(self, module: AdaptedModule, batch: dict[str, Any]) -> Tensor:
         """Return the outputs of the adapter as it was."""
         self.teacher = {name: tensor.to(module.device) for name, tensor in self.teacher.items()}
         with evaluating(module):

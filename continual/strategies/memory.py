@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from torch.utils.data import Sampler
 
-from continual.batches import Row
+from continual.data.batch import Row
 
 _Item = TypeVar("_Item")
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from continual.strategies.olora import ALL, NEW, OLoRA, layers
 
 if TYPE_CHECKING:
-    from continual.module import ContinualModule
+    from continual.interfaces import AdaptedModule
 
 
 class NLoRA(OLoRA):
@@ -39,11 +39,11 @@ class NLoRA(OLoRA):
     def __init__(self, weight: float = 1e-5) -> None:
         super().__init__(weight)
 
-    def penalty(self, module: ContinualModule, batch: dict[str, Any], outputs: Tensor) -> Tensor | None:
+    def penalty(self, module: AdaptedModule, batch: dict[str, Any], outputs: Tensor) -> Tensor | None:
         """Return the L1 norm of the new pairs' products."""
         return self.weight * torch.stack([update.abs().sum() for update in self.updates(module)]).sum()
 
-    def updates(self, module: ContinualModule) -> list[Tensor]:
+    def updates(self, module: AdaptedModule) -> list[Tensor]:
         """Return B_t A_t, (d_out, d_in), of every adapted projection, for the pair that trains."""
         found = [(layer, NEW if NEW in layer.lora_A else ALL) for layer in layers(module)]
         return [layer.lora_B[name].weight @ layer.lora_A[name].weight for layer, name in found]

@@ -28,8 +28,8 @@ from continual.strategies.base import Strategy, require_at_least
 from continual.strategies.plain_lora import check_plain_lora, lora_layers
 
 if TYPE_CHECKING:
-    from continual.module import ContinualModule
-    from continual.stage_data import StageData
+    from continual.data.stage_data import StageData
+    from continual.interfaces import AdaptedModule
 
 ALL, NEW = "default", "new"  # adapters: all earlier pairs, and the one being trained
 
@@ -53,11 +53,11 @@ class OLoRA(Strategy):
         self.num_pairs = 1
         self._pair_bytes = 0
 
-    def check(self, module: ContinualModule, stages: Sequence[StageData]) -> None:
+    def check(self, module: AdaptedModule, stages: Sequence[StageData]) -> None:
         """Raise ConfigError for any adapter but plain LoRA on linear layers."""
         check_plain_lora(module, self.method)
 
-    def begin_stage(self, module: ContinualModule, data: StageData, stage: int) -> None:
+    def begin_stage(self, module: AdaptedModule, data: StageData, stage: int) -> None:
         """Freeze the pairs so far and add a new one; the first stage trains the adapter's own."""
         if stage == 1:
             return
@@ -70,18 +70,18 @@ class OLoRA(Strategy):
             layer.lora_A[ALL].requires_grad_(False)
             layer.lora_B[ALL].requires_grad_(False)
 
-    def penalty(self, module: ContinualModule, batch: dict[str, Any], outputs: Tensor) -> Tensor | None:
+    def penalty(self, module: AdaptedModule, batch: dict[str, Any], outputs: Tensor) -> Tensor | None:
         """Return the squared overlap of the new pairs' inputs with all earlier ones."""
         overlaps = [o.square().sum() for o in self.overlaps(module)]
         return self.weight * torch.stack(overlaps).sum() if overlaps and self.weight else None
 
-    def overlaps(self, module: ContinualModule) -> list[Tensor]:
+    def overlaps(self, module: AdaptedModule) -> list[Tensor]:
         """Return A_old A_new^T, (r (t - 1), r), of every adapted projection; none outside of stages 2 and later."""
         return [
             layer.lora_A[ALL].weight @ layer.lora_A[NEW].weight.T for layer in layers(module) if NEW in layer.lora_A
         ]
 
-    def end_stage(self, module: ContinualModule, data: StageData, stage: int) -> None:
+    def end_stage(self, module: AdaptedModule, data: StageData, stage: int) -> None:
         """Put the new pair with the others, so that what is scored is what is saved."""
         model: PeftModel = module.model  # type: ignore[assignment]
         self.num_pairs = stage
@@ -98,7 +98,7 @@ class OLoRA(Strategy):
         weights = [pair[ALL].weight for layer in layers(module) for pair in (layer.lora_A, layer.lora_B)]
         self._pair_bytes = sum(weight.numel() * weight.element_size() for weight in weights)
 
-    def _grow(self, module: ContinualModule) -> None:
+    def _grow(self, module: AdaptedModule) -> None:
         """Make room for ``num_pairs`` pairs; the weights are whatever they are."""
         model: PeftModel = module.model  # type: ignore[assignment]
         rank, alpha = module.adapter.r, module.adapter.lora_alpha  # type: ignore[attr-defined]
@@ -122,7 +122,7 @@ class OLoRA(Strategy):
         state = {"num_pairs": self.num_pairs, "pair_bytes": self._pair_bytes}
         (folder / "pairs.json").write_text(json.dumps(state), encoding="utf-8")
 
-    def read(self, module: ContinualModule, folder: Path) -> None:
+    def read(self, module: AdaptedModule, folder: Path) -> None:
         """Make room for the pairs that the adapter's folder holds."""
         state = json.loads((folder / "pairs.json").read_text(encoding="utf-8"))
         self.num_pairs, self._pair_bytes = state["num_pairs"], state["pair_bytes"]
@@ -130,6 +130,6 @@ class OLoRA(Strategy):
             self._grow(module)
 
 
-def layers(module: ContinualModule) -> list[Any]:
+def layers(module: AdaptedModule) -> list[Any]:
     """Return the adapted layers."""
     return list(lora_layers(module).values())

@@ -11,13 +11,13 @@ from torch import nn
 from continual.errors import ConfigError
 
 if TYPE_CHECKING:
-    from continual.module import ContinualModule
+    from continual.interfaces import AdaptedModule
 
 # Fields of a LoraConfig under which an update is more than (lora_alpha / r) B A of the same rank everywhere.
 _PLAIN = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "target_parameters", "lora_bias")
 
 
-def check_plain_lora(module: ContinualModule, method: str) -> None:
+def check_plain_lora(module: AdaptedModule, method: str) -> None:
     """Raise ConfigError for any adapter but plain LoRA on linear layers."""
     config = module.adapter
     if type(config) is not LoraConfig:
@@ -33,7 +33,7 @@ def check_plain_lora(module: ContinualModule, method: str) -> None:
             )
 
 
-def lora_layers(module: ContinualModule) -> dict[str, Any]:
+def lora_layers(module: AdaptedModule) -> dict[str, Any]:
     """Return the adapted layers by name, in the order that the model registers them."""
     return {name: part for name, part in module.named_modules() if _is_linear(part)}
 

@@ -22,13 +22,14 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from continual.errors import ConfigError
-from continual.strategies.base import Strategy, evaluating, load_tensors, require_at_least, save_tensors
+from continual.runtime.parameters import evaluating, load_tensors, save_tensors
+from continual.strategies.base import Strategy, require_at_least
 from continual.strategies.memory import Kept, MixedBatches, RowMemory, in_rounds
 
 if TYPE_CHECKING:
-    from continual.batches import Row
-    from continual.module import ContinualModule
-    from continual.stage_data import StageData
+    from continual.data.batch import Row
+    from continual.data.stage_data import StageData
+    from continual.interfaces import AdaptedModule
 
 
 class MemoryStrategy(Strategy):
@@ -48,14 +49,14 @@ class MemoryStrategy(Strategy):
             )
         self.memory = RowMemory(size, class_balanced)
 
-    def check(self, module: ContinualModule, stages: Sequence[StageData]) -> None:
+    def check(self, module: AdaptedModule, stages: Sequence[StageData]) -> None:
         """Raise ConfigError where classes are to be balanced and a task has none."""
         for data in stages:
             if self.memory.class_balanced and data.task.kind != "labels":
                 kind = data.task.kind
                 raise ConfigError(f"model.strategy: class_balanced needs label tasks, and {data.name!r} is {kind}")
 
-    def begin_stage(self, module: ContinualModule, data: StageData, stage: int) -> None:
+    def begin_stage(self, module: AdaptedModule, data: StageData, stage: int) -> None:
         """Start drawing from the memory."""
         self._draws = in_rounds(self.memory.items, random.Random(data.seed))
 
@@ -63,7 +64,7 @@ class MemoryStrategy(Strategy):
         """Return the next ``num_rows`` rows of the memory, or all where it holds fewer."""
         return [next(self._draws) for _ in range(min(num_rows, len(self.memory)))]
 
-    def end_stage(self, module: ContinualModule, data: StageData, stage: int) -> None:
+    def end_stage(self, module: AdaptedModule, data: StageData, stage: int) -> None:
         """Show the memory the stage's training rows."""
         self.memory.add(data.train_rows, stage, random.Random(data.seed))
 
@@ -71,7 +72,7 @@ class MemoryStrategy(Strategy):
         """Write the memory."""
         self.memory.write(folder)
 
-    def read(self, module: ContinualModule, folder: Path) -> None:
+    def read(self, module: AdaptedModule, folder: Path) -> None:
         """Read the memory."""
         self.memory.read(folder)
 
@@ -137,7 +138,7 @@ class DERPlusPlus(MemoryStrategy):
         self.alpha, self.beta, self.memory_batch_size = alpha, beta, memory_batch_size
         self.logits: dict[Kept, Tensor] = {}
 
-    def penalty(self, module: ContinualModule, batch: dict[str, Any], outputs: Tensor) -> Tensor | None:
+    def penalty(self, module: AdaptedModule, batch: dict[str, Any], outputs: Tensor) -> Tensor | None:
         """Return the two terms on rows of the memory."""
         if not self.stage or not self.memory.items:
             return None
@@ -152,7 +153,7 @@ class DERPlusPlus(MemoryStrategy):
             total = total + self.beta * module.loss(old, module.outputs(old))
         return total
 
-    def end_stage(self, module: ContinualModule, data: StageData, stage: int) -> None:
+    def end_stage(self, module: AdaptedModule, data: StageData, stage: int) -> None:
         """Show the memory the stage's rows, and store the model's logits of those that stayed."""
         super().end_stage(module, data, stage)
         self.logits = {item: self.logits[item] for item in self.memory.items if item in self.logits}
@@ -168,7 +169,7 @@ class DERPlusPlus(MemoryStrategy):
         if self.memory.items:
             save_tensors(folder, {"logits": torch.cat([self.logits[item] for item in self.memory.items])})
 
-    def read(self, module: ContinualModule, folder: Path) -> None:
+    def read(self, module: AdaptedModule, folder: Path) -> None:
         """Read the memory and its logits."""
         super().read(module, folder)
         lengths = [max(1, len(item.row.answer_ids)) for item in self.memory.items]

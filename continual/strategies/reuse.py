@@ -13,14 +13,14 @@ import torch
 from torch.utils.data import Sampler
 
 from continual.adapters import QueryableLoraConfig
-from continual.batch_order import LengthBatches
+from continual.data.batch_order import LengthBatches
 from continual.errors import ConfigError
 from continual.strategies.library import PerTask
 
 if TYPE_CHECKING:
-    from continual.batches import Row
-    from continual.module import ContinualModule
-    from continual.stage_data import StageData
+    from continual.data.batch import Row
+    from continual.data.stage_data import StageData
+    from continual.interfaces import AdaptedModule
 
 BANK_TENSORS = ("atoms", "keys", "prior_map", "prior_keys")
 """What a later stage takes over and does not train: the atoms, and all that they are addressed by."""
@@ -48,7 +48,7 @@ class ReuseBank(PerTask):
             raise ValueError(f"model.strategy.source_stages must be at least 1, got {source_stages}")
         self.source_stages, self.reuse = source_stages, reuse
 
-    def check(self, module: ContinualModule, stages: Sequence[StageData]) -> None:
+    def check(self, module: AdaptedModule, stages: Sequence[StageData]) -> None:
         """Note which adapter answers which task; refuse an adapter without a bank, and sources with nothing behind."""
         if self.source_stages >= len(stages):
             raise ConfigError(
@@ -67,7 +67,7 @@ class ReuseBank(PerTask):
         """Say whether ``stage`` trains nothing: the sources are trained together, at the last of them."""
         return stage < self.source_stages
 
-    def begin_stage(self, module: ContinualModule, data: StageData, stage: int) -> None:
+    def begin_stage(self, module: AdaptedModule, data: StageData, stage: int) -> None:
         """Start a fresh adapter, on the sources' bank where there is one."""
         super().begin_stage(module, data, stage)
         if stage > self.source_stages and self.reuse:

@@ -28,12 +28,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from continual.strategies.base import Strategy, evaluating, load_tensors, require_at_least, save_tensors
+from continual.runtime.parameters import evaluating, load_tensors, save_tensors
+from continual.strategies.base import Strategy, require_at_least
 from continual.strategies.plain_lora import check_plain_lora, lora_layers
 
 if TYPE_CHECKING:
-    from continual.module import ContinualModule
-    from continual.stage_data import StageData
+    from continual.data.stage_data import StageData
+    from continual.interfaces import AdaptedModule
 
 _PAIR = "default"
 
@@ -88,22 +89,22 @@ class SEQR(Strategy):
         self.libraries: dict[str, Library] = {}
         self._handles: list[RemovableHandle] = []
 
-    def check(self, module: ContinualModule, stages: Sequence[StageData]) -> None:
+    def check(self, module: AdaptedModule, stages: Sequence[StageData]) -> None:
         """Raise ConfigError for any adapter but plain LoRA on linear layers."""
         check_plain_lora(module, "SEQR")
 
-    def prepare(self, module: ContinualModule) -> None:
+    def prepare(self, module: AdaptedModule) -> None:
         """Freeze A for good."""
         for layer in lora_layers(module).values():
             layer.lora_A[_PAIR].requires_grad_(False)
 
-    def begin_stage(self, module: ContinualModule, data: StageData, stage: int) -> None:
+    def begin_stage(self, module: AdaptedModule, data: StageData, stage: int) -> None:
         """Train a B that starts at 0, by itself."""
         self._unhook()
         for layer in lora_layers(module).values() if stage > 1 else ():
             nn.init.zeros_(layer.lora_B[_PAIR].weight)
 
-    def end_stage(self, module: ContinualModule, data: StageData, stage: int) -> None:
+    def end_stage(self, module: AdaptedModule, data: StageData, stage: int) -> None:
         """Put the stage's B into the library, and let the library answer from here on."""
         states = self._states(module, data) if self.calibrate else {}
         for name, layer in lora_layers(module).items():
@@ -113,7 +114,7 @@ class SEQR(Strategy):
             empty = Library(B.new_zeros(0, *B.shape), B.new_zeros(0, *R.shape), B.new_zeros(0), B.new_zeros(0))
             self.libraries[name] = self.libraries.get(name, empty).add(B, R, norms)
 
-    def _states(self, module: ContinualModule, data: StageData) -> dict[str, Tensor]:
+    def _states(self, module: AdaptedModule, data: StageData) -> dict[str, Tensor]:
         """Return each layer's low-rank states, (tokens, r), over some of the stage's training rows."""
         states: dict[str, list[Tensor]] = {name: [] for name in lora_layers(module)}
 
@@ -139,7 +140,7 @@ class SEQR(Strategy):
         """Let the library, moved to the device, answer in the place of the last stage's B."""
         self.route(pl_module)  # type: ignore[arg-type]
 
-    def route(self, module: ContinualModule) -> None:
+    def route(self, module: AdaptedModule) -> None:
         """Answer by the library until the next stage begins."""
         self._unhook()
         self.libraries = {name: library.to(module.device) for name, library in self.libraries.items()}
@@ -154,17 +155,17 @@ class SEQR(Strategy):
             handle.remove()
         self._handles = []
 
-    def stored_parameters(self, module: ContinualModule) -> int:
+    def stored_parameters(self, module: AdaptedModule) -> int:
         """Return the numbers of the library and of the shared A."""
         library = sum(tensor.numel() for library in self.libraries.values() for tensor in vars(library).values())
         return library + self._size_A(module)
 
-    def serving_parameters(self, module: ContinualModule) -> int:
+    def serving_parameters(self, module: AdaptedModule) -> int:
         """Return the numbers that a token is routed by, and those of one stage's B."""
         sizes = [library.B.numel() // len(library.B) - library.B.numel() for library in self.libraries.values()]
         return self.stored_parameters(module) + sum(sizes)
 
-    def _size_A(self, module: ContinualModule) -> int:
+    def _size_A(self, module: AdaptedModule) -> int:
         return sum(layer.lora_A[_PAIR].weight.numel() for layer in lora_layers(module).values())
 
     # -- on disk ------------------------------------------------------------------------------------------------------
@@ -174,7 +175,7 @@ class SEQR(Strategy):
         parts = {f"{name}|{k}": v for name, library in self.libraries.items() for k, v in vars(library).items()}
         save_tensors(folder, parts)
 
-    def read(self, module: ContinualModule, folder: Path) -> None:
+    def read(self, module: AdaptedModule, folder: Path) -> None:
         """Read the library."""
         tensors = load_tensors(folder)
         self.libraries = {

@@ -21,9 +21,9 @@ from typing import IO, Any, Literal
 import joblib
 from joblib.externals.loky.process_executor import BrokenProcessPool
 
-from continual import manifest, records
 from continual.errors import ConfigError, RunError, one_line
-from continual.records import RecordError
+from continual.storage import manifest, records
+from continual.storage.records import RecordError
 
 Engine = Literal["loky", "ray"]
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from continual.config.messages import near
 from continual.errors import ConfigError
-from continual.explain import near
 
 _FOLDER = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9_.+-]*")
 

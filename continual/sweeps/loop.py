@@ -27,9 +27,9 @@ from typing import Any
 
 import yaml
 
-from continual import manifest
 from continual.errors import DIVERGED, ConfigError
-from continual.files import whole_folder, write_json
+from continual.storage import manifest
+from continual.storage.files import atomic_directory, write_json
 from continual.sweeps.cells import Cell, Engine, Outcome, outcome_of, run_cells, visible_devices
 from continual.sweeps.plan import BASE_NAME, SWEEP_NAME, Plan, Settings
 
@@ -180,7 +180,7 @@ def taken_up(plan: Plan, sweep_dir: Path) -> Iterator[None]:
     """
     if not (sweep_dir / SWEEP_NAME).exists():
         manifest.check_new(sweep_dir)
-        with whole_folder(sweep_dir) as folder:
+        with atomic_directory(sweep_dir) as folder:
             for name, text in plan.files().items():
                 (folder / name).write_text(text, encoding="utf-8")
     differing = [name for name, text in plan.files().items() if _differs(sweep_dir / name, text)]

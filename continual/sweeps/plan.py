@@ -31,7 +31,8 @@ from typing import Any
 
 import yaml
 
-from continual import experiment
+from continual.config import experiment
+from continual.config.overrides import read_text, read_tree, set_key
 from continual.errors import ConfigError, one_line
 from continual.sweeps import checks
 
@@ -120,13 +121,13 @@ class Plan:
         """Return the base with settings, stages and a seed, as YAML."""
         tree = copy.deepcopy(self.base)
         for key, value in settings.items():
-            experiment.set_key(tree, key, value)
+            set_key(tree, key, value)
         by_name = {stage["name"]: stage for stage in tree["stages"]}
         tree["stages"] = [by_name[stage] for stage in stages]
         tree["name"], tree["seed"] = name, seed
         for stage in tree["stages"]:
             if _takes_seed(stage.get("task")):
-                experiment.set_key(stage, "task.init_args.seed", seed)
+                set_key(stage, "task.init_args.seed", seed)
         return _text(tree)
 
     def tuning_configuration(self, method: str, settings: Settings) -> str:
@@ -164,7 +165,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), tuning: Path | None = 
     path = Path(path)
     where = str(path)
     try:
-        tree = yaml.load(experiment.read_text(path), Loader=_Loader)
+        tree = yaml.load(read_text(path), Loader=_Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{where} is not valid YAML: {one_line(error)}") from error
     with checks.at(where):
@@ -185,7 +186,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), tuning: Path | None = 
 def _chosen(path: Path, methods: Mapping[str, Settings]) -> dict[str, Settings]:
     """Return the methods with the settings that another sweep chose for each."""
     try:
-        entries = json.loads(experiment.read_text(path))["methods"]
+        entries = json.loads(read_text(path))["methods"]
         choices = {name: entry["settings"] for name, entry in entries.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path} is not the tuning.json of a sweep: {one_line(error)}") from error
@@ -196,11 +197,11 @@ def _chosen(path: Path, methods: Mapping[str, Settings]) -> dict[str, Settings]:
 
 
 def _base(path: Path, changes: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    tree = experiment.read_tree(experiment.read_text(path), where=str(path))
+    tree = read_tree(read_text(path), where=str(path))
     with checks.at("set"):
         for key, value in changes.items():
-            experiment.set_key(tree, key, value)
-    return experiment.read_tree(_text(tree), overrides, str(path))
+            set_key(tree, key, value)
+    return read_tree(_text(tree), overrides, str(path))
 
 
 def _methods(given: Any) -> dict[str, Settings]:

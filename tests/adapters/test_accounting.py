@@ -9,8 +9,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from continual.adapters.layer import QueryableLinear
-from continual.adapters.router import routed_operator
+from continual.adapters.queryable.layer import QueryableLinear
+from continual.adapters.queryable.router import routed_operator
 
 CASES: list[dict[str, Any]] = [
     {},

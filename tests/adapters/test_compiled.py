@@ -10,12 +10,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, DynamicCache
 
-from continual import compiled
 from continual.adapters import QueryableLoraConfig
 from continual.backbones import MLPRegressor, TinyCausalLM
-from continual.compat.transformers import cache_keyword
+from continual.compat.transformers import CACHE
 from continual.errors import ConfigError
-from continual.module import ContinualModule
+from continual.training import compiled
+from continual.training.module import ContinualModule
 
 # All shapes differ, and none of them is 1: what is compiled for it is another graph.
 SHAPES = [(3, 11), (2, 8), (4, 5), (3, 9)]
@@ -234,7 +234,7 @@ def test_a_checkpointed_layer_fills_no_cache(backbone: Callable[..., Any], adapt
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     compiled.compile_layers(model)
     ids, cache = torch.arange(3, 11).view(2, 4), DynamicCache()
-    output = model.train()(input_ids=ids, labels=ids, instruction_ids=ids, **{cache_keyword(): cache})
+    output = model.train()(input_ids=ids, labels=ids, instruction_ids=ids, **{CACHE: cache})
     output.loss.backward()  # computes the layer again
     assert num_graphs() > 0 and cache.get_seq_length() == 0
 

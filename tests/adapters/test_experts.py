@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from continual.adapters import CoMoLConfig, MoeLoraConfig
-from continual.adapters.experts import balance_loss
+from continual.adapters.experts.experts import balance_loss
 
 KINDS = ["moe_lora", "comol"]
 CONFIGS: dict[str, Any] = {"moe_lora": MoeLoraConfig, "comol": CoMoLConfig}

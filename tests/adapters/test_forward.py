@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from continual.adapters.layer import QueryableLinear
+from continual.adapters.queryable.layer import QueryableLinear
 
 
 def rms_norm(values: list[float]) -> list[float]:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from continual.adapters.gate import ABSTAIN, StageGate
+from continual.adapters.growing.gate import ABSTAIN, StageGate
 
 LONG = 10**6  # tokens; a row of so many is as sharp as the features get
 

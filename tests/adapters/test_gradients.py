@@ -11,10 +11,10 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from continual.adapters import QueryableLoraConfig
-from continual.adapters.carrier import RouteCarrier
-from continual.adapters.layer import QueryableLinear
-from continual.adapters.queryable import QueryableLoraModel
-from continual.adapters.router import AtomBank, BlockState, SharedState, routed_operator
+from continual.adapters.queryable.carrier import RouteCarrier
+from continual.adapters.queryable.layer import QueryableLinear
+from continual.adapters.queryable.model import QueryableLoraModel
+from continual.adapters.queryable.router import AtomBank, BlockState, SharedState, routed_operator
 
 
 def gradients(model: PeftModel, batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:

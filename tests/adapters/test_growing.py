@@ -12,9 +12,9 @@ from peft import PeftModel
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from continual.adapters import QueryableLoraConfig, growing
-from continual.adapters.gate import StageGate
-from continual.adapters.growing import GrowingBank
+from continual.adapters import QueryableLoraConfig
+from continual.adapters.growing.bank import GrowingBank
+from continual.adapters.growing.gate import StageGate
 
 WORDS = torch.arange(3, 63).view(3, 20)  # each stage's texts are of 20 tokens of its own
 
@@ -164,7 +164,7 @@ def test_a_texts_features_are_computed_once_however_it_is_padded(grown, monkeypa
     assert computed == [3, 2]
     torch.testing.assert_close(again[:3], first)
     assert torch.equal(bank.chosen_B, bank.gate.choose(*features({"text_ids": text, "row_features": None})))
-    monkeypatch.setattr(growing, "_MOST_READ", 6)
+    monkeypatch.setattr(bank, "_MOST_READ", 6)
     model(prompts[:2].flip(0), text_ids=texts(0, 2, seed=11))  # no room: what was kept goes
     assert computed == [3, 2, 2] and len(bank._read) == 2
 

@@ -14,8 +14,8 @@ from torch.linalg import matrix_norm, vector_norm
 
 from continual.adapters import QueryableLoraConfig
 from continual.adapters.config import QuerySource
-from continual.adapters.layer import QueryableLinear
-from continual.adapters.router import AtomBank
+from continual.adapters.queryable.layer import QueryableLinear
+from continual.adapters.queryable.router import AtomBank
 
 FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "r": st.integers(1, 6),

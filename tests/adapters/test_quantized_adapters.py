@@ -16,7 +16,7 @@ from transformers import BitsAndBytesConfig
 
 from continual.adapters import CoMoLConfig, MoeLoraConfig, QueryableLoraConfig
 from continual.backbones import TinyCausalLM
-from continual.module import ContinualModule
+from continual.training.module import ContinualModule
 
 pytest.importorskip("bitsandbytes")
 

@@ -11,8 +11,8 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 from continual.adapters import QueryableLoraConfig
-from continual.adapters.layer import QueryableLinear
-from continual.adapters.router import AtomBank
+from continual.adapters.queryable.layer import QueryableLinear
+from continual.adapters.queryable.router import AtomBank
 
 NUM_TOKENS = 5
 

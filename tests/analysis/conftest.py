@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from analysis import routing as measures
 from analysis.report import write_report
-from continual import records
+from continual.measures import distances
+from continual.storage import records
 
 NAMES = ["family_relationships", "aiw", "syllogism", "letter_counting"]
 MakeRun = Callable[..., Path]
@@ -70,12 +70,12 @@ def routing_tables(directory: Path, names: list[str], usage: np.ndarray) -> None
             routing.append(
                 key | {"block": block, "atom": atom} | value("usage", float(usage[stage, task, block, atom]))
             )
-        for block, entropy in enumerate(measures.entropy_nats(usage[stage, task])):
+        for block, entropy in enumerate(distances.entropy_nats(usage[stage, task])):
             for metric, share in (("usage_entropy_nats", 1.0), ("token_entropy_nats", 0.6)):
                 routing.append(key | {"block": block, "atom": -1} | value(metric, share * entropy))
         for other, block in np.ndindex(usage.shape[1:3]):
             p, q = usage[stage, task, block], usage[stage, other, block]
-            metrics = {"js": measures.js_divergence(p, q), "kl": measures.kl_divergence(p, q)}
+            metrics = {"js": distances.js_divergence(p, q), "kl": distances.kl_divergence(p, q)}
             if other == task:
                 metrics = {"js_split_half": 0.004 + 0.001 * block, "kl_split_half": 0.009}
             for metric, distance in metrics.items():
@@ -86,9 +86,9 @@ def routing_tables(directory: Path, names: list[str], usage: np.ndarray) -> None
                 p, q = usage[stage, task, block], usage[reference_stage, task, block]
                 place = {"reference": reference, "reference_stage": reference_stage, "block": block}
                 for metric, distance in (
-                    ("js", measures.js_divergence),
-                    ("kl", measures.kl_divergence),
-                    ("tv", measures.total_variation),
+                    ("js", distances.js_divergence),
+                    ("kl", distances.kl_divergence),
+                    ("tv", distances.total_variation),
                 ):
                     drift.append(key | place | value(metric, float(distance(p, q))))
     for table, rows in (("routing", routing), ("separation", separation), ("drift", drift)):

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from continual import records
+from continual.storage import records
 
 Earned = np.ndarray  # (T + 1, T, rows): what each row of each task earned after each stage
 

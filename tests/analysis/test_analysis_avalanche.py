@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from analysis import forgetting as ours
+from analysis.measures import forgetting as ours
 
 functional = pytest.importorskip("avalanche.evaluation.functional", reason="needs pip install 'continual[avalanche]'")
 metrics = pytest.importorskip("avalanche.evaluation.metrics")

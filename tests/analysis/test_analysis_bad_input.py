@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import sweep_files as files
 
-from analysis.load import RunError, load, load_run
-from analysis.report import main
-from continual import records
+from analysis.report.command import main
+from analysis.runs.load import RunReadError, load, load_run
+from continual.storage import records
 
 MakeRun = Callable[..., Path]
 TINY = {"names": ["one", "two"], "num_atoms": 4, "num_blocks": 2, "num_rows": 20, "num_steps": 6}
@@ -184,5 +184,5 @@ def test_a_sweep_with_damaged_cells_compares_the_others(tmp_path: Path, capsys: 
 def test_a_run_among_others_that_cannot_be_read_is_named(make_run: MakeRun) -> None:
     good, bad = make_run("good", **TINY), make_run("bad", **TINY)
     (bad / "manifest.json").write_text("{")
-    with pytest.raises(RunError, match=f"^{bad}/manifest.json: not a readable manifest"):
+    with pytest.raises(RunReadError, match=f"^{bad}/manifest.json: not a readable manifest"):
         load(good.parent / "*")

@@ -10,13 +10,13 @@ import pandas as pd
 import pytest
 from sweep_files import place, write_cell, write_sweep
 
-from analysis import studies
-from analysis.plots import sweeps as plots
-from analysis.study_beside import beside, kind_name
-from analysis.study_content import study_parts
-from analysis.sweep_wordings import wording_differences
-from analysis.sweeps import Sweep, load_sweep
-from continual import records
+from analysis.figures import sweeps as plots
+from analysis.report.study_beside import beside, kind_name
+from analysis.report.study_content import study_parts
+from analysis.summaries import studies
+from analysis.summaries.sweep_wordings import wording_differences
+from analysis.summaries.sweeps import Sweep, load_sweep
+from continual.storage import records
 
 TASKS = ["one", "two"]
 ROWS = 40

@@ -19,10 +19,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from analysis import forgetting, intervals, routing, summarise, tables
-from analysis.load import Run, _ordered
-from analysis.summary import KEYS
-from continual import records
+from analysis import summarise
+from analysis.measures import forgetting, routing
+from analysis.runs import tables
+from analysis.runs.load import Run, _ordered
+from analysis.summaries import intervals
+from analysis.summaries.summary import KEYS
+from continual.measures import distances as measures
+from continual.storage import records
 
 E, A, B, H = (0.25, 0.25, 0.25, 0.25), (1, 0, 0, 0), (0, 1, 0, 0), (0.5, 0.5, 0, 0)
 ZERO = (0,)
@@ -165,7 +169,7 @@ def distances(case: Case, names: Sequence[str]) -> pd.DataFrame:
         key = {"run": "by-hand", "seed": 7, "stage": stage, "task": names[task], "other": names[other]}
         for block in range(len(case.routes[0][0])):
             p, q = case.routes[stage][task][block], case.routes[stage][other][block]
-            pairs = {"js": float(routing.js_divergence(p, q)), "kl": float(routing.kl_divergence(p, q))}
+            pairs = {"js": float(measures.js_divergence(p, q)), "kl": float(measures.kl_divergence(p, q))}
             halves = {"js_split_half": case.halves[task], "kl_split_half": 2 * case.halves[task]}
             for metric, value in (halves if task == other else pairs).items():
                 place = {"block": block, "metric": metric, "direction": "none", "value": value, "count": 9}
@@ -199,7 +203,7 @@ def test_appended_unused_atoms_change_no_number_but_the_dead(extra: int) -> None
     for key in set(KEYS) - {"dead_atoms", *smoothed}:
         assert found[key] == pytest.approx(FOUR.expected[key], abs=1.5e-6)
     for key in smoothed:
-        assert found[key] == pytest.approx(FOUR.expected[key], rel=2 * extra * routing.EPSILON)
+        assert found[key] == pytest.approx(FOUR.expected[key], rel=2 * extra * measures.EPSILON)
 
 
 def test_usage_drift_by_hand() -> None:
@@ -232,7 +236,7 @@ def test_separation_matrix_of_four_tasks_by_hand() -> None:
     expected = [[0, 0.693147, 0.215762, 0.380396], [0.693147, 0, 0.215762, 0.380396]]
     expected += [[0.215762, 0.215762, 0, 0.215762], [0.380396, 0.380396, 0.215762, 0]]
     assert routing.pairwise(usage) == pytest.approx(np.array(expected), abs=1e-6)
-    shared = 1 - routing.pairwise(usage, routing.total_variation)
+    shared = 1 - routing.pairwise(usage, measures.total_variation)
     assert shared == pytest.approx(
         np.array([[1, 0, 0.5, 0.25], [0, 1, 0.5, 0.25], [0.5, 0.5, 1, 0.5], [0.25, 0.25, 0.5, 1]])
     )
@@ -336,12 +340,12 @@ def sparse(data: st.DataObject, *leading: int, num_atoms: int) -> np.ndarray:
 @given(st.data(), st.integers(1, 6))
 def test_bounds_hold_where_atoms_are_not_used_at_all(data: st.DataObject, num_atoms: int) -> None:
     p, q = sparse(data, 2, num_atoms=num_atoms)
-    js, tv, kl = (float(f(p, q)) for f in (routing.js_divergence, routing.total_variation, routing.kl_divergence))
+    js, tv, kl = (float(f(p, q)) for f in (measures.js_divergence, measures.total_variation, measures.kl_divergence))
     assert 0 <= js <= log(2) and 0 <= tv <= 1 + 1e-12 and 0 <= kl <= log((1 + num_atoms * 1e-6) / 1e-6)
     assert js <= tv * log(2) + 1e-9  # Lin 1991, theorem 3
     assert (1 - num_atoms * 1e-6) * tv**2 <= kl / 2 + 1e-5  # Pinsker
-    assert all(float(f(p, p)) == pytest.approx(0, abs=1e-12) for f in (routing.js_divergence, routing.kl_divergence))
-    assert 0 <= routing.entropy_nats(p) <= log(num_atoms) + 1e-9
+    assert all(float(f(p, p)) == pytest.approx(0, abs=1e-12) for f in (measures.js_divergence, measures.kl_divergence))
+    assert 0 <= measures.entropy_nats(p) <= log(num_atoms) + 1e-9
 
 
 @given(st.data(), st.integers(2, 5), st.integers(1, 4))
@@ -349,15 +353,15 @@ def test_information_has_its_bounds(data: st.DataObject, num_atoms: int, num_tok
     """A usage is the mean of its tokens' weights, so that its entropy is at least theirs."""
     tokens = sparse(data, 3, num_tokens, num_atoms=num_atoms)
     usage = tokens.mean(axis=1)
-    within = routing.token_information_nats(routing.entropy_nats(usage), routing.entropy_nats(tokens).mean(axis=1))
+    within = routing.token_information_nats(measures.entropy_nats(usage), measures.entropy_nats(tokens).mean(axis=1))
     assert -1e-9 <= within <= log(num_atoms) + 1e-9
     among = routing.task_information_nats(usage[:, None])
     assert -1e-9 <= among <= min(log(3), log(num_atoms)) + 1e-9
     # The chain rule: I(atom; task, token) = I(atom; task) + I(atom; token | task)
-    both = routing.entropy_nats(usage.mean(axis=0)) - routing.entropy_nats(tokens).mean()
+    both = measures.entropy_nats(usage.mean(axis=0)) - measures.entropy_nats(tokens).mean()
     assert both == pytest.approx(among + within, abs=1e-9)
     same = np.repeat(tokens[:, :1], num_tokens, axis=1)  # routing that ignores the input
-    whole, each = routing.entropy_nats(same.mean(axis=1)), routing.entropy_nats(same).mean(axis=1)
+    whole, each = measures.entropy_nats(same.mean(axis=1)), measures.entropy_nats(same).mean(axis=1)
     assert routing.token_information_nats(whole, each) == pytest.approx(0, abs=1e-9)
 
 
@@ -374,5 +378,5 @@ def test_atom_entropy_and_dead_atoms_have_their_bounds(data: st.DataObject, num_
 @given(st.data())
 def test_routes_that_stay_do_not_drift(data: st.DataObject) -> None:
     usage = np.repeat(sparse(data, 1, 3, 2, num_atoms=4), 4, axis=0)
-    for distance in (routing.js_divergence, routing.kl_divergence, routing.total_variation):
+    for distance in (measures.js_divergence, measures.kl_divergence, measures.total_variation):
         assert routing.route_drift(routing.drift(usage, distance)) == pytest.approx(0, abs=1e-12)

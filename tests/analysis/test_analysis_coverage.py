@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis import forgetting, hierarchy
-from analysis.intervals import bootstrap_matrices, interval
+from analysis.measures import forgetting, hierarchy
+from analysis.summaries.intervals import bootstrap_matrices, interval
 
 TRIALS, TOLERANCE = 300, 0.075
 LEVELS = (0.5, 0.8, 0.95)

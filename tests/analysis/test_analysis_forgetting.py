@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from analysis import forgetting as f
+from analysis.measures import forgetting as f
 
 THREE = [  # rows: untrained, after stage 1, 2, 3
     [0.1, 0.2, 0.3],

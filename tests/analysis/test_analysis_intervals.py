@@ -8,8 +8,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis import forgetting, intervals, load_run, summarise
-from analysis.intervals import bootstrap_matrices, correlation_interval, interval, rank_correlation
+from analysis import load_run, summarise
+from analysis.measures import forgetting
+from analysis.summaries import intervals
+from analysis.summaries.intervals import bootstrap_matrices, correlation_interval, interval, rank_correlation
 
 
 def frames(earned: np.ndarray, metric: str = "score") -> tuple[pd.DataFrame, pd.DataFrame, np.ndarray]:

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from analysis.load import load_run
 from analysis.report import write_report
-from analysis.summary import summarise
+from analysis.runs.load import load_run
+from analysis.summaries.summary import summarise
 
 MakeRun = Callable[..., Path]
 NEEDED = ("average_accuracy", "backward_transfer", "learning_accuracy")

@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 import sweep_files as files
 
-from analysis import load_run, load_sweep, preflight, story, summarise, words
-from analysis.changes import task_changes
-from analysis.content import Cell, cell, make_table
-from analysis.page import KeyNumber
-from analysis.report import write_report
-from analysis.row_spans import row_interval
-from analysis.run_page import run_page
-from analysis.story_figures import story_plates
-from analysis.sweep_page import sweep_page
-from continual import records
+from analysis import load_run, load_sweep, summarise
+from analysis.report import preflight, story, words, write_report
+from analysis.report.content import Cell, cell, make_table
+from analysis.report.page import KeyNumber
+from analysis.report.run_page import run_page
+from analysis.report.story_figures import story_plates
+from analysis.report.sweep_page import sweep_page
+from analysis.summaries.changes import task_changes
+from analysis.summaries.row_spans import row_interval
+from continual.storage import records
 
 MakeRun = Callable[..., Path]
 TINY = {"num_atoms": 4, "num_blocks": 2, "num_rows": 20, "num_steps": 6}

@@ -15,12 +15,14 @@ import numpy as np
 import pytest
 
 import analysis
-from analysis import load, load_run, summarise, tables
-from analysis.figures import plates
-from analysis.page import _plain
-from analysis.report import main, write_report
-from analysis.summary import KEYS
-from continual import records
+from analysis import load, load_run, summarise
+from analysis.report import write_report
+from analysis.report.command import main
+from analysis.report.figures import plates
+from analysis.report.page import _plain
+from analysis.runs import tables
+from analysis.summaries.summary import KEYS
+from continual.storage import records
 
 MakeRun = Callable[..., Path]
 TINY = {"names": ["one", "two"], "num_atoms": 4, "num_blocks": 2, "num_rows": 20, "num_steps": 6}
@@ -183,7 +185,7 @@ def test_load_takes_a_directory_or_a_glob(make_run: MakeRun, tmp_path: Path) -> 
     (tmp_path / "notes.txt").write_text("no run")
     assert len(load(tmp_path / "*").scores) == len(load(one).scores) + len(load(tmp_path / "two").scores)
     assert [run.finished_stage for run in load(tmp_path / "*").runs] == [2, 1]
-    with pytest.raises(analysis.RunError, match="names no run"):
+    with pytest.raises(analysis.RunReadError, match="names no run"):
         load(tmp_path / "nothing*")
 
 

@@ -10,32 +10,35 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from analysis import routing as r
-from analysis.clusters import Merge, average_linkage, leaf_order
+from analysis.measures import routing as r
+from analysis.measures.clusters import Merge, average_linkage, leaf_order
+from continual.measures import distances
 
 LN2 = log(2)
 
 
 def test_entropy_by_hand() -> None:
-    assert r.entropy_nats([[0.5, 0.5, 0, 0], [1, 0, 0, 0], [0.25] * 4]) == pytest.approx([LN2, 0, log(4)])
+    assert distances.entropy_nats([[0.5, 0.5, 0, 0], [1, 0, 0, 0], [0.25] * 4]) == pytest.approx([LN2, 0, log(4)])
 
 
 def test_kl_by_hand() -> None:
     p, q = [0.5, 0.5], [0.25, 0.75]
-    assert r.kl_divergence(p, q, epsilon=0) == pytest.approx(0.5 * log(2) + 0.5 * log(2 / 3))
-    assert r.kl_divergence(p, q) == pytest.approx(0.14384, abs=1e-5)
-    assert r.kl_divergence([1, 0], [0, 1]) == pytest.approx(log(1 + 1e6) / (1 + 2e-6))
+    assert distances.kl_divergence(p, q, epsilon=0) == pytest.approx(0.5 * log(2) + 0.5 * log(2 / 3))
+    assert distances.kl_divergence(p, q) == pytest.approx(0.14384, abs=1e-5)
+    assert distances.kl_divergence([1, 0], [0, 1]) == pytest.approx(log(1 + 1e6) / (1 + 2e-6))
     smoothed = [(0.5 + 1e-6) / (1 + 3e-6), (0.5 + 1e-6) / (1 + 3e-6), 1e-6 / (1 + 3e-6)]
     other = [(0.2 + 1e-6) / (1 + 3e-6), (0.3 + 1e-6) / (1 + 3e-6), (0.5 + 1e-6) / (1 + 3e-6)]
     expected = sum(a * log(a / b) for a, b in zip(smoothed, other, strict=True))
-    assert r.kl_divergence([0.5, 0.5, 0], [0.2, 0.3, 0.5]) == pytest.approx(expected)
+    assert distances.kl_divergence([0.5, 0.5, 0], [0.2, 0.3, 0.5]) == pytest.approx(expected)
 
 
 def test_js_and_total_variation_by_hand() -> None:
-    assert r.js_divergence([1, 0], [0, 1]) == pytest.approx(LN2)
-    assert r.js_divergence([1, 0], [0.5, 0.5]) == pytest.approx(0.5 * log(4 / 3) + 0.25 * log(2 / 3) + 0.25 * log(2))
-    assert r.total_variation([1, 0], [0.5, 0.5]) == pytest.approx(0.5)
-    assert r.total_variation([0.7, 0.3, 0], [0.1, 0.3, 0.6]) == pytest.approx(0.6)
+    assert distances.js_divergence([1, 0], [0, 1]) == pytest.approx(LN2)
+    assert distances.js_divergence([1, 0], [0.5, 0.5]) == pytest.approx(
+        0.5 * log(4 / 3) + 0.25 * log(2 / 3) + 0.25 * log(2)
+    )
+    assert distances.total_variation([1, 0], [0.5, 0.5]) == pytest.approx(0.5)
+    assert distances.total_variation([0.7, 0.3, 0], [0.1, 0.3, 0.6]) == pytest.approx(0.6)
 
 
 def test_separation_is_the_mean_of_the_blocks_by_hand() -> None:
@@ -51,7 +54,7 @@ def test_drift_does_not_let_blocks_cancel() -> None:
     """Over blocks, usage is (1/2, 1/2) at both stages; each block has moved altogether."""
     usage = [[[[1, 0], [0, 1]]], [[[0, 1], [1, 0]]]]
     assert r.drift(usage) == pytest.approx(np.array([[LN2]]))
-    assert r.drift(usage, r.total_variation) == pytest.approx(np.array([[1.0]]))
+    assert r.drift(usage, distances.total_variation) == pytest.approx(np.array([[1.0]]))
 
 
 def test_route_drift_counts_learnt_tasks_only() -> None:
@@ -109,25 +112,27 @@ def usages(*leading: int, atoms: int | None = None) -> st.SearchStrategy[np.ndar
 @given(usages(2))
 def test_distances_have_their_bounds_and_are_0_on_equals(pair: np.ndarray) -> None:
     p, q = pair
-    assert r.kl_divergence(p, q) >= 0
-    assert 0 <= r.js_divergence(p, q) <= LN2
-    assert 0 <= r.total_variation(p, q) <= 1 + 1e-12
-    for distance in (r.kl_divergence, r.js_divergence, r.total_variation):
+    assert distances.kl_divergence(p, q) >= 0
+    assert 0 <= distances.js_divergence(p, q) <= LN2
+    assert 0 <= distances.total_variation(p, q) <= 1 + 1e-12
+    for distance in (distances.kl_divergence, distances.js_divergence, distances.total_variation):
         assert distance(p, p) == pytest.approx(0, abs=1e-12)
-    assert r.js_divergence(p, q) == pytest.approx(float(r.js_divergence(q, p)), abs=1e-12)
+    assert distances.js_divergence(p, q) == pytest.approx(float(distances.js_divergence(q, p)), abs=1e-12)
 
 
 @given(usages(1))
 def test_entropy_is_at_most_ln_m(usage: np.ndarray) -> None:
-    assert 0 <= r.entropy_nats(usage)[0] <= log(usage.shape[-1]) + 1e-9
+    assert 0 <= distances.entropy_nats(usage)[0] <= log(usage.shape[-1]) + 1e-9
 
 
 @given(usages(2), st.integers(1, 5))
 def test_appended_unused_atoms_change_neither_js_nor_entropy(pair: np.ndarray, extra: int) -> None:
     longer = np.pad(pair, [(0, 0), (0, extra)])
-    assert r.js_divergence(*longer) == pytest.approx(float(r.js_divergence(*pair)), abs=1e-12)
-    assert r.js_divergence(pair[0], longer[1]) == pytest.approx(float(r.js_divergence(*pair)), abs=1e-12)
-    assert r.entropy_nats(longer) == pytest.approx(r.entropy_nats(pair), abs=1e-12)
+    assert distances.js_divergence(*longer) == pytest.approx(float(distances.js_divergence(*pair)), abs=1e-12)
+    assert distances.js_divergence(pair[0], longer[1]) == pytest.approx(
+        float(distances.js_divergence(*pair)), abs=1e-12
+    )
+    assert distances.entropy_nats(longer) == pytest.approx(distances.entropy_nats(pair), abs=1e-12)
 
 
 @given(usages(3, 2), st.permutations([0, 1, 2]))
@@ -141,6 +146,6 @@ def test_measures_follow_the_tasks_not_their_order(usage: np.ndarray, order: lis
 @given(usages(4, 1))
 def test_information_is_the_mean_divergence_from_the_mixture(usage: np.ndarray) -> None:
     mixture = usage.mean(axis=0)
-    expected = np.mean([r.kl_divergence(task, mixture, epsilon=0) for task in usage])
+    expected = np.mean([distances.kl_divergence(task, mixture, epsilon=0) for task in usage])
     assert r.task_information_nats(usage) == pytest.approx(expected, abs=1e-9)
     assert -1e-12 <= r.task_information_nats(usage) <= log(4) + 1e-9

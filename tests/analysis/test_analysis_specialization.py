@@ -13,10 +13,10 @@ import pytest
 from matplotlib.axes import Axes
 
 from analysis import Frames, load
-from analysis import specialization as tables
-from analysis.load import NO_SLICE
-from analysis.plots import specialization as plots
-from continual import records
+from analysis.figures import specialization as plots
+from analysis.runs.load import NO_SLICE
+from analysis.summaries import specialization as tables
+from continual.storage import records
 
 KEYS = {"run": "r", "seed": 0}
 TASKS = ["one", "two"]

@@ -13,12 +13,13 @@ import sweep_files as files
 from hypothesis import given
 from hypothesis import strategies as st
 
-from analysis import load_sweep, plots, studies
-from analysis.pareto import on_front
+from analysis import figures, load_sweep
+from analysis.measures.pareto import on_front
 from analysis.report import write_report
-from analysis.study_content import earned
-from analysis.sweeps import ABOVE, BELOW, EVEN
-from continual import records
+from analysis.report.study_content import earned
+from analysis.summaries import studies
+from analysis.summaries.sweeps import ABOVE, BELOW, EVEN
+from continual.storage import records
 
 
 def frame(rows: list[tuple[Any, ...]], columns: str) -> pd.DataFrame:
@@ -186,7 +187,7 @@ def test_every_study_has_its_figure_and_numbers(directory: Path) -> None:
 @pytest.mark.parametrize("count", [6, 7])
 def test_many_methods_have_a_panel_each_to_show_their_concentration(count: int) -> None:
     rows = [(f"m{m}", "o", seed, epoch, 2.0 + m + seed) for m in range(count) for seed in (0, 1) for epoch in (1, 2)]
-    axes = plots.concentration_by_epoch(frame(rows, "method order seed epoch value"))
+    axes = figures.concentration_by_epoch(frame(rows, "method order seed epoch value"))
     together = count == 6
     assert len(axes) == (1 if together else count)
     for method, ax in enumerate([axes[0]] * count if together else axes):
@@ -201,7 +202,7 @@ def test_many_methods_have_a_panel_each_to_show_their_concentration(count: int) 
 def test_many_methods_have_a_panel_each_to_show_their_gradient_norms(count: int) -> None:
     rows = [(f"m{m}", f"model.layers.{depth}", 1.0 + m + depth) for m in range(count) for depth in (1, 0)]
     rows += [(f"m{m}", "bank", 0.5 + m) for m in range(1, count)]  # m0 has no bank
-    *layers, bank = plots.norms_by_layer(frame(rows, "method layer value"))
+    *layers, bank = figures.norms_by_layer(frame(rows, "method layer value"))
     together = count == 6
     assert len(layers) == (1 if together else count)
     for method, ax in enumerate(layers * count if together else layers):

@@ -17,12 +17,15 @@ import pytest
 import sweep_files as files
 import test_analysis_page as page_tests
 
-from analysis import RunError, differences, hierarchy, load_sweep, method_table, paired_differences, plots, published
-from analysis.report import main, write_report
-from analysis.sweep_content import compare, edges
-from analysis.sweep_figures import sweep_plates
-from analysis.sweeps import ABOVE, BELOW, EVEN, headline_tasks
-from continual import records
+from analysis import RunReadError, figures, load_sweep, method_table, paired_differences
+from analysis.measures import hierarchy
+from analysis.report import published, write_report
+from analysis.report.command import main
+from analysis.report.sweep_content import compare, edges
+from analysis.report.sweep_figures import sweep_plates
+from analysis.summaries import differences
+from analysis.summaries.sweeps import ABOVE, BELOW, EVEN, headline_tasks
+from continual.storage import records
 
 FOREST = "paired_differences"
 FIGURES = {"methods_side_by_side", FOREST, "scores_by_task", "accuracy_by_stage"}
@@ -373,7 +376,7 @@ def test_what_failed_waits_or_is_cut_is_named_and_the_rest_compared(
 @pytest.mark.parametrize("content", ["{", "[]", '{"methods": {}}', '{"methods": {}, "cells": 3}'])
 def test_a_sweep_that_cannot_be_read(tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "sweep.json").write_text(content)
-    with pytest.raises(RunError):
+    with pytest.raises(RunReadError):
         load_sweep(tmp_path)
     assert main([str(tmp_path)]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1 and not (tmp_path / "report").exists()
@@ -503,5 +506,5 @@ def test_stages_that_were_not_scored_are_not_drawn_as_if_they_were() -> None:
     place = {"method": "m", "weight": 0.5, "value": 0.5}
     whole = pd.DataFrame([place | {"cell": cell, "stage": stage} for cell in (0, 1) for stage in (1, 2, 3)])
     for frame, style, bands in ((whole, "-", 1), (whole[whole["stage"] != 2], ":", 0)):
-        (ax,) = plots.accuracy_by_stage(frame).axes
+        (ax,) = figures.accuracy_by_stage(frame).axes
         assert {line.get_linestyle() for line in ax.lines} == {style} and len(ax.collections) == bands

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from analysis import load, load_run
-from analysis.frames import Frame
-from analysis.general import general_ability
 from analysis.report import write_report
-from analysis.wordings import wording_table
-from continual import records
+from analysis.runs.frames import Frame
+from analysis.summaries.general import general_ability
+from analysis.summaries.wordings import wording_table
+from continual.storage import records
 
 
 def keys(stage: int, task: str) -> dict[str, Any]:

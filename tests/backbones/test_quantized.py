@@ -10,11 +10,11 @@ from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, GgufConfig, PreTrainedModel
 
-from continual import experiment
 from continual.backbones import CausalLM, TinyCausalLM
 from continual.backbones.quantized import num_weights
+from continual.config import experiment
 from continual.errors import ConfigError
-from continual.quiet import quieten
+from continual.runtime.quiet import quieten
 
 NF4: dict[str, Any] = {
     "load_in_4bit": True,

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from measuring import Result, Setting, table
 
-from continual.quiet import quieten
+from continual.runtime.quiet import quieten
 
 SUITES = ("training", "stage", "scoring", "growth", "quantized", "devices")
 

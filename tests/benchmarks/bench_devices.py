@@ -23,8 +23,8 @@ from lightning.fabric.plugins.environments.lightning import find_free_network_po
 from measuring import Result, Setting, Stand
 from subjects import STAGE_ROWS, TEXT_LENGTHS, RandomText, ShapedLM, backbone_dtype, queryable, sequence
 
-from continual.module import ContinualModule
-from continual.quiet import quieten
+from continual.runtime.quiet import quieten
+from continual.training.module import ContinualModule
 
 
 def run(setting: Setting) -> Iterator[Result]:

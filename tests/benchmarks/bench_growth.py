@@ -20,7 +20,7 @@ from measuring import Result, Setting, Stand, spread
 from subjects import TEXT_LENGTHS, RandomText, ShapedLM, backbone_dtype, queryable, sequence
 
 from analysis.report import write_report
-from continual.module import ContinualModule
+from continual.training.module import ContinualModule
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -30,15 +30,15 @@ began = float(sys.argv[1])
 clock = time.process_time if sys.argv[4] == "cpu" else lambda: time.time() - began
 marks = {}
 from pathlib import Path
-from continual.quiet import quieten
-from continual.run import import_engine
+from continual.runtime.quiet import quieten
+from continual.commands.run import import_engine
 quieten()
 import_engine()
-from continual import experiment
-from continual.sequence import Sequence
+from continual.config import experiment
+from continual.engine.stage_loop import StageLoop
 marks["imports"] = clock()
 overrides = ["trainer.max_steps=1", f"trainer.accelerator={sys.argv[4]}"]
-run = Sequence(experiment.load(sys.argv[2], overrides), Path(sys.argv[3]))
+run = StageLoop(experiment.load(sys.argv[2], overrides), Path(sys.argv[3]))
 marks["configuration"] = clock()
 run.prepare()
 marks["backbone and rows"] = clock()
@@ -169,7 +169,7 @@ def scoring_share(setting: Setting) -> Iterator[Result]:
         trainers = [stages._fit(1)]
         stand = Stand(setting.device)
         stand.add("train", lambda: lambda: trainers.append(stages._fit(1)), warm_up=0)
-        stand.add("score", lambda: lambda: stages._score(tasks // 2, trainers[-1]), warm_up=1)
+        stand.add("score", lambda: lambda: stages._score(tasks // 2, trainers[-1], stages.data), warm_up=1)
         timings = stand.run(setting.num_rounds(3))
     train, score = timings.median("train") / count, timings.median("score") / (tasks * count)
     scored = {"all": 11 * tasks, "seen": tasks + sum(range(1, tasks + 1)), "final": 2 * tasks + tasks - 1}

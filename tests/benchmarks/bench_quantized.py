@@ -12,7 +12,7 @@ from peft import PeftConfig
 from subjects import ShapedLM, lora, queryable
 from transformers import BitsAndBytesConfig
 
-from continual.module import ContinualModule
+from continual.training.module import ContinualModule
 
 
 def run(setting: Setting) -> Iterator[Result]:

@@ -18,14 +18,17 @@ from peft import PeftConfig
 from subjects import TEXT_LENGTHS, RandomText, ShapedLM, backbone_dtype, lora, queryable, sequence
 from torch import Tensor
 
-from continual import evaluate, stage_data
-from continual.batch_order import scoring_size, token_batches
-from continual.batches import Row
-from continual.candidates import Candidates
-from continual.evaluate import label_log_likelihoods, score_batch
-from continual.generation import generate, on_cuda
-from continual.module import ContinualModule
-from continual.sequence import Sequence as StageSequence
+from continual.callbacks import RouteRecorder, TokenRecorder
+from continual.data import stage_data
+from continual.data.batch import Row
+from continual.data.batch_order import scoring_size, token_batches
+from continual.data.label_tree import LabelTree
+from continual.engine.stage_loop import StageLoop
+from continual.scoring import evaluate
+from continual.scoring.evaluate import label_log_likelihoods, score_batch
+from continual.training import module as module_file
+from continual.training.module import ContinualModule
+from continual.training.recorded_generation import generate_recorded
 from tasks import Task
 
 LABELS = ["a", "on", "cat", "sky", "to", "green", "it", "up", "moon", "be", "salt", "we", "iron", "no"]
@@ -49,7 +52,7 @@ def run(setting: Setting) -> Iterator[Result]:
 
 def _scoring(
     setting: Setting, folder: Path, shape: str, adapter: PeftConfig, task: Task, dtype: Any = None
-) -> tuple[StageSequence, list[dict[str, Any]]]:
+) -> tuple[StageLoop, list[dict[str, Any]]]:
     """Return a run of the product on one task, ready to score, and the task's batches on the device."""
     backbone = ShapedLM(shape, setting.seed, dtype or backbone_dtype(setting))
     stages = sequence(setting, folder, ContinualModule(backbone, adapter), [task], {})
@@ -73,7 +76,7 @@ def labels(setting: Setting, folder: Path, shape: str) -> Iterator[Result]:
     stages, batches = _scoring(setting, folder / "labels", shape, queryable(), task)
     model, rows = cast(Any, stages.module.model), stages.data[0]._encoded["test"].rows
     instruction = _instruction(stages.module, task)
-    candidates: Candidates = batches[0]["candidates"]
+    candidates: LabelTree = batches[0]["candidates"]
     answers = [candidates.ids_L[candidates.segment_L == index].tolist() for index in range(len(LABELS))]
 
     def tree() -> dict[int, Tensor]:
@@ -156,7 +159,7 @@ def _apart(setting: Setting, folder: Path, shape: str, task: Task) -> float:
         if "queryable_B" in name:
             parameter.normal_(std=0.02)
     instruction = _instruction(module, task)
-    candidates: Candidates = batches[0]["candidates"]
+    candidates: LabelTree = batches[0]["candidates"]
     answers = [candidates.ids_L[candidates.segment_L == index].tolist() for index in range(len(LABELS))]
     expected = _one_by_one(module.model, rows, answers, instruction, all_logits=False)
     apart = 0.0
@@ -174,15 +177,16 @@ def recording(setting: Setting, folder: Path, shape: str) -> Iterator[Result]:
     """Time scoring with routes recorded and summed up, as in every run, against scoring alone."""
     task = RandomText(_lengths(setting, 12, 240), LABELS[:4], seed=setting.seed)
     stages, batches = _scoring(setting, folder / "routes", shape, queryable(), task)
-    module, keys, trained = stages.module, stages._keys(1), {stages.data[0].name: 1}
+    module = stages.module
+    recorders = [each for each in stages.recorders if isinstance(each, (RouteRecorder, TokenRecorder))]
 
     @torch.inference_mode()  # as Lightning tests
     def on() -> None:
-        stages.routes.start(keys, stages.data, trained)
-        stages.tokens.start(keys, stages.data, trained)
+        for recorder in recorders:
+            recorder.begin(stages.context(1, stages.data))
         for index, batch in enumerate(batches):
             outcome = score_batch(module, task, batch)
-            for recorder in (stages.routes, stages.tokens):
+            for recorder in recorders:
                 recorder.on_test_batch_end(None, module, outcome, batch, index)  # type: ignore[arg-type]
 
     @torch.inference_mode()
@@ -215,7 +219,9 @@ def ten_tasks(setting: Setting, folder: Path, shape: str) -> Iterator[Result]:
     def score(together: bool) -> Callable[[], None]:
         def run() -> None:
             with patch.object(stage_data, "scoring_size", lambda *of: scoring_size(*of)._replace(shared=together)):
-                stages._score(0, stages.experiment.make_trainer(None, folder, stages._callbacks))
+                for recorder in stages.recorders:
+                    recorder.begin(stages.context(0, stages.data))
+                stages._score(0, stages.experiment.make_trainer(None, folder, stages.recorders), stages.data)
 
         return run
 
@@ -276,7 +282,7 @@ def free_answers(setting: Setting, folder: Path, shape: str) -> Iterator[Result]
     task = RandomText(_lengths(setting, 4, 80), answer_length=new_tokens - 2, seed=setting.seed)  # a space, an end mark
     ours, batches = _scoring(setting, folder / "ours", shape, queryable(), task)
     theirs, _ = _scoring(setting, folder / "theirs", shape, lora(), task)
-    record = on_cuda if setting.cuda else lambda step: step
+    record = None if setting.cuda else lambda step: step  # a CUDA graph by default
     texts: dict[str, list[str]] = {}
 
     @torch.inference_mode()  # as Lightning tests
@@ -285,10 +291,10 @@ def free_answers(setting: Setting, folder: Path, shape: str) -> Iterator[Result]
         texts["ours"] = [text for outcome in outcomes for text in outcome.predictions]
 
     def generate_static(*args: Any, **kwargs: Any) -> Tensor:
-        return generate(*args, **kwargs | {"record": record})
+        return generate_recorded(*args, **kwargs, record=record)
 
     def answer_static() -> None:
-        with patch.object(evaluate, "generate", generate_static):
+        with patch.object(module_file, "generate", generate_static):
             answer()
         texts["static"] = texts["ours"]
 

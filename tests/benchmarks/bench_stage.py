@@ -17,10 +17,10 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
-from continual.batches import IGNORED, Row
-from continual.module import ContinualModule
-from continual.sequence import Sequence as StageSequence
-from continual.stage_data import StageData
+from continual.data.batch import IGNORED, Row
+from continual.data.stage_data import StageData
+from continual.engine.stage_loop import StageLoop
+from continual.training.module import ContinualModule
 
 BATCH_SIZE = 8
 
@@ -79,9 +79,7 @@ def _cost(timings: Timings, steps: int) -> dict[str, Any]:
     return spread([1e6 * (a - b) / steps for a, b in pairs])
 
 
-def _sequence(
-    setting: Setting, folder: Path, shape: str, steps: int, way: dict[str, bool], **data: Any
-) -> StageSequence:
+def _sequence(setting: Setting, folder: Path, shape: str, steps: int, way: dict[str, bool], **data: Any) -> StageLoop:
     # The learning rate stays as it is, so that the bare loop needs no schedule of its own.
     fields: dict[str, Any] = way | {"warmup_steps": 0, "final_lr_fraction": 1.0}
     adapter = lora(target_modules=["q_proj"]) if shape == "one-layer" else queryable()
@@ -113,7 +111,7 @@ def bare_stage(module: ContinualModule, data: StageData, device: torch.device) -
 
 def packed_rows(setting: Setting, folder: Path, case: str, shape: str, steps: int, compiles: bool) -> Iterator[Result]:
     """Time the product's stage with the rows of a batch packed into one sequence and padded to the longest."""
-    made: dict[str, StageSequence] = {}
+    made: dict[str, StageLoop] = {}
 
     def stage(name: str) -> Callable[[], Any]:
         made[name] = _sequence(setting, folder / name, shape, steps, {"compile": compiles}, packing=name == "packed")

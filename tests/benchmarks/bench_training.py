@@ -14,11 +14,11 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from subjects import ShapedLM, lora, queryable
 
 from continual.adapters import QueryableLoraModel
-from continual.adapters.gate import StageGate
-from continual.adapters.growing import GrowingBank
-from continual.compiled import compile_layers
-from continual.graphed import GraphedPasses
-from continual.module import ContinualModule
+from continual.adapters.growing.bank import GrowingBank
+from continual.adapters.growing.gate import StageGate
+from continual.training.compiled import compile_layers
+from continual.training.cuda_graphs import GraphedPasses
+from continual.training.module import ContinualModule
 
 MODES = {
     "eager": (),

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from continual import manifest
+from continual.storage import manifest
 
 
 @dataclass(frozen=True)

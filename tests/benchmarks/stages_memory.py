@@ -20,11 +20,11 @@ from measuring import Setting
 from subjects import RandomText, ShapedLM, backbone_dtype, queryable, sequence
 from torch import Tensor
 
-from continual.adapters.growing import GrowingBank as Bank
-from continual.module import ContinualModule
-from continual.quiet import quieten
+from continual.adapters.growing.bank import GrowingBank as Bank
+from continual.runtime.quiet import quieten
 from continual.strategies import GrowingBank
 from continual.strategies.bank_parts import bank_of
+from continual.training.module import ContinualModule
 
 
 def read(module: ContinualModule) -> dict[str, int]:
@@ -72,8 +72,8 @@ def main(device: str, shape: str, stages: int, rows: int, seed: int) -> list[dic
         run = sequence(setting, Path(folder) / "run", module, tasks, {"batch_size": 8})
         write, found = run._write, list[dict[str, int]]()
 
-        def write_and_read(index: int) -> None:
-            write(index)
+        def write_and_read(index: int, tables: dict[str, Any]) -> None:
+            write(index, tables)
             found.append(read(module))
 
         with patch.object(run, "_write", write_and_read):

@@ -21,9 +21,9 @@ from continual.adapters import QueryableLoraConfig
 from continual.backbones import TinyCausalLM
 from continual.backbones.causal_lm import _PACKAGED_SHAPE
 from continual.backbones.model_files import random_model
-from continual.experiment import TRAINER_DEFAULTS, Experiment, Stage
-from continual.module import ContinualModule
-from continual.sequence import Sequence as StageSequence
+from continual.config.experiment import TRAINER_DEFAULTS, Experiment, Stage
+from continual.engine.stage_loop import StageLoop
+from continual.training.module import ContinualModule
 from tasks import Task
 from tasks.base import Split, text_rows
 
@@ -140,11 +140,11 @@ def sequence(
     tasks: Sequence[Task],
     data: dict[str, Any],
     trainer: dict[str, Any] | None = None,
-) -> StageSequence:
+) -> StageLoop:
     """Return a run of the product, prepared: what a configuration file would come to."""
     chosen = TRAINER_DEFAULTS | {"accelerator": "gpu" if setting.cuda else "cpu"} | (trainer or {})
     stages = [Stage(f"task{index}", task) for index, task in enumerate(tasks)]
-    made = StageSequence(Experiment("bench", setting.seed, None, module, data, chosen, stages, "{}"), folder)
+    made = StageLoop(Experiment("bench", setting.seed, None, module, data, chosen, stages, "{}"), folder)
     with redirect_stdout(None):
         made.prepare()
     return made

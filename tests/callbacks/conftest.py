@@ -14,8 +14,8 @@ from torch import nn
 
 from continual.adapters import QueryableLoraConfig
 from continual.backbones import MLPRegressor, TinyCausalLM
-from continual.module import ContinualModule
-from continual.stage_data import StageData
+from continual.data.stage_data import StageData
+from continual.training.module import ContinualModule
 from tasks import Task
 from tasks.base import Split, text_rows
 

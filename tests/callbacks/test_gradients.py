@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from contexts import context
 from peft import LilyConfig, LoraConfig, VBLoRAConfig
 
 from continual.callbacks import GradientRecorder
 from continual.callbacks.gradients import layer_of
 from continual.errors import RunError
-from continual.records import SCHEMAS
+from continual.storage.records import SCHEMAS
 
 KEYS = {"run": "r", "seed": 3, "stage": 1, "task": "one"}
 
@@ -79,7 +80,7 @@ def test_norms_before_clipping_equal_autograd_by_hand(kind: str, make_module, ma
     assert ("bank" in expected) == (kind != "lora")
     assert ("head" in expected) == (kind == "regression")
     recorder = GradientRecorder()
-    recorder.start(KEYS)
+    recorder.begin(context(seed=3))
     make_trainer(recorder, max_epochs=1, gradient_clip_val=1e-6).fit(module, datamodule=data)
     norms = values(recorder, "grad_norm", 1)
     assert norms == pytest.approx({layer: norm for layer, (norm, _) in expected.items()}, rel=1e-4)
@@ -95,7 +96,7 @@ def test_norms_before_clipping_equal_autograd_by_hand(kind: str, make_module, ma
 def test_norms_and_concentration_worked_by_hand() -> None:
     """Layers of A and B: (3, 4), (6, 8), (5, 12), (0, 0) have norms 5, 10, 13, 0; 13 over 7. The bank is no layer."""
     recorder = GradientRecorder()
-    recorder.start(KEYS)
+    recorder.begin(context(seed=3))
     recorder._layers = ["0", "bank", "1", "2", "3"]
     recorder._index, recorder._own = torch.tensor([0, 0, 1, 2, 2, 3, 3, 4, 4]), torch.tensor([1, 0, 1, 1, 1]).bool()
     norms = torch.tensor([3.0, 4.0, 99.0, 6.0, 8.0, 5.0, 12.0, 0.0, 0.0])
@@ -110,7 +111,7 @@ def test_what_layers_share_is_the_bank_wherever_it_hangs(make_module, make_data,
     module = make_module(adapter=LilyConfig(r=2, stride_A=1, num_B=2, target_modules=["q_proj"]))
     data = make_data(module, num_rows=4, batch_size=4)
     recorder = GradientRecorder()
-    recorder.start(KEYS)
+    recorder.begin(context(seed=3))
     make_trainer(recorder, max_epochs=1).fit(module, datamodule=data)
     counts = {row["layer"]: row["count"] for row in recorder.rows if row["metric"] == "grad_norm"}
     assert counts == {"bank": 1} | {f"model.layers.{index}": 2 for index in range(4)}
@@ -120,7 +121,7 @@ def test_rows_of_a_stage(make_module, make_data, make_trainer) -> None:
     module = make_module()
     data = make_data(module, num_rows=12, batch_size=4)
     recorder = GradientRecorder(interval=4)
-    recorder.start(KEYS)
+    recorder.begin(context(seed=3))
     make_trainer(recorder, max_epochs=3).fit(module, datamodule=data)
     losses = [row for row in recorder.rows if row["metric"] == "train_loss"]
     assert [(row["step"], row["epoch"]) for row in losses] == [(step, (step - 1) // 3) for step in range(1, 10)]
@@ -137,7 +138,7 @@ def test_the_loss_is_the_one_that_was_computed(make_module, make_data, make_trai
     (batch,) = data.train_dataloader()
     expected = module.train().loss(batch, module.outputs(batch)).item()
     recorder = GradientRecorder()
-    recorder.start(KEYS)
+    recorder.begin(context(seed=3))
     make_trainer(recorder, max_epochs=1).fit(module, datamodule=data)
     assert values(recorder, "train_loss", 1)[""] == pytest.approx(expected, rel=1e-5)
 
@@ -149,7 +150,7 @@ def test_a_step_of_several_batches_has_one_loss_their_mean(make_module, make_dat
     loss = module.loss
     module.loss = lambda *given: (losses.append(loss(*given).item()), loss(*given))[1]
     recorder = GradientRecorder()
-    recorder.start(KEYS)
+    recorder.begin(context(seed=3))
     make_trainer(recorder, max_epochs=1, accumulate_grad_batches=3).fit(module, datamodule=data)
     rows = [row for row in recorder.rows if row["metric"] == "train_loss"]
     assert [row["step"] for row in rows] == [1, 2]
@@ -163,7 +164,7 @@ def test_a_loss_that_is_no_number_names_stage_and_step(bad: float, make_module, 
     loss, calls = module.loss, []
     module.loss = lambda *given: (calls.append(1), loss(*given) * (bad if len(calls) == 3 else 1))[1]
     recorder = GradientRecorder()
-    recorder.start(KEYS)
+    recorder.begin(context(seed=3))
     with pytest.raises(
         RunError, match=rf"^stage 'one', step 3: the loss is not finite \({bad}\); the stage is dropped$"
     ):
@@ -184,7 +185,7 @@ class Elsewhere(torch.Tensor):
 @pytest.mark.parametrize("bad_step", [None, 5, 20])
 def test_on_a_gpu_losses_wait_and_the_first_bad_one_is_named(bad_step: int | None) -> None:
     recorder: Any = GradientRecorder(interval=5)
-    recorder.start(KEYS)
+    recorder.begin(context(seed=3))
     weight = torch.nn.Parameter(torch.zeros(2))
     weight.grad = torch.tensor([3.0, 4.0])
     module: Any = SimpleNamespace(

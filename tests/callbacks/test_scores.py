@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from contexts import context
 
 from continual.callbacks import ScoreRecorder
-from continual.evaluate import Outcome
-from continual.records import SCHEMAS
+from continual.scoring.outcome import Outcome
+from continual.storage.records import SCHEMAS
 
 KEYS = {"run": "r", "seed": 3, "stage": 2}
 
@@ -28,7 +29,7 @@ def batch_of(outcome: Outcome) -> dict[str, Any]:
 def recorded(stages: list[Any], outcomes: list[tuple[int, Outcome]]) -> ScoreRecorder:
     """Return a recorder after some outcomes, each with its loader's index."""
     recorder: Any = ScoreRecorder()
-    recorder.start(KEYS, stages)
+    recorder.begin(context(2, stages, seed=3))
     for index, (loader, outcome) in enumerate(outcomes):
         recorder.on_test_batch_end(None, None, outcome, batch_of(outcome), index, loader)
     recorder.on_test_epoch_end(None, None)
@@ -111,7 +112,7 @@ def test_further_scores_see_every_row_of_their_own_task_once() -> None:
 
 def test_a_second_start_forgets_the_first() -> None:
     recorder: Any = recorded([stage("a", "free", "score")], [(0, Outcome([0], [1.0], ["u"], ["u"]))])
-    recorder.start(KEYS | {"stage": 3}, [stage("a", "free", "score")])
+    recorder.begin(context(3, [stage("a", "free", "score")], seed=3))
     outcome = Outcome([0], [0.0], ["x"], ["u"])
     recorder.on_test_batch_end(None, None, outcome, batch_of(outcome), 0)
     recorder.on_test_epoch_end(None, None)
@@ -123,7 +124,7 @@ def test_a_regression_through_the_trainer(make_module, make_data, run_test) -> N
     module = make_module("regression")
     data = make_data(module, "regression", "f", num_rows=23, eval_batch_tokens=7)
     recorder = ScoreRecorder()
-    recorder.start(KEYS, [data])
+    recorder.begin(context(2, [data], seed=3))
     run_test(module, [data], recorder)
     target = np.array([row["y"] for row in data.task.rows("test").to_list()])
     predicted = np.array([float(answer["prediction"]) for answer in recorder.answers])
@@ -140,7 +141,7 @@ def test_two_tasks_of_unlike_kind_through_the_trainer(make_module, make_data, ru
     module = make_module()
     stages = [make_data(module, "free", "a", 3, seed=1), make_data(module, "labels", "b", 5, eval_batch_tokens=150)]
     recorder = ScoreRecorder()
-    recorder.start(KEYS, stages)
+    recorder.begin(context(2, stages, seed=3))
     run_test(module, stages, recorder)
     assert set(values(recorder)) == {("a", "score"), ("b", "accuracy"), ("b", "accuracy_seen")}
     for data, count in zip(stages, (3, 5), strict=True):

@@ -7,9 +7,10 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from contexts import context
 
 from continual.callbacks import GradientRecorder, StageProgress
-from continual.stage_data import AllTasks
+from continual.scoring.data_module import ScoringDataModule
 
 
 class Watch(L.Callback):
@@ -29,12 +30,12 @@ def test_the_loss_is_logged_where_somebody_beside_us_may_read_it(make_module, ma
     module = make_module()
     data = make_data(module, num_rows=8, batch_size=4)
     watch, recorder = Watch(), GradientRecorder()
-    recorder.start({"run": "r", "seed": 0, "stage": 1, "task": "one"})
+    recorder.begin(context(1))
     make_trainer(watch, recorder, max_epochs=1).fit(module, datamodule=data)
     assert len(watch.losses) == 2 and all(logged == own for logged, own in watch.losses)
     assert [row["value"] for row in recorder.rows if row["metric"] == "train_loss"] == [own for _, own in watch.losses]
 
-    recorder.start({"run": "r", "seed": 0, "stage": 2, "task": "one"})
+    recorder.begin(context(2))
     trainer = make_trainer(recorder, StageProgress(), max_epochs=1)
     trainer.fit(module, datamodule=data)
     assert "loss" not in trainer.callback_metrics
@@ -49,7 +50,7 @@ def test_the_loss_is_logged_where_somebody_beside_us_may_read_it(make_module, ma
 def test_every_tensor_of_a_batch_moves_and_its_rows_stay(make_module, make_data, backbone: str, kind: Any) -> None:
     module = make_module(backbone)
     data = make_data(module, kind)
-    for owner, loader in ((data, data.train_dataloader()), (AllTasks([data]), data.test_dataloader())):
+    for owner, loader in ((data, data.train_dataloader()), (ScoringDataModule([data]), data.test_dataloader())):
         batch = next(iter(loader))
         moved = owner.transfer_batch_to_device(batch, torch.device("meta"), 0)
         assert moved.keys() == batch.keys()

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from contexts import context
 from peft import LoraConfig
 from torch.linalg import vector_norm
 
 from continual.adapters import QueryableLoraConfig
-from continual.adapters.router import AtomBank
+from continual.adapters.queryable.router import AtomBank
 from continual.callbacks import TheoryRecorder
 from continual.callbacks.theory import RATIOS, measure
 
@@ -66,7 +67,7 @@ def test_training_goes_on_as_without_it(make_module, make_data, make_trainer) ->
         module = make_module(adapter=config)
         data = make_data(module, "labels", batch_size=2)
         for recorder in recorders:
-            recorder.start({"run": "r", "seed": 0, "stage": 1, "task": "one"})
+            recorder.begin(context(1))
         torch.manual_seed(5)
         make_trainer(*recorders, max_epochs=1).fit(module, datamodule=data)
         ends.append(torch.cat([p.detach().flatten() for p in module.parameters() if p.requires_grad]))

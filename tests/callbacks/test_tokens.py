@@ -9,17 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from contexts import context
 from peft import LoraConfig
 
-from continual import records
 from continual.adapters import MoeLoraConfig
 from continual.callbacks import TokenRecorder
 from continual.callbacks.tokens import hashed
-from continual.module import ContinualModule
-from continual.records import SCHEMAS
-from continual.stage_data import StageData
-
-KEYS = {"run": "r", "seed": 3}
+from continual.data.stage_data import StageData
+from continual.storage import records
+from continual.storage.records import SCHEMAS
+from continual.training.module import ContinualModule
 
 
 def record(
@@ -27,8 +26,7 @@ def record(
 ) -> list[dict[str, Any]]:
     """Return the rows of a sample after ``stage`` of ``last``; the tasks were trained in stages 1, 2 ..."""
     recorder = TokenRecorder(num_tokens)
-    trained = {str(data.name): index for index, data in enumerate(stages, start=1)} | {"later": last}
-    recorder.start(KEYS | {"stage": stage}, stages, trained)
+    recorder.begin(context(stage, stages, seed=3, last=last))
     run_test(module, stages, recorder)
     return recorder.rows
 
@@ -36,8 +34,8 @@ def record(
 def needed(data: StageData, num_tokens: int) -> set[int]:
     """Return the rows that a recorder says it needs, all else unknown."""
     recorder = TokenRecorder(num_tokens)
-    recorder.start(KEYS | {"stage": 1}, [data], {str(data.name): 1})
-    return recorder.needed(data)
+    recorder.begin(context(1, [data], seed=3))
+    return recorder.needed_rows(data)
 
 
 def test_a_sample_of_all_tokens_is_the_routes_of_plain_passes(make_module, make_data, run_test, tmp_path: Path) -> None:

@@ -13,11 +13,12 @@ import pytest
 import yaml
 
 from analysis import load
-from continual import ablate, manifest, records, run
+from continual import ablate, run
 from continual.callbacks import ScoreRecorder
-from continual.experiment import parse
-from continual.sequence import Sequence
-from continual.stage_data import AllTasks
+from continual.config.experiment import parse
+from continual.engine.stage_loop import StageLoop
+from continual.scoring.data_module import ScoringDataModule
+from continual.storage import manifest, records
 
 ATOMS = 4  # of the tests' configuration
 BANK = {
@@ -72,18 +73,18 @@ def test_with_all_atoms_the_scores_are_the_runs_own(ablated: Path) -> None:
 
 def test_without_an_atom_the_scores_are_those_of_its_absence(ablated: Path, tmp_path: Path) -> None:
     state, text = manifest.read(ablated)
-    made = Sequence(parse(text, "tiny"), Path(shutil.copytree(ablated, tmp_path / "run")))
+    made = StageLoop(parse(text, "tiny"), Path(shutil.copytree(ablated, tmp_path / "run")))
     made.prepare(state)
     made._see_labels(2)
     table: Any = records.read(ablated, "ablation")
     moved = 0
     for atom in range(ATOMS):
         recorder = ScoreRecorder()
-        recorder.start({"run": "", "seed": 0, "stage": 2}, made.data)
+        recorder.begin(made.context(2, made.data))
         tuner: Any = made.module.tuner
         trainer = made.experiment.make_trainer(None, tmp_path, [recorder])
         with tuner.without_atom(atom):
-            trainer.test(made.module, datamodule=AllTasks(made.data), verbose=False)
+            trainer.test(made.module, datamodule=ScoringDataModule(made.data), verbose=False)
         expected = {(row["task"], row["metric"]): row["value"] for row in recorder.rows}
         assert scores_of(table, atom) == pytest.approx(expected)
         changed = table[(table["atom"] == atom) & (table["metric"] == "changed")]
@@ -128,15 +129,15 @@ def test_a_second_call_replaces_the_table_and_a_failed_one_does_not(
     assert ablate.main([str(run_dir)]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == str(run_dir)
     assert (run_dir / "ablation.parquet").read_bytes() == whole
-    start, calls = ScoreRecorder.start, []
+    begin, calls = ScoreRecorder.begin, []
 
     def interrupted(*arguments: Any) -> None:
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        start(*arguments)
+        begin(*arguments)
 
-    monkeypatch.setattr(ScoreRecorder, "start", interrupted)
+    monkeypatch.setattr(ScoreRecorder, "begin", interrupted)
     assert ablate.main([str(run_dir)]) == 130
     assert (run_dir / "ablation.parquet").read_bytes() == whole
     assert list(run_dir.rglob(".*")) == []

@@ -9,8 +9,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from continual import records
 from continual.callbacks import best_training
+from continual.storage import records
 
 EVEN_RATE = ("model.warmup_steps=0", "model.final_lr_fraction=1.0", "best_checkpoint=true")
 PER_TASK = "model.strategy={class_path: continual.strategies.PerTask}"

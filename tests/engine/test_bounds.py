@@ -10,12 +10,13 @@ import pytest
 import yaml
 
 from analysis import load_run
-from analysis.bounds import joint_scores
-from continual import manifest
+from analysis.summaries.bounds import joint_scores
+from continual.commands.run import run as go_on
+from continual.commands.run import run_text
+from continual.commands.terminal import guarded
 from continual.errors import ConfigError, RunError
-from continual.module import ContinualModule
-from continual.run import guarded, run_text
-from continual.run import run as go_on
+from continual.storage import manifest
+from continual.training.module import ContinualModule
 
 CONFIG = Path(__file__).parents[2] / "configs" / "regression.yaml"
 NAMES = ["zero_shot", "per_task", "joint", "per_instruction_lookup"]

@@ -13,7 +13,7 @@ from lightning.pytorch.cli import LightningCLI
 
 import analysis.report
 from continual import cli
-from continual.module import ContinualModule
+from continual.training.module import ContinualModule
 
 Tree = dict[str, Any]
 

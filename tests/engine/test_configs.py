@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import yaml
 
-from continual import cli, experiment, manifest, records
+from continual import cli
+from continual.config import experiment
+from continual.storage import manifest, records
 from continual.sweeps import plan as sweep_plan
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs"

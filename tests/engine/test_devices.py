@@ -20,10 +20,14 @@ from torch import nn
 from torch.autograd.graph import get_gradient_edge
 
 import analysis.report
-from continual import devices, experiment, manifest, run
-from continual.batch_order import token_batches
-from continual.batches import Collator, Row
-from continual.sequence import Sequence
+from continual import run
+from continual.config import experiment
+from continual.data.batch import Row
+from continual.data.batch_order import token_batches
+from continual.data.collate import Collator
+from continual.engine.stage_loop import StageLoop
+from continual.runtime import distributed
+from continual.storage import manifest
 
 ROOT = Path(__file__).resolve().parents[2]
 Tree = dict[str, Any]
@@ -65,8 +69,12 @@ import json, os, signal, socket, sys, time
 import torch, torchmetrics
 torch.set_num_threads(1)
 from recording import Recorder
-from continual import batch_order, graphed, manifest, records, run, stage_data
-from continual.module import ContinualModule
+from continual import run
+from continual.data import batch_order, stage_data
+from continual.scoring import data_module
+from continual.storage import manifest, records
+from continual.training import cuda_graphs
+from continual.training.module import ContinualModule
 from continual.strategies import Strategy
 
 def refuse(*arguments, **keywords):
@@ -76,8 +84,8 @@ def refuse(*arguments, **keywords):
 torchmetrics.metric.gather_all_tensors = refuse
 
 def share_passes():
-    grouped, size = stage_data.grouped, batch_order.scoring_size("cpu", 0)._replace(shared=True)
-    stage_data.grouped = lambda loaders, max_tokens: grouped(loaders, 10 * max_tokens)
+    grouped, size = test_data.grouped, batch_order.scoring_size("cpu", 0)._replace(shared=True)
+    test_data.grouped = lambda loaders, max_tokens: grouped(loaders, 10 * max_tokens)
     stage_data.scoring_size = lambda *_: size
 
 def start(rank, port, argv, dies, together):
@@ -86,7 +94,7 @@ def start(rank, port, argv, dies, together):
         return child
     os.environ.update(LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     ContinualModule._records = property(lambda module: module.cuda_graphs)  # as on a GPU, but from the first pass on
-    graphed._on_cuda, graphed._SIGHTINGS = Recorder, 1
+    cuda_graphs._on_cuda, cuda_graphs._SIGHTINGS = Recorder, 1
     if together:
         share_passes()
     if rank:
@@ -250,7 +258,7 @@ def test_a_run_on_two_devices_that_was_killed_resumes_to_the_same_bytes(
 def test_a_finished_run_is_scored_again_on_one_device(of_two: Callable) -> None:
     run_dir = of_two("plain")
     state, text = manifest.read_finished(run_dir)
-    sequence = Sequence(experiment.parse(text, state.run), run_dir)
+    sequence = StageLoop(experiment.parse(text, state.run), run_dir)
     sequence.prepare(state)
     assert sequence.experiment.make_trainer(None, run_dir, []).world_size == 1
 
@@ -372,7 +380,7 @@ def test_as_many_batches_as_devices_are_scored() -> None:
 
 def _wrapping(asked: str | DDPStrategy, records: bool) -> DDPStrategy:
     trainer = L.Trainer(accelerator="cpu", devices=2, strategy=asked, logger=False)
-    devices.spare(trainer, records)
+    distributed.spare(trainer, records)
     assert isinstance(trainer.strategy, DDPStrategy)
     return trainer.strategy
 
@@ -399,7 +407,7 @@ def test_gradients_are_added_up_where_they_are_computed(records: bool, monkeypat
     def wrap(self: DDPStrategy, model: nn.Module) -> list[bool]:
         return ["is here" in notes(get_gradient_edge(parameter)) for parameter in model.parameters()]
 
-    monkeypatch.setattr(devices, "get_gradient_edge", marked)
+    monkeypatch.setattr(distributed, "get_gradient_edge", marked)
     monkeypatch.setattr(DDPStrategy, "_setup_model", wrap)
     found: Any = _wrapping("ddp", records)._setup_model(nn.Linear(2, 2))
     assert found == [not records] * 2

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from peft import LoraConfig
 
-from continual import experiment
+from continual.config import experiment
 from continual.errors import ConfigError
 
 Tree = dict[str, Any]

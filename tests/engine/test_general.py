@@ -11,12 +11,13 @@ import torch
 import yaml
 from peft import LoraConfig
 
-from analysis.frames import Frame
-from continual import general, records
+from analysis.runs.frames import Frame
 from continual.adapters import QueryableLoraConfig
 from continual.backbones import TinyCausalLM
+from continual.callbacks import general
 from continual.errors import ConfigError
-from continual.module import ContinualModule
+from continual.storage import records
+from continual.training.module import ContinualModule
 
 ADAPTERS: list[Any] = [
     QueryableLoraConfig(r=2, num_atoms=3, top_k=2, num_blocks=2, prior_dim=4),

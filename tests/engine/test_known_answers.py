@@ -7,11 +7,10 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from continual import evaluate
-from continual.adapters.gate import ABSTAIN, StageGate
-from continual.known_answers import Known, KnownAnswers
-from continual.sequence import Sequence
-from continual.stage_data import StageData
+from continual.adapters.growing.gate import ABSTAIN, StageGate
+from continual.engine.stage_loop import StageLoop
+from continual.scoring import answer_cache
+from continual.scoring.answer_cache import AnswerCache, Batch
 from continual.strategies import GrowingBank
 
 Tree = dict[str, Any]
@@ -41,18 +40,20 @@ def growing(tree: Tree) -> Tree:
 @pytest.fixture
 def found(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, int]]:
     """How many rows of each task were known, scoring by scoring."""
-    found, of = list[dict[str, int]](), KnownAnswers.of
+    found, lookup = list[dict[str, int]](), AnswerCache._lookup
 
-    def counted(self: KnownAnswers, module: Any, tasks: list[StageData], needed: Callable) -> Known:
-        known = of(self, module, tasks, needed)
-        assert not any(known.rows.get(str(data.name), set()) & needed(data) for data in tasks)
-        assert {name: len(sums.rows) for name, sums in (known.routes or {}).items()} == {
-            name: len(rows) for name, rows in known.rows.items()
-        }
-        found.append({name: len(rows) for name, rows in known.rows.items()})
-        return known
+    def counted(self: AnswerCache) -> dict[str, Batch]:
+        cached = lookup(self)
+        for data in self._context.scored:
+            needed = set().union(*(recorder.needed_rows(data) for recorder in self._context.recorders))
+            assert not needed & {*cached[data.name][0].rows} if data.name in cached else True
+        for outcome, rows in cached.values():
+            assert outcome.route_sums is not None
+            assert outcome.rows == outcome.route_sums.rows == [row["row"] for row in rows]
+        found.append({name: len(rows) for name, (_, rows) in cached.items()})
+        return cached
 
-    monkeypatch.setattr(KnownAnswers, "of", counted)
+    monkeypatch.setattr(AnswerCache, "_lookup", counted)
     return found
 
 
@@ -82,13 +83,13 @@ def test_known_answers_are_those_that_computing_gives(
     growing: Tree, both_ways: Callable[[Tree], None], tmp_path: Path, found: list[dict[str, int]], scoring: str
 ) -> None:
     both_ways(growing | {"token_sample": 0, "scoring": scoring})
-    known, computed = found[:5], found[5:]
+    known = found[:5]
     assert known[0] == {} and sum(map(len, known)) >= 5
     assert all(count < NUM_ROWS[name] for each in known for name, count in each.items())  # one row at least is left
-    assert computed == [{}] * 5
+    assert len(found) == 5  # where no answers are kept, nothing asks for any
     names = sorted(path.name for path in (tmp_path / "computed").glob("*.parquet"))
     assert names == sorted(path.name for path in (tmp_path / "known").glob("*.parquet"))
-    assert {"scores.parquet", "answers.parquet", "routing.parquet", "drift.parquet", "separation.parquet"} <= {*names}
+    assert {"scores.parquet", "answers.parquet", "routing.parquet", "usage_halves.parquet"} <= {*names}
     for name in names:
         same_table(name, tmp_path)
 
@@ -106,15 +107,15 @@ def test_rows_are_computed_where_their_tokens_are_sampled(
 @pytest.fixture
 def killed(growing: Tree, write: Callable, engine: Callable, tmp_path: Path) -> Path:
     """The directory of a run that ended before its third stage was trained."""
-    fit = Sequence._fit
+    fit = StageLoop._fit
 
-    def fail(self: Sequence, index: int) -> Any:
+    def fail(self: StageLoop, index: int) -> Any:
         if index == 3:
             raise RuntimeError("killed")
         return fit(self, index)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
-        patch.setattr(Sequence, "_fit", fail)
+        patch.setattr(StageLoop, "_fit", fail)
         engine(write(growing | {"token_sample": 0}), "--out", tmp_path / "killed")
     assert [path.name for path in (tmp_path / "killed").glob("known*")] == ["known-answers-02.parquet"]
     return tmp_path / "killed"
@@ -136,7 +137,7 @@ def test_a_damaged_file_of_known_answers_is_one_line(killed: Path, engine: Calla
     before = {path: path.read_bytes() for path in killed.rglob("*") if path.is_file()}
     result = engine("--resume", killed)
     assert result.code != 0 and result.err.count("\n") == 1
-    assert "cannot read the known answers" in result.err and "known-answers-02.parquet" in result.err
+    assert "cannot read the cached answers" in result.err and "known-answers-02.parquet" in result.err
     assert {path: path.read_bytes() for path in killed.rglob("*") if path.is_file()} == before
 
 
@@ -151,7 +152,7 @@ def test_rows_are_computed_again_where_a_label_seen_since_may_win(
     growing["stages"].insert(1, growing["stages"].pop())  # animals, relations, colours, counting
     config = write(growing | {"token_sample": 0})
     for rounding in (-1e9, 1e9):  # no label might win; every label might
-        monkeypatch.setattr(evaluate, "_ROUNDING", rounding)
+        monkeypatch.setattr(answer_cache, "_ROUNDING", rounding)
         assert engine(config, "--out", tmp_path / f"{rounding}").code == 0
     never, always = found[:5], found[5:]
     assert all("animals" in known for known in (never[2], never[3], never[4], always[2], always[4]))

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from continual import manifest
 from continual.errors import ConfigError, RunError
-from continual.manifest import Manifest
+from continual.storage import manifest
+from continual.storage.manifest import Manifest
 
 
 @pytest.fixture

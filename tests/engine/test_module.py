@@ -15,10 +15,11 @@ from torch import Tensor
 
 from continual.adapters import QueryableLoraConfig
 from continual.backbones import MLPRegressor, TinyCausalLM
-from continual.batches import Collator, Row
+from continual.data.batch import Row
+from continual.data.collate import Collator
+from continual.data.stage_data import StageData
 from continual.errors import ConfigError, RunError
-from continual.module import ContinualModule
-from continual.stage_data import StageData
+from continual.training.module import ContinualModule
 from tasks import RegressionTask, TextTask
 
 ROWS = [

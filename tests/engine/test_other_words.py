@@ -12,11 +12,14 @@ import pytest
 import yaml
 
 import analysis.report
-from analysis.frames import Frame
-from continual import experiment, manifest, records, rescore, run
+from analysis.runs.frames import Frame
+from continual import rescore, run
 from continual.callbacks import ScoreRecorder
-from continual.sequence import AllTasks, Sequence
-from continual.stage_data import StageData
+from continual.config import experiment
+from continual.data.stage_data import StageData
+from continual.engine.stage_loop import StageLoop
+from continual.scoring.data_module import ScoringDataModule
+from continual.storage import manifest, records
 
 OWN = {"animals": "Sort the animals.", "colours": "Sort the colours."}
 OTHERS = {"animals": ["Which kind of beast?", "Bird or fish, please."], "colours": ["Warm or cold, is it?"]}
@@ -50,9 +53,9 @@ def read(run_dir: Path, table: str) -> Frame:
     return records.read(run_dir, table)
 
 
-def taken_up(run_dir: Path) -> Sequence:
+def taken_up(run_dir: Path) -> StageLoop:
     state, text = manifest.read(run_dir)
-    sequence = Sequence(experiment.parse(text, "again"), run_dir)
+    sequence = StageLoop(experiment.parse(text, "again"), run_dir)
     sequence.prepare(state)
     return sequence
 
@@ -92,9 +95,9 @@ def test_a_wording_scores_as_a_task_built_with_that_instruction_does(worded: Pat
         other.name = data.name
         built.append(other)
     recorder = ScoreRecorder()
-    recorder.start(sequence._keys(2), built)
+    recorder.begin(sequence.context(2, built))
     trainer = sequence.experiment.make_trainer(None, worded, [recorder])
-    trainer.test(sequence.module, datamodule=AllTasks(built), verbose=False)
+    trainer.test(sequence.module, datamodule=ScoringDataModule(built), verbose=False)
     rows = read(worded, "wording_answers")
     rows = rows[(rows["wording"] == "others-1") & (rows["where"] == "both") & (rows["options"] == "kept")]
     assert rows[SAME].to_dict("records") == [{name: row[name] for name in SAME} for row in recorder.answers]

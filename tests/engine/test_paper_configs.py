@@ -13,7 +13,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from continual import experiment, manifest, records
+from continual.config import experiment
+from continual.storage import manifest, records
 from tasks import TaskError
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "paper"

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from continual import experiment
+from continual.config import experiment
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "published"
 ORDERS = {

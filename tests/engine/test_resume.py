@@ -15,8 +15,8 @@ import pytest
 import torch
 import yaml
 
-from continual.module import ContinualModule
-from continual.sequence import Sequence
+from continual.engine.stage_loop import StageLoop
+from continual.training.module import ContinualModule
 
 ROOT = Path(__file__).resolve().parents[2]
 Tree = dict[str, Any]
@@ -39,8 +39,10 @@ KILLER = '''
 import os, signal, sys
 import torch
 torch.set_num_threads(1)
-from continual import manifest, records, run, sequence
-from continual.module import ContinualModule
+from continual import run
+from continual.engine import stage_loop
+from continual.storage import manifest, records
+from continual.training.module import ContinualModule
 import analysis.report
 
 def die(*arguments, **keywords):
@@ -58,11 +60,11 @@ def before(owner, name, when):
 def arm(point):
     stage = lambda n: lambda self, *rest: self.manifest.finished_stage == n - 1
     if point == "before stage 0 is scored":
-        before(sequence.Sequence, "_score", stage(0))
+        before(stage_loop.StageLoop, "_score", stage(0))
     elif point == "before stage 0 is committed":
         before(manifest.Manifest, "commit", lambda self, folder: self.finished_stage == 0)
     elif point == "between stages":
-        before(sequence.Sequence, "_fit", stage(2))
+        before(stage_loop.StageLoop, "_fit", stage(2))
     elif point in ("while stage 1 trains", "while stage 2 trains"):
         task = "animals" if "1" in point else "colours"
         before(ContinualModule, "training_step",
@@ -190,9 +192,9 @@ def test_a_nan_loss_drops_its_stage_and_keeps_the_others(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    callbacks: Any = Sequence._callbacks.fget  # type: ignore[attr-defined]
+    callbacks: Any = StageLoop._callbacks.fget  # type: ignore[attr-defined]
     poison = PoisonOnce()
-    monkeypatch.setattr(Sequence, "_callbacks", property(lambda self: [*callbacks(self), poison]))
+    monkeypatch.setattr(StageLoop, "_callbacks", property(lambda self: [*callbacks(self), poison]))
     result = engine(write(tree), "--out", tmp_path / "run")
     assert result.code == 1
     error = result.err.splitlines()[-1]

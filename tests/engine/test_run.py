@@ -15,12 +15,12 @@ import yaml
 from safetensors.torch import load_file
 
 from continual import run
-from continual.module import ContinualModule
-from continual.sequence import Sequence
+from continual.engine.stage_loop import StageLoop
+from continual.training.module import ContinualModule
 
 ROOT = Path(__file__).resolve().parents[2]
 Tree = dict[str, Any]
-TABLES = {"scores", "answers", "routing", "separation", "drift", "gradients", "tokens"}
+TABLES = {"scores", "answers", "routing", "usage_halves", "gradients", "tokens"}
 
 
 def test_the_command_runs_the_smoke_configuration(tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_the_directory_has_a_name_by_default(
     tree: Tree, write: Callable, engine: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Sequence, "run", lambda self: None)
+    monkeypatch.setattr(StageLoop, "run", lambda self: None)
     result = engine(write(tree))
     assert result.code == 0 and result.last_line.startswith("runs/tiny-")
     assert (tmp_path / result.last_line / "manifest.json").is_file()
@@ -139,7 +139,7 @@ def test_a_report_that_fails_does_not_undo_the_run(
         raise ValueError("no\nink")
 
     monkeypatch.setattr("analysis.report.write_report", fail)
-    monkeypatch.setattr(Sequence, "run", lambda self: None)
+    monkeypatch.setattr(StageLoop, "run", lambda self: None)
     result = engine(write(tree), "--out", tmp_path / "run")
     assert result.code == 0 and result.last_line == str(tmp_path / "run")
     assert result.err.splitlines()[-1].startswith("the report failed: no ink; try python -m analysis.report")

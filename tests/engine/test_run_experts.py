@@ -12,9 +12,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from continual import experiment
-from continual.adapters.experts import ExpertTuner
-from continual.evaluate import is_routed
+from continual.adapters.experts.experts import ExpertTuner
+from continual.adapters.tuner import is_routed
+from continual.config import experiment
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPERTS = {"r": 2, "num_experts": 3, "top_k": 2, "target_modules": ["q_proj", "v_proj"]}

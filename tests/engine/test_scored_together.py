@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from continual import evaluate, scored_together, stage_data
 from continual.backbones import TinyCausalLM
-from continual.batch_order import scoring_size
-from continual.batches import Row
-from continual.candidates import Candidates
-from continual.module import ContinualModule
-from continual.scored_together import Together, grouped
+from continual.data import stage_data
+from continual.data.batch import Row
+from continual.data.batch_order import scoring_size
+from continual.data.label_tree import LabelTree
+from continual.scoring import evaluate, shared_passes
+from continual.scoring.shared_passes import SharedPass, concat_batches, grouped
+from continual.training.module import ContinualModule
 
 Tree = dict[str, Any]
 
@@ -59,7 +60,8 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         found.append(len(trees))
         return rank(model, forward, trees)
 
-    monkeypatch.setattr(evaluate, "log_likelihoods_of_trees", ranked)
+    for room in (evaluate, shared_passes):
+        monkeypatch.setattr(room, "log_likelihoods_of_trees", ranked)
     return found
 
 
@@ -124,7 +126,9 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     config = write(tree)
     assert engine(config, "--out", tmp_path / "whole").code == 0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Together, "take", fail_after(2 * 2))  # batches: the untrained model's two, the first stage's two
+        patch.setattr(
+            SharedPass, "take", fail_after(2 * 2)
+        )  # batches: the untrained model's two, the first stage's two
         with pytest.raises(RuntimeError, match="the power is gone"):
             engine(config, "--out", tmp_path / "killed")
     assert engine("--resume", tmp_path / "killed").code == 0
@@ -132,9 +136,9 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
 
 
 def fail_after(count: int) -> Callable:
-    take, taken = Together.take, [0]
+    take, taken = SharedPass.take, [0]
 
-    def failing(self: Together, *args: Any) -> Any:
+    def failing(self: SharedPass, *args: Any) -> Any:
         taken[0] += 1
         if taken[0] > count:
             raise RuntimeError("the power is gone")
@@ -156,7 +160,7 @@ def groups_of(loaders: list[DataLoader]) -> list[list[Any]]:
     found: dict[int, list[Any]] = {}
     for index, each in enumerate(loaders):
         for batch in each:
-            group, place = batch["together"], batch["place"]
+            group, place = batch["shared_pass"], batch["place"]
             found.setdefault(id(group), []).append((index, group._parts[place][1]()))
     return list(found.values())
 
@@ -177,10 +181,10 @@ def test_batches_that_follow_each_other_share_a_pass_as_far_as_its_tokens_go() -
 def test_a_group_is_computed_once_by_whichever_batch_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """A trainer may be told to leave batches out."""
     computed = []
-    monkeypatch.setattr(scored_together, "score_together", lambda module, parts: computed.append(parts) or ["a", "b"])
+    monkeypatch.setattr(shared_passes, "score_jointly", lambda module, parts: computed.append(parts) or ["a", "b"])
     module: Any = torch.nn.Linear(1, 1)
     module.device = torch.device("cpu")
-    group, made = Together(), list[int]()
+    group, made = SharedPass(), list[int]()
     task: Any = "task"
     for place in (0, 1):
         batch = group.add(task, lambda place=place: made.append(place) or {"rows": [place]}, 1, (1, 1))
@@ -197,7 +201,7 @@ def test_rows_of_several_trees_score_as_by_their_own() -> None:
     backbone = TinyCausalLM(num_layers=2)
     model = backbone.build().eval()
     labels = [["yes", "no"], ["red", "redder", "reddest of all", "blue"], ["a"]]
-    trees = [Candidates.of(backbone, names, later=["green"]) for names in labels]
+    trees = [LabelTree.of(backbone, names).with_beginnings(backbone, ["green"]) for names in labels]
     generator = torch.Generator().manual_seed(0)
     forwards = []
     for width, count in ((5, 3), (9, 2), (2, 1)):
@@ -209,7 +213,7 @@ def test_rows_of_several_trees_score_as_by_their_own() -> None:
     counts = [len(forward["input_ids"]) for forward in forwards]
     with torch.inference_mode():
         together = evaluate.log_likelihoods_of_trees(
-            model, evaluate.beside_each_other(forwards), list(zip(trees, counts, strict=True))
+            model, concat_batches(forwards), list(zip(trees, counts, strict=True))
         )
         for forward, candidates, found in zip(forwards, trees, together, strict=True):
             alone = evaluate.label_log_likelihoods(model, forward, candidates)

@@ -5,14 +5,14 @@ import sys
 
 import pytest
 
-import continual
-from continual.run import import_engine
+import continual.engine
+from continual.commands.run import import_engine
 
 
 def test_the_collector_leaves_imports_alone_and_works_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    sequence = __import__("continual.sequence", fromlist=["Sequence"])
-    monkeypatch.setattr(continual, "sequence", sequence)  # put back with the module itself
-    monkeypatch.delitem(sys.modules, "continual.sequence")
+    loop = __import__("continual.engine.stage_loop", fromlist=["StageLoop"])
+    monkeypatch.setattr(continual.engine, "stage_loop", loop)  # put back with the module itself
+    monkeypatch.delitem(sys.modules, "continual.engine.stage_loop")
     before = gc.get_freeze_count()
     try:
         import_engine()

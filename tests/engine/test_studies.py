@@ -15,10 +15,10 @@ from peft import PeftConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from analysis.studies import ABLATIONS, ablated, whole_adapter
-from continual import manifest, records
+from analysis.summaries.studies import ABLATIONS, ablated, whole_adapter
 from continual.adapters import QueryableLoraConfig
 from continual.backbones import MLPRegressor
+from continual.storage import manifest, records
 from continual.sweeps import plan as sweep_plan
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "studies"

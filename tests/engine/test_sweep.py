@@ -19,8 +19,9 @@ import pandas as pd
 import pytest
 import yaml
 
-from continual import records, run, sweep
+from continual import run, sweep
 from continual.errors import DIVERGED
+from continual.storage import records
 from continual.sweeps import cells as sweep_cells
 from continual.sweeps import plan as sweep_plan
 from continual.sweeps.cells import Cell, Outcome

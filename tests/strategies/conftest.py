@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import yaml
 
-from continual import experiment
-from continual.module import ContinualModule
-from continual.sequence import Sequence
-from continual.stage_data import StageData
+from continual.config import experiment
+from continual.data.stage_data import StageData
+from continual.engine.stage_loop import StageLoop
+from continual.training.module import ContinualModule
 
 ADAPTERS: dict[str, dict[str, Any]] = {
     "lora": {
@@ -100,11 +100,11 @@ def configure(tmp_path: Path) -> Callable[..., str]:
 
 
 @pytest.fixture
-def sequence(configure: Callable[..., str], tmp_path: Path) -> Callable[..., Sequence]:
+def sequence(configure: Callable[..., str], tmp_path: Path) -> Callable[..., StageLoop]:
     """Return a maker of prepared runs; it takes what ``configure`` takes, and the run's folder."""
 
-    def make(strategy: str, *args: Any, run: str = "run", **kwargs: Any) -> Sequence:
-        made = Sequence(experiment.parse(configure(strategy, *args, **kwargs), "strategy"), tmp_path / run)
+    def make(strategy: str, *args: Any, run: str = "run", **kwargs: Any) -> StageLoop:
+        made = StageLoop(experiment.parse(configure(strategy, *args, **kwargs), "strategy"), tmp_path / run)
         made.prepare()
         return made
 
@@ -112,7 +112,7 @@ def sequence(configure: Callable[..., str], tmp_path: Path) -> Callable[..., Seq
 
 
 @pytest.fixture
-def prepared(sequence: Callable[..., Sequence]) -> Callable[..., tuple[ContinualModule, list[StageData]]]:
+def prepared(sequence: Callable[..., StageLoop]) -> Callable[..., tuple[ContinualModule, list[StageData]]]:
     """Return a maker of a module with its strategy and the data of its stages."""
 
     def make(strategy: str, *args: Any, **kwargs: Any) -> tuple[ContinualModule, list[StageData]]:

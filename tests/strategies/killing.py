@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from continual import experiment, manifest
-from continual.module import ContinualModule
-from continual.sequence import Sequence
+from continual.config import experiment
+from continual.engine.stage_loop import StageLoop
+from continual.storage import manifest
+from continual.training.module import ContinualModule
 
 
-def run_and_go_on(configuration: str, whole: Path, cut: Path, moment: str = "score") -> Sequence:
+def run_and_go_on(configuration: str, whole: Path, cut: Path, moment: str = "score") -> StageLoop:
     """Run three stages in ``whole``; in ``cut`` go on with what a kill before the third one's end leaves of them.
 
     Args:
@@ -22,7 +23,7 @@ def run_and_go_on(configuration: str, whole: Path, cut: Path, moment: str = "sco
         cut: That of the one that goes on.
         moment: "train", "score" or "commit": just before the third stage's second step, its scores or its commit.
     """
-    run = Sequence(experiment.parse(configuration, "strategy"), whole)
+    run = StageLoop(experiment.parse(configuration, "strategy"), whole)
     run.prepare()
     with pytest.MonkeyPatch.context() as patch:
         _copy_at(patch, moment, whole, cut)
@@ -30,7 +31,7 @@ def run_and_go_on(configuration: str, whole: Path, cut: Path, moment: str = "sco
 
     state, resolved = manifest.read(cut)
     assert state.finished_stage == 2
-    resumed = Sequence(experiment.parse(resolved, "strategy"), cut)
+    resumed = StageLoop(experiment.parse(resolved, "strategy"), cut)
     resumed.prepare(state)
     resumed.run()
     return run
@@ -39,7 +40,7 @@ def run_and_go_on(configuration: str, whole: Path, cut: Path, moment: str = "sco
 def _copy_at(patch: pytest.MonkeyPatch, moment: str, run_dir: Path, copy: Path) -> None:
     owner, name = {
         "train": (ContinualModule, "training_step"),
-        "score": (Sequence, "_score"),
+        "score": (StageLoop, "_score"),
         "commit": (manifest.Manifest, "commit"),
     }[moment]
     original = getattr(owner, name)

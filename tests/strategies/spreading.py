@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from continual.module import ContinualModule
+from continual.training.module import ContinualModule
 
 
 def spread(module: ContinualModule, scale: float) -> None:

@@ -12,12 +12,13 @@ import yaml
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 
-from continual import experiment, manifest, records
 from continual.adapters import FullFineTuningConfig
 from continual.backbones import MLPRegressor, TinyCausalLM
+from continual.config import experiment
+from continual.engine.stage_loop import StageLoop
 from continual.errors import ConfigError, RunError
-from continual.sequence import Sequence
-from continual.strategies.base import adapter_tensors
+from continual.runtime.parameters import adapter_tensors
+from continual.storage import manifest, records
 
 REGRESSION = Path(__file__).parents[2] / "configs" / "regression.yaml"
 QV: dict[str, Any] = {"target_modules": ["q_proj", "v_proj"]}
@@ -50,9 +51,9 @@ def configuration(configure: Callable[..., str]) -> Callable[..., str]:
     return make
 
 
-def prepared(text: str, folder: Path, state: manifest.Manifest | None = None) -> Sequence:
+def prepared(text: str, folder: Path, state: manifest.Manifest | None = None) -> StageLoop:
     """Return a run that is ready to go."""
-    run = Sequence(experiment.parse(text, "adapters"), folder)
+    run = StageLoop(experiment.parse(text, "adapters"), folder)
     run.prepare(state)
     return run
 
@@ -74,13 +75,13 @@ def test_trains_two_stages_and_resumes(
     killed = prepared(configuration(adapter), cut)
     with monkeypatch.context() as patch:
 
-        def stop(sequence: Sequence, index: int, *arguments: Any) -> None:
+        def stop(sequence: StageLoop, index: int, *arguments: Any) -> None:
             if index == 2:
                 raise KeyboardInterrupt
             score(sequence, index, *arguments)
 
-        score = Sequence._score
-        patch.setattr(Sequence, "_score", stop)
+        score = StageLoop._score
+        patch.setattr(StageLoop, "_score", stop)
         with pytest.raises(KeyboardInterrupt):
             killed.run()
     state, resolved = manifest.read(cut)
@@ -92,7 +93,7 @@ def test_trains_two_stages_and_resumes(
     assert (whole / last).read_bytes() == (cut / last).read_bytes()
 
 
-def singular_values(run: Sequence) -> torch.Tensor:
+def singular_values(run: StageLoop) -> torch.Tensor:
     """Return AdaLoRA's singular values, (modules, init_r)."""
     tensors = adapter_tensors(run.module)
     return torch.stack([tensor.flatten() for name, tensor in tensors.items() if "lora_E" in name])

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import yaml
 
-from continual import experiment
-from continual.sequence import Sequence
+from continual.config import experiment
+from continual.engine.stage_loop import StageLoop
 
 
 def test_checkpointing_changes_nothing_of_a_run(configure: Callable[..., str], tmp_path: Path) -> None:
@@ -17,7 +17,7 @@ def test_checkpointing_changes_nothing_of_a_run(configure: Callable[..., str], t
     )
     for name in ("plain", "checkpointed"):
         tree["model"]["gradient_checkpointing"] = name == "checkpointed"
-        run = Sequence(experiment.parse(yaml.safe_dump(tree), "run"), tmp_path / name)
+        run = StageLoop(experiment.parse(yaml.safe_dump(tree), "run"), tmp_path / name)
         run.prepare()
         run.run()
     last = [tmp_path / name / "adapters" / "stage-02" for name in ("plain", "checkpointed")]

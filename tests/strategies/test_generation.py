@@ -17,12 +17,14 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import CompileConfig, GenerationConfig, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, StaticCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from continual import generation
-from continual.compat.transformers import cache_keyword
+from continual.compat import transformers as compat
+from continual.compat.transformers import CACHE
+from continual.data.stage_data import StageData
 from continual.errors import RunError
-from continual.generation import generate
-from continual.module import ContinualModule
-from continual.stage_data import StageData
+from continual.scoring import generation
+from continual.scoring.generation import generate
+from continual.training.module import ContinualModule
+from continual.training.recorded_generation import generate_recorded, on_cuda
 
 Prepared = Callable[..., tuple[ContinualModule, list[StageData]]]
 CASES = [("Sequential", "lora"), ("Sequential", "queryable"), ("Sequential", "experts"), ("GrowingBank", "queryable")]
@@ -44,7 +46,7 @@ def caches(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[StaticCache]]:
         compiling._compile_all_devices = True  # all else that transformers asks before it takes our steps stays asked
         return GenerationConfig(compile_config=compiling)
 
-    monkeypatch.setattr(generation, "StaticCache", Watched)
+    monkeypatch.setattr(compat, "StaticCache", Watched)
     monkeypatch.setattr(generation, "GenerationConfig", on_all_devices)
     return made
 
@@ -68,8 +70,7 @@ class Recorder:
 
         def repeat() -> Any:
             self.num_repeats += 1
-            output: dict[str, Any] = {"logits": trace(), cache_keyword(): cache}
-            return CausalLMOutputWithPast(**output)
+            return CausalLMOutputWithPast(**{"logits": trace(), CACHE: cache})
 
         return repeat
 
@@ -106,7 +107,8 @@ def texts(
 ) -> list[list[int]]:
     """Return the tokens that answer each prompt."""
     tokenizer: Any = module.backbone.tokenizer  # type: ignore[attr-defined]
-    return generate(module.model, inputs, most, end, tokenizer.pad_token_id, record).tolist()
+    given = (module.model, inputs, most, end, tokenizer.pad_token_id)
+    return (generate(*given) if record is None else generate_recorded(*given, record)).tolist()
 
 
 @pytest.mark.parametrize(("strategy", "adapter"), CASES)
@@ -172,7 +174,7 @@ def test_a_mask_for_each_kind_of_layer_follows_the_steps(caches: Any) -> None:
     with torch.inference_mode():
         free, record = generate(model, inputs, NUM_TOKENS, None, 0), Recorder(caches)
         assert len(free.unique()) > 6
-        assert generate(model, inputs, NUM_TOKENS, None, 0, record).tolist() == free.tolist()
+        assert generate_recorded(model, inputs, NUM_TOKENS, None, 0, record).tolist() == free.tolist()
     assert record.num_traces == 1 and record.num_repeats == NUM_TOKENS - 2
 
 
@@ -187,7 +189,7 @@ def test_short_answers_and_windows_are_not_recorded(prepared: Prepared, caches: 
     config: Any = module.model.get_base_model().config  # type: ignore[union-attr]
     config.layer_types = ["full_attention", "sliding_attention"]
     config.sliding_window = 8
-    assert generation._static_cache(module.model.get_base_model(), 20, 10) is None  # type: ignore[union-attr]
+    assert compat.static_cache(module.model.get_base_model(), 29) is None  # type: ignore[union-attr]
 
 
 def test_a_step_that_cannot_be_recorded_is_one_line(prepared: Prepared, caches: Any) -> None:
@@ -207,4 +209,4 @@ def test_a_cuda_graph_gives_the_same_answers(sequence: Callable[..., Any], strat
     module.cuda()
     for size in (3, 1, 3):
         inputs = move_data_to_device(prompts(data, size), module.device)
-        assert texts(module, inputs, None, generation.on_cuda) == texts(module, inputs, None)
+        assert texts(module, inputs, None, on_cuda) == texts(module, inputs, None)

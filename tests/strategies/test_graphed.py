@@ -16,15 +16,15 @@ from recording import NoWaiting, Recorded, Recorder, capturing
 from spreading import spread
 from torch import Tensor
 
-from continual import graphed
-from continual.batches import IGNORED
-from continual.compiled import compile_layers
+from continual.data.batch import IGNORED
+from continual.data.stage_data import StageData
 from continual.errors import RunError
-from continual.graphed import GraphedPasses
-from continual.module import ContinualModule
-from continual.stage_data import StageData
 from continual.strategies import GrowingBank
 from continual.strategies.bank_parts import FIRST
+from continual.training import cuda_graphs
+from continual.training.compiled import compile_layers
+from continual.training.cuda_graphs import GraphedPasses
+from continual.training.module import ContinualModule
 
 BANK = {"GrowingBank": {"background_rows": 0}}
 
@@ -78,7 +78,7 @@ def test_a_recording_gives_the_plain_losses_and_gradients(
 def test_each_shape_has_a_recording_of_its_own(
     prepared: Callable[..., tuple[ContinualModule, list[StageData]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(graphed, "_SIGHTINGS", 1)
+    monkeypatch.setattr(cuda_graphs, "_SIGHTINGS", 1)
     module, (data, *_) = prepared("Sequential", "queryable", rows=24)
     recorder = Recorder()
     passes = GraphedPasses(module, recorder)
@@ -91,7 +91,7 @@ def test_each_shape_has_a_recording_of_its_own(
 def test_padding_leaves_what_is_asked_for_in_place(length: int) -> None:
     columns = min(length - 1, 7)
     ids, labels = torch.arange(2 * length).view(2, length), torch.arange(2 * columns).view(2, columns)
-    padded, first = graphed._padded({"forward": {"input_ids": ids}, "labels": labels})
+    padded, first = cuda_graphs._padded({"forward": {"input_ids": ids}, "labels": labels})
     wide, kept = padded["forward"]["input_ids"], padded["labels"]
     assert wide.shape[1] % 64 == 0 and torch.equal(wide[:, :length], ids)
     assert torch.equal(kept[:, first : first + columns], labels)
@@ -108,7 +108,7 @@ def test_nothing_in_a_pass_waits_for_the_device(
 ) -> None:
     module, (data, *_) = prepared("Sequential", adapter, rows=8)
     spread(module, 0.1)
-    padded, _ = graphed._padded(batches(data, [4], packing)[0])
+    padded, _ = cuda_graphs._padded(batches(data, [4], packing)[0])
     module.train()
     module.training_pass(padded)  # what is made once, on the first pass, is made outside of a recording too
     with capturing(), NoWaiting():
@@ -150,7 +150,7 @@ def test_a_pass_leaves_no_graph_behind(
 def test_a_growing_bank_is_recorded_too(
     prepared: Callable[..., tuple[ContinualModule, list[StageData]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(graphed, "_SIGHTINGS", 1)
+    monkeypatch.setattr(cuda_graphs, "_SIGHTINGS", 1)
     module, (data, *_) = prepared("GrowingBank", "queryable", rows=16, background_rows=0)
     module.strategy.start(module, data, 1)
     module.strategy.on_train_start(Trainer(logger=False, accelerator="cpu"), module)
@@ -159,7 +159,7 @@ def test_a_growing_bank_is_recorded_too(
     for batch in batches(data, [4, 4, 4]):
         loss, _ = module.training_pass(batch)
         torch.testing.assert_close(passes(batch)[0], loss)
-    padded, _ = graphed._padded(batch)
+    padded, _ = cuda_graphs._padded(batch)
     with capturing(), NoWaiting():
         gradients(module, module.training_pass(padded)[0])
 
@@ -178,7 +178,7 @@ def test_a_pass_has_the_same_mask_recorded_or_not(
     )
     for context in (nullcontext(), capturing()):
         with context, nullcontext() if packing else NoWaiting():
-            module.training_pass(graphed._padded(batch)[0])
+            module.training_pass(cuda_graphs._padded(batch)[0])
     assert [mask is not None for mask in masks] == [packing, packing]
 
 
@@ -193,7 +193,7 @@ def test_a_cuda_graph_gives_the_plain_losses_and_gradients(
 ) -> None:
     if strategy == "GrowingBank" and adapter not in ("queryable", "packed", "compiled"):
         pytest.skip("it grows our own bank alone")
-    monkeypatch.setattr(graphed, "_SIGHTINGS", 2)
+    monkeypatch.setattr(cuda_graphs, "_SIGHTINGS", 2)
     packing, compiles = adapter == "packed", adapter == "compiled"
     adapter = "queryable" if packing or compiles else adapter
     module, (data, *_) = prepared(strategy, adapter, rows=64, **BANK.get(strategy, {}))
@@ -228,7 +228,7 @@ def test_recordings_of_earlier_stages_serve_where_they_hold(
     sequence: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     arguments = {"adapter": "queryable", "num_stages": 3, "rows": 24} | METHODS[method]
-    monkeypatch.setattr(graphed, "_SIGHTINGS", 1)
+    monkeypatch.setattr(cuda_graphs, "_SIGHTINGS", 1)
     if "reuse" in arguments and arguments["reuse"] != "none":  # whatever the earlier stages are good for
         monkeypatch.setattr(GrowingBank, "_like_stage", lambda self, module: [FIRST] if self.stage > 1 else [])
 
@@ -239,7 +239,7 @@ def test_recordings_of_earlier_stages_serve_where_they_hold(
 
     (scores, parameters), recorders = found("plain"), list[Recorder]()
     monkeypatch.setattr(ContinualModule, "_records", True)
-    monkeypatch.setattr(graphed, "_on_cuda", lambda: recorders.append(Recorder()) or recorders[-1])
+    monkeypatch.setattr(cuda_graphs, "_on_cuda", lambda: recorders.append(Recorder()) or recorders[-1])
     replayed, mine = found("recorded")
     assert replayed == pytest.approx(scores, abs=1e-5)
     for tensor, expected in zip(mine, parameters, strict=True):  # rounding grows; a stage moves numbers by 0.1
@@ -254,7 +254,7 @@ def test_a_pass_that_cannot_be_recorded_is_one_line(
     def refuse(*_: Any) -> Recorded:
         raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nCompile with TORCH_USE_CUDA")
 
-    monkeypatch.setattr(graphed, "_SIGHTINGS", 1)
+    monkeypatch.setattr(cuda_graphs, "_SIGHTINGS", 1)
     module, (data, *_) = prepared("Sequential", "lora", rows=8)
     message = r"^model\.cuda_graphs cannot record .* \(CUDA error: .* capturing\): set it to false$"
     with pytest.raises(RunError, match=message):

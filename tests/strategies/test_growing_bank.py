@@ -15,17 +15,19 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
 
-from continual import evaluate, experiment, manifest
-from continual import module as module_file
 from continual.adapters import GateInputs, load_bank
 from continual.backbones import TinyCausalLM
-from continual.bank_scores import BankScores
 from continual.cli import main
+from continual.commands.bank_scores import BankScores
+from continual.config import experiment
+from continual.engine.stage_loop import StageLoop
 from continual.errors import ConfigError
-from continual.module import ContinualModule
-from continual.sequence import Sequence
+from continual.scoring import evaluate
+from continual.storage import manifest
 from continual.strategies import GrowingBank
 from continual.strategies.bank_parts import Moments, add_slice, bank_of, components_of_A
+from continual.training import module as module_file
+from continual.training.module import ContinualModule
 
 BANK: dict[str, Any] = {"instruction_encoder": "backbone", "depth": 0.5, "probe_rows": 8}
 NAMES = ["task0", "task1", "task2"]
@@ -33,10 +35,10 @@ Answers = dict[tuple[str, int], tuple[str, Tensor]]
 
 
 @pytest.fixture
-def bank_run(sequence: Callable[..., Sequence]) -> Callable[..., Sequence]:
+def bank_run(sequence: Callable[..., StageLoop]) -> Callable[..., StageLoop]:
     """Return a maker of finished runs of three stages."""
 
-    def make(**init_args: Any) -> Sequence:
+    def make(**init_args: Any) -> StageLoop:
         made = sequence("GrowingBank", "queryable", num_stages=3, **(BANK | init_args))
         made.run()
         return made
@@ -92,7 +94,7 @@ def scores_of(folder: Path) -> dict[tuple[str, str], float]:
 # -- a stage taken out ------------------------------------------------------------------------------------------------
 
 
-def test_a_stage_taken_out_leaves_the_other_rows_to_the_bit(bank_run: Callable[..., Sequence], tmp_path: Path) -> None:
+def test_a_stage_taken_out_leaves_the_other_rows_to_the_bit(bank_run: Callable[..., StageLoop], tmp_path: Path) -> None:
     run_dir = bank_run(reuse="none").run_dir
     last, bank = run_dir / "adapters" / "stage-03", run_dir / "bank"
     before_bytes = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
@@ -124,7 +126,7 @@ def test_a_stage_taken_out_leaves_the_other_rows_to_the_bit(bank_run: Callable[.
     assert {path: path.read_bytes() for path in before_bytes} == before_bytes
 
 
-def test_an_exported_stage_is_a_bank_and_an_adapter(bank_run: Callable[..., Sequence], tmp_path: Path) -> None:
+def test_an_exported_stage_is_a_bank_and_an_adapter(bank_run: Callable[..., StageLoop], tmp_path: Path) -> None:
     run = bank_run(reuse="none")
     out = tmp_path / "out"
     assert main(["bank", str(run.run_dir), "export", "task1", "--out", str(out)]) == 0
@@ -144,7 +146,7 @@ def test_an_exported_stage_is_a_bank_and_an_adapter(bank_run: Callable[..., Sequ
         assert torch.equal(plain(ids, **keywords).logits, run.module.model(ids, **keywords).logits)
 
 
-def test_a_slice_that_others_use_stays(bank_run: Callable[..., Sequence], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_slice_that_others_use_stays(bank_run: Callable[..., StageLoop], capsys: pytest.CaptureFixture[str]) -> None:
     run = bank_run(reuse="read", reuse_margin=0.0, max_reads=3)
     run_dir, stages = run.run_dir, bank_json(run.run_dir / "adapters" / "stage-03")["stages"]
     readers = [stage for stage, used in stages.items() if stage != "task0" and "default" in used]
@@ -218,7 +220,7 @@ def _write_state(folder: Path, stages: dict[str, list[str]], **more: Any) -> Non
 # -- without a run ----------------------------------------------------------------------------------------------------
 
 
-def test_a_loaded_bank_answers_as_the_run_does(bank_run: Callable[..., Sequence]) -> None:
+def test_a_loaded_bank_answers_as_the_run_does(bank_run: Callable[..., StageLoop]) -> None:
     run = bank_run()
     module, rows = run.module, [data._encoded["test"].rows[i] for i in (0, 5) for data in run.data]
     made = TinyCausalLM(hidden_size=16, num_layers=2)
@@ -246,7 +248,7 @@ def test_a_loaded_bank_answers_as_the_run_does(bank_run: Callable[..., Sequence]
             assert torch.equal(one, together[row, : len(one)])
 
 
-def test_a_folder_without_a_file_is_refused(bank_run: Callable[..., Sequence], tmp_path: Path) -> None:
+def test_a_folder_without_a_file_is_refused(bank_run: Callable[..., StageLoop], tmp_path: Path) -> None:
     folder = bank_run().run_dir / "adapters" / "stage-01"
     for missing in ("bank.json", "gate.safetensors", "default.safetensors", "adapter_config.json"):
         broken = shutil.copytree(folder, tmp_path / missing)
@@ -258,7 +260,7 @@ def test_a_folder_without_a_file_is_refused(bank_run: Callable[..., Sequence], t
 # -- stage by stage ---------------------------------------------------------------------------------------------------
 
 
-def test_a_stage_trains_its_own_slice_and_no_other(sequence: Callable[..., Sequence]) -> None:
+def test_a_stage_trains_its_own_slice_and_no_other(sequence: Callable[..., StageLoop]) -> None:
     run = sequence("GrowingBank", "queryable", num_stages=3, **BANK, prune_tolerance=0.0)
     trained: list[set[str]] = []
     original = ContinualModule.configure_optimizers
@@ -285,7 +287,7 @@ def test_a_stage_trains_its_own_slice_and_no_other(sequence: Callable[..., Seque
     )
 
 
-def test_a_new_slice_centres_instructions_as_the_first_does(sequence: Callable[..., Sequence]) -> None:
+def test_a_new_slice_centres_instructions_as_the_first_does(sequence: Callable[..., StageLoop]) -> None:
     module = sequence("GrowingBank", "queryable", **BANK).module
     add_slice(module, "stage02")
     banks: Any = module.model.base_model.queryable_bank  # type: ignore[union-attr]
@@ -293,7 +295,7 @@ def test_a_new_slice_centres_instructions_as_the_first_does(sequence: Callable[.
     assert first.any() and torch.equal(first, second)
 
 
-def test_no_training_row_is_kept(sequence: Callable[..., Sequence]) -> None:
+def test_no_training_row_is_kept(sequence: Callable[..., StageLoop]) -> None:
     rows = 37  # a size that nothing else has
     run = sequence("GrowingBank", "queryable", num_stages=2, rows=rows, **BANK)
     run.run()
@@ -310,7 +312,7 @@ def test_no_training_row_is_kept(sequence: Callable[..., Sequence]) -> None:
     assert stored == sum(tensor.numel() for tensor in tensors.values()) - 1  # the count of rows is one more
 
 
-def test_components_say_how_much_they_move_the_output(sequence: Callable[..., Sequence]) -> None:
+def test_components_say_how_much_they_move_the_output(sequence: Callable[..., StageLoop]) -> None:
     run = sequence("GrowingBank", "queryable", num_stages=1, **BANK, prune_tolerance=0.0)
     run.run()
     module, strategy, bank = run.module, strategy_of(run.module), bank_of(run.module)
@@ -346,7 +348,7 @@ def test_a_component_of_A_moves_the_output_as_much_as_it_says() -> None:
 
 
 @pytest.mark.parametrize("tolerance", [0.01, 0.2, 1.0])
-def test_pruning_keeps_the_loss_within_the_limit(sequence: Callable[..., Sequence], tolerance: float) -> None:
+def test_pruning_keeps_the_loss_within_the_limit(sequence: Callable[..., StageLoop], tolerance: float) -> None:
     run = sequence("GrowingBank", "queryable", num_stages=1, rows=24, **BANK, prune_tolerance=0.0)
     run.run()
     module, strategy, bank = run.module, strategy_of(run.module), bank_of(run.module)
@@ -359,7 +361,7 @@ def test_pruning_keeps_the_loss_within_the_limit(sequence: Callable[..., Sequenc
         assert kept < 1 and bank.num_numbers("default") < whole
 
 
-def test_a_copy_starts_as_the_source_is(sequence: Callable[..., Sequence]) -> None:
+def test_a_copy_starts_as_the_source_is(sequence: Callable[..., StageLoop]) -> None:
     run = sequence("GrowingBank", "queryable", num_stages=2, **BANK, reuse_margin=0.0)
     run.manifest.finished_stage = 0
     run._fit(1)
@@ -384,7 +386,7 @@ def test_a_stage_that_gains_nothing_shares_its_slice(
         configure("GrowingBank", "queryable", 3, 8, **(BANK | {"prune_tolerance": 5.0, "reuse_margin": 0.0}))
     )
     tree["stages"][1]["task"] = tree["stages"][0]["task"]
-    run = Sequence(experiment.parse(yaml.safe_dump(tree), "shared"), tmp_path / "run")
+    run = StageLoop(experiment.parse(yaml.safe_dump(tree), "shared"), tmp_path / "run")
     run.prepare()
     run.run()
     state = bank_json(tmp_path / "run" / "adapters" / "stage-03")
@@ -406,14 +408,14 @@ def test_a_stage_like_another_but_for_its_labels_is_reported(
         path.write_text(text.replace(",yes", ",?").replace(",no", ",yes").replace(",?", ",no"))
         tree["stages"][1]["task"]["init_args"][f"{split}_file"] = str(path)
     tree["stages"][1]["task"]["init_args"] |= {"labels": ["yes", "no"], "instruction": arguments["instruction"]}
-    run = Sequence(experiment.parse(yaml.safe_dump(tree), "alike"), tmp_path / "run")
+    run = StageLoop(experiment.parse(yaml.safe_dump(tree), "alike"), tmp_path / "run")
     run.prepare()
     run.run()
     assert "it cannot be told apart from task0" in capsys.readouterr().out
     assert strategy_of(run.module).notes["task1"]["home"] < 0.8
 
 
-def test_regression_rows_find_home_by_their_numbers(sequence: Callable[..., Sequence]) -> None:
+def test_regression_rows_find_home_by_their_numbers(sequence: Callable[..., StageLoop]) -> None:
     run = sequence("GrowingBank", "queryable_regressor", num_stages=2, **BANK)
     run.run()
     notes = strategy_of(run.module).notes

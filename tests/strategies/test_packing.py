@@ -14,15 +14,17 @@ from spreading import spread
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Lfm2Config, OPTConfig, PreTrainedConfig, PreTrainedModel, Qwen2Config
 
-from continual import experiment, graphed
 from continual.backbones import TinyCausalLM
-from continual.batches import Collator, Row
+from continual.config import experiment
+from continual.data.batch import Row
+from continual.data.collate import Collator
+from continual.data.packing import check_packing
+from continual.data.stage_data import StageData
+from continual.engine.stage_loop import StageLoop
 from continual.errors import ConfigError
-from continual.module import ContinualModule
-from continual.packing import check_packing
-from continual.sequence import Sequence
-from continual.stage_data import StageData
 from continual.strategies.bank_parts import bank_of
+from continual.training import cuda_graphs
+from continual.training.module import ContinualModule
 
 BANK: dict[str, Any] = {"instruction_encoder": "backbone", "depth": 0.5, "probe_rows": 4, "background_rows": 0}
 Prepared = Callable[..., tuple[ContinualModule, list[StageData]]]
@@ -60,7 +62,7 @@ def computed(module: ContinualModule, batch: dict[str, Any]) -> tuple[Tensor, Te
     return loss.detach(), answers, [g for g in gradients if g is not None], routes
 
 
-def second_stage(sequence: Callable[..., Sequence]) -> tuple[ContinualModule, list[StageData]]:
+def second_stage(sequence: Callable[..., StageLoop]) -> tuple[ContinualModule, list[StageData]]:
     """A growing bank that has learnt one stage and is about to learn the next, whose slice reads the first one's."""
     made = sequence("GrowingBank", "queryable", **BANK)
     made._fit(1)
@@ -71,7 +73,7 @@ def second_stage(sequence: Callable[..., Sequence]) -> tuple[ContinualModule, li
 
 @pytest.mark.parametrize("kind", ["lora", "queryable", "checkpointed", "experts", "bank"])
 def test_packed_rows_give_the_padded_losses_gradients_and_routes(
-    prepared: Prepared, sequence: Callable[..., Sequence], kind: str
+    prepared: Prepared, sequence: Callable[..., StageLoop], kind: str
 ) -> None:
     adapter = "queryable" if kind == "checkpointed" else kind
     module, stages = second_stage(sequence) if kind == "bank" else prepared("Sequential", adapter)
@@ -128,7 +130,7 @@ def test_the_experts_loss_counts_no_padding(prepared: Prepared) -> None:
     rows = mixed(stages)
     padded = stages[0].collate(rows)
     assert padded["forward"]["token_mask"].sum(dim=1).tolist() == [row.length for row in rows]
-    layouts = [padded, graphed._padded(padded)[0], packed(stages[0], rows), packed(stages[0], rows, pack_to=64)]
+    layouts = [padded, cuda_graphs._padded(padded)[0], packed(stages[0], rows), packed(stages[0], rows, pack_to=64)]
     losses = [module.training_pass(batch)[0] for batch in layouts]
     torch.testing.assert_close(losses, losses[:1] * 4, rtol=1e-5, atol=1e-6)
     del padded["forward"]["token_mask"]
@@ -164,7 +166,7 @@ def test_a_packed_run_learns_what_a_padded_one_does(
     runs = []
     for packing in (False, True):
         tree["data"]["packing"] = packing
-        run = Sequence(experiment.parse(yaml.safe_dump(tree), "run"), tmp_path / f"packing-{packing}")
+        run = StageLoop(experiment.parse(yaml.safe_dump(tree), "run"), tmp_path / f"packing-{packing}")
         run.prepare()
         run.run()
         assert ("position_ids" in next(iter(run.data[0].train_dataloader()))["forward"]) == packing
@@ -240,7 +242,7 @@ def test_models_that_do_not_are_refused(backbone: TinyCausalLM, adapter: Any) ->
 def test_a_regressor_is_refused_before_anything_is_written(configure: Callable[..., str], tmp_path: Path) -> None:
     tree = yaml.safe_load(configure("Sequential", "regressor"))
     tree["data"]["packing"] = True
-    run = Sequence(experiment.parse(yaml.safe_dump(tree), "run"), tmp_path / "run")
+    run = StageLoop(experiment.parse(yaml.safe_dump(tree), "run"), tmp_path / "run")
     with pytest.raises(ConfigError, match=r"^stages\.task0: data\.packing lays tokens into one sequence, and a regr"):
         run.prepare()
     assert not (tmp_path / "run").exists()

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from continual.runtime.parameters import flat, flat_gradient, trainable
 from continual.strategies import AGEM, EWC, LwF, OnlineEWC
 from continual.strategies.agem import project
-from continual.strategies.base import flat, flat_gradient, trainable
 from continual.strategies.fisher import fisher_diagonal
 
 

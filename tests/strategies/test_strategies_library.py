@@ -12,15 +12,17 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from continual import experiment, manifest, records
+from continual.config import experiment
+from continual.engine.stage_loop import StageLoop
 from continual.errors import RunError
-from continual.sequence import AllTasks, Sequence
+from continual.runtime.parameters import adapter_tensors
+from continual.scoring.data_module import ScoringDataModule
+from continual.storage import manifest, records
 from continual.strategies import Joint, PerInstructionLookup, PerTask
-from continual.strategies.base import adapter_tensors
 from continual.strategies.library import AdapterLibrary
 
 
-def scores_of(run: Sequence, stage: int) -> dict[str, float]:
+def scores_of(run: StageLoop, stage: int) -> dict[str, float]:
     """Return the headline score of every task after a stage."""
     table = records.read(run.run_dir, "scores")
     table = table[(table["stage"] == stage) & table["metric"].isin(["accuracy", "r2"])]
@@ -29,7 +31,7 @@ def scores_of(run: Sequence, stage: int) -> dict[str, float]:
 
 @pytest.mark.parametrize("adapter", ["lora", "queryable", "regressor"])
 @pytest.mark.parametrize("strategy", ["PerTask", "PerInstructionLookup"])
-def test_no_task_is_forgotten(strategy: str, adapter: str, sequence: Callable[..., Sequence]) -> None:
+def test_no_task_is_forgotten(strategy: str, adapter: str, sequence: Callable[..., StageLoop]) -> None:
     run = sequence(strategy, adapter, num_stages=3, rows=6)
     run.run()
     answers = records.read(run.run_dir, "answers").set_index(["stage", "task", "row"])["prediction"]
@@ -48,7 +50,7 @@ def test_no_task_is_forgotten(strategy: str, adapter: str, sequence: Callable[..
     assert run.manifest.serving_parameters["3"] < sizes["3"]
 
 
-def test_untrained_tasks_are_answered_by_the_bare_backbone(sequence: Callable[..., Sequence]) -> None:
+def test_untrained_tasks_are_answered_by_the_bare_backbone(sequence: Callable[..., StageLoop]) -> None:
     run = sequence("PerTask", num_stages=3)
     run.run()
     answers = records.read(run.run_dir, "answers").set_index(["stage", "task", "row"])
@@ -58,7 +60,7 @@ def test_untrained_tasks_are_answered_by_the_bare_backbone(sequence: Callable[..
 
 
 @pytest.mark.parametrize("strategy", ["PerTask", "Joint"])
-def test_a_stage_starts_afresh_from_its_own_seed(strategy: str, sequence: Callable[..., Sequence]) -> None:
+def test_a_stage_starts_afresh_from_its_own_seed(strategy: str, sequence: Callable[..., StageLoop]) -> None:
     run = sequence(strategy, "queryable")
     module, data = run.module, run.data[1]
     starts = []
@@ -98,7 +100,7 @@ def test_nearest_instruction_is_the_largest_cosine_and_the_latest_of_equals() ->
     assert made.nearest(torch.zeros(8)) is None
 
 
-def test_lookup_takes_the_instruction_and_not_the_task(sequence: Callable[..., Sequence]) -> None:
+def test_lookup_takes_the_instruction_and_not_the_task(sequence: Callable[..., StageLoop]) -> None:
     run = sequence("PerInstructionLookup", num_stages=2)
     run.run()
     strategy, module = run.module.strategy, run.module
@@ -111,10 +113,9 @@ def test_lookup_takes_the_instruction_and_not_the_task(sequence: Callable[..., S
         strategy.choose(module, second, {"instructions": [first.task.instruction, second.task.instruction]})
     for row in second._encoded["test"].rows:
         row.instruction = first.task.instruction
-    trainer = run.experiment.make_trainer(None, run.run_dir, [*run._callbacks, strategy])
-    run.scores.start(run._keys(2), [second])
-    run.routes.start(run._keys(2), [second], {})
-    trainer.test(module, datamodule=AllTasks([second]), verbose=False)
+    trainer = run.experiment.make_trainer(None, run.run_dir, [*run.recorders, strategy])
+    begin(run, second)
+    trainer.test(module, datamodule=ScoringDataModule([second]), verbose=False)
     with_wrong = [answer["prediction"] for answer in run.scores.answers]
     strategy.put_in(module, 0)
     alone = experiment_answers(run, second)
@@ -126,22 +127,22 @@ def test_a_finished_run_scored_again_answers_as_it_did(
     strategy: str, configure: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = yaml.safe_dump(yaml.safe_load(configure(strategy)) | {"general_ability": True})
-    run = Sequence(experiment.parse(text, "again"), tmp_path / "run")
+    run = StageLoop(experiment.parse(text, "again"), tmp_path / "run")
     run.prepare()
     run.run()
     general = records.read(run.run_dir, "general")["value"]
     assert general.tolist() == [general[0]] * 3  # text of no task: the bare backbone's, whichever task came last
     state, text = manifest.read(run.run_dir)
-    again = Sequence(experiment.parse(text, "again"), run.run_dir)
+    again = StageLoop(experiment.parse(text, "again"), run.run_dir)
     again.prepare(state)
     again._see_labels(2)
-    again.scores.start(again._keys(2), again.data)
+    again.scores.begin(again.context(2, again.data))
     library, chosen = again.module.strategy, set[int | None]()
     assert isinstance(library, AdapterLibrary)
     put_in = library.put_in
     monkeypatch.setattr(library, "put_in", lambda module, index: (chosen.add(index), put_in(module, index)))
     trainer = again.experiment.make_trainer(None, run.run_dir, [again.scores, library])
-    trainer.test(again.module, datamodule=AllTasks(again.data), verbose=False)
+    trainer.test(again.module, datamodule=ScoringDataModule(again.data), verbose=False)
     assert chosen == {0, 1}
     assert [row["value"] for row in again.scores.rows] == [row["value"] for row in run.scores.rows]
     assert [row["prediction"] for row in again.scores.answers] == [row["prediction"] for row in run.scores.answers]
@@ -152,16 +153,20 @@ def test_a_finished_run_scored_again_answers_as_it_did(
     )
 
 
-def experiment_answers(run: Sequence, data: Any) -> list[str]:
+def begin(run: StageLoop, data: Any) -> None:
+    for recorder in run.recorders:
+        recorder.begin(run.context(2, [data]))
+
+
+def experiment_answers(run: StageLoop, data: Any) -> list[str]:
     """Return the answers to a task's rows as the model stands."""
-    trainer = run.experiment.make_trainer(None, run.run_dir, run._callbacks)
-    run.scores.start(run._keys(2), [data])
-    run.routes.start(run._keys(2), [data], {})
-    trainer.test(run.module, datamodule=AllTasks([data]), verbose=False)
+    trainer = run.experiment.make_trainer(None, run.run_dir, run.recorders)
+    begin(run, data)
+    trainer.test(run.module, datamodule=ScoringDataModule([data]), verbose=False)
     return [answer["prediction"] for answer in run.scores.answers]
 
 
-def test_joint_trains_on_every_row_so_far(sequence: Callable[..., Sequence]) -> None:
+def test_joint_trains_on_every_row_so_far(sequence: Callable[..., StageLoop]) -> None:
     run = sequence("Joint", num_stages=3, rows=5)
     strategy = run.module.strategy
     assert isinstance(strategy, Joint)
@@ -172,7 +177,7 @@ def test_joint_trains_on_every_row_so_far(sequence: Callable[..., Sequence]) -> 
         assert sorted(index for batch in batches for index in batch) == list(range(5 * stage))
 
 
-def test_joint_at_the_end_alone_is_the_last_stage_of_joint(sequence: Callable[..., Sequence]) -> None:
+def test_joint_at_the_end_alone_is_the_last_stage_of_joint(sequence: Callable[..., StageLoop]) -> None:
     every, last = (
         sequence("Joint", num_stages=3, run="every"),
         sequence("Joint", num_stages=3, run="last", final_only=True),
@@ -190,7 +195,7 @@ def test_scoring_says_what_is_scored_between(
     scoring: str, expected: tuple[int, int], adapter: str, configure: Callable[..., str], tmp_path: Any, capsys: Any
 ) -> None:
     tree = yaml.safe_load(configure("Sequential", adapter, num_stages=3, rows=4)) | {"scoring": scoring}
-    run = Sequence(experiment.parse(yaml.safe_dump(tree), "scoring"), tmp_path / scoring)
+    run = StageLoop(experiment.parse(yaml.safe_dump(tree), "scoring"), tmp_path / scoring)
     run.prepare()
     run.run()
     assert [len(scores_of(run, stage)) for stage in range(4)] == [3, *expected, 3]

@@ -11,12 +11,12 @@ from peft import PeftModel
 from peft.tuners import lora
 
 from continual.backbones import TinyCausalLM
-from continual.sequence import Sequence
+from continual.engine.stage_loop import StageLoop
 from continual.strategies import CLoRA, NLoRA
 from continual.strategies.plain_lora import lora_layers
 
 
-def pair_updates(run: Sequence, stage: int) -> torch.Tensor:
+def pair_updates(run: StageLoop, stage: int) -> torch.Tensor:
     """Return B_i A_i of one stage of an N-LoRA run, all projections' weights in one vector."""
     parts = []
     for layer in lora_layers(run.module).values():
@@ -30,7 +30,7 @@ def collisions(first: torch.Tensor, second: torch.Tensor) -> float:
     return ((first.abs() > 0.01) & (second.abs() > 0.01)).float().mean().item()
 
 
-def test_nlora_updates_collide_less_the_larger_the_weight(sequence: Callable[..., Sequence]) -> None:
+def test_nlora_updates_collide_less_the_larger_the_weight(sequence: Callable[..., StageLoop]) -> None:
     runs = [sequence("NLoRA", run=f"run{weight}", weight=weight) for weight in (0.0, 0.01, 0.1)]
     for run in runs:
         run.run()
@@ -42,7 +42,7 @@ def test_nlora_updates_collide_less_the_larger_the_weight(sequence: Callable[...
     assert shares[0] > shares[1] and shares[2] < 0.5 * shares[0]
 
 
-def test_nlora_penalty_is_the_l1_norm_of_the_pair_that_trains(sequence: Callable[..., Sequence]) -> None:
+def test_nlora_penalty_is_the_l1_norm_of_the_pair_that_trains(sequence: Callable[..., StageLoop]) -> None:
     run = sequence("NLoRA", weight=2.0)
     strategy, module = run.module.strategy, run.module
     assert isinstance(strategy, NLoRA)
@@ -61,7 +61,7 @@ def test_nlora_penalty_is_the_l1_norm_of_the_pair_that_trains(sequence: Callable
 
 
 @pytest.fixture
-def clora(sequence: Callable[..., Sequence], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+def clora(sequence: Callable[..., StageLoop], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """Return a maker of finished C-LoRA runs; the last stage's ``overlap`` is noted on it."""
 
     def make(name: str, **init_args: Any) -> Any:
@@ -104,7 +104,7 @@ def test_clora_is_lora_with_a_routing_matrix_between_its_factors(clora: Callable
     assert sizes["1"] == sizes["2"]  # however many stages there are
 
 
-def test_stored_parameters_say_what_serves_the_model(sequence: Callable[..., Sequence]) -> None:
+def test_stored_parameters_say_what_serves_the_model(sequence: Callable[..., StageLoop]) -> None:
     sizes: dict[str, tuple[dict[str, int], dict[str, int]]] = {}
     for strategy in ("Sequential", "OLoRA", "SEQR", "EWC"):
         run = sequence(strategy, run=strategy)

@@ -11,11 +11,11 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
 from continual.backbones import TinyCausalLM
-from continual.sequence import Sequence
+from continual.engine.stage_loop import StageLoop
 from continual.strategies import OLoRA
 
 
-def overlap(run: Sequence) -> float:
+def overlap(run: StageLoop) -> float:
     """Return how much of the second pair's A lies along the first's: mean of |cos| over all pairs of directions."""
     total = []
     for name, weight in run.module.named_parameters():
@@ -30,7 +30,7 @@ def scaling_of(model: PeftModel) -> float:
     return next(part.scaling["default"] for part in model.modules() if isinstance(part, LoraLayer))
 
 
-def test_overlap_falls_with_the_weight(sequence: Callable[..., Sequence]) -> None:
+def test_overlap_falls_with_the_weight(sequence: Callable[..., StageLoop]) -> None:
     overlaps = []
     for weight in (0.0, 1.0, 100.0):
         run = sequence("OLoRA", run=f"run{weight}", weight=weight)
@@ -41,7 +41,7 @@ def test_overlap_falls_with_the_weight(sequence: Callable[..., Sequence]) -> Non
 
 
 def test_earlier_pairs_are_kept_and_the_folder_loads_by_itself(
-    sequence: Callable[..., Sequence], tmp_path: Path
+    sequence: Callable[..., StageLoop], tmp_path: Path
 ) -> None:
     run = sequence("OLoRA", num_stages=3)
     run.run()
@@ -65,7 +65,7 @@ def test_earlier_pairs_are_kept_and_the_folder_loads_by_itself(
     assert scaling_of(models[2]) == 2.0
 
 
-def test_only_the_new_pair_trains_and_starts_at_nothing(sequence: Callable[..., Sequence]) -> None:
+def test_only_the_new_pair_trains_and_starts_at_nothing(sequence: Callable[..., StageLoop]) -> None:
     run = sequence("OLoRA")
     module, strategy = run.module, run.module.strategy
     assert isinstance(strategy, OLoRA)
@@ -91,10 +91,10 @@ def test_only_the_new_pair_trains_and_starts_at_nothing(sequence: Callable[..., 
 
 @pytest.mark.parametrize("rslora", [False, True])
 def test_scaling_stays_as_it_was(rslora: bool, configure: Callable[..., str], tmp_path: Path) -> None:
-    from continual import experiment
+    from continual.config import experiment
 
     override = f"model.adapter.init_args.use_rslora={str(rslora).lower()}"
-    run = Sequence(experiment.parse(configure("OLoRA"), "strategy", [override]), tmp_path / "run")
+    run = StageLoop(experiment.parse(configure("OLoRA"), "strategy", [override]), tmp_path / "run")
     run.prepare()
     run.run()
     backbone = TinyCausalLM(hidden_size=16, num_layers=2).build()

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import yaml
 
-from continual import experiment
+from continual.commands.run import run_text
+from continual.commands.terminal import guarded
+from continual.config import experiment
+from continual.engine.stage_loop import StageLoop
 from continual.errors import ConfigError
-from continual.run import guarded, run_text
-from continual.sequence import Sequence
 from continual.strategies import Sequential
 
 
@@ -73,7 +74,7 @@ def test_unfit_strategy(
 ) -> None:
     folder = tmp_path / "run"
     with pytest.raises(ConfigError, match=message) as caught:
-        Sequence(experiment.parse(configure(strategy, adapter), "strategy", overrides), folder).prepare()
+        StageLoop(experiment.parse(configure(strategy, adapter), "strategy", overrides), folder).prepare()
     assert "\n" not in str(caught.value) and not folder.exists()
 
 
@@ -81,7 +82,7 @@ def test_exact_fisher_of_a_large_vocabulary(
     configure: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("continual.strategies.ewc._LARGEST_EXACT", 100)
-    run = Sequence(experiment.parse(configure("EWC", estimator="exact"), "strategy"), tmp_path / "run")
+    run = StageLoop(experiment.parse(configure("EWC", estimator="exact"), "strategy"), tmp_path / "run")
     with pytest.raises(ConfigError, match="take 'sampled'"):
         run.prepare()
 

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from continual.batch_order import LengthBatches
-from continual.batches import Row
-from continual.files import size_bytes
+from continual.data.batch import Row
+from continual.data.batch_order import LengthBatches
+from continual.runtime.parameters import evaluating
+from continual.storage.files import size_bytes
 from continual.strategies import DERPlusPlus, ExperienceReplay
-from continual.strategies.base import Strategy, evaluating
+from continual.strategies.base import Strategy
 from continual.strategies.memory import RowMemory
 
 

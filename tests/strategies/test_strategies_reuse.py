@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from continual import experiment, manifest, records
+from continual.config import experiment
+from continual.engine.stage_loop import StageLoop
 from continual.errors import ConfigError
-from continual.sequence import Sequence
+from continual.storage import manifest, records
 
 
 def adapter(folder: Path, stage: int) -> dict:
@@ -85,7 +86,7 @@ def test_a_run_that_was_stopped_goes_on_with_the_sources_bank(sequence, tmp_path
     with pytest.raises(KeyboardInterrupt):
         stopped.run()
     state, text = manifest.read(tmp_path / "stopped")
-    again = Sequence(experiment.parse(text, "stopped"), tmp_path / "stopped")
+    again = StageLoop(experiment.parse(text, "stopped"), tmp_path / "stopped")
     again.prepare(state)
     again.run()
     whole, resumed = adapter(tmp_path / "run", 3), adapter(tmp_path / "stopped", 3)

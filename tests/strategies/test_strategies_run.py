@@ -11,9 +11,9 @@ import pytest
 import torch
 from killing import run_and_go_on
 
-from continual.files import size_bytes
-from continual.module import ContinualModule
-from continual.sequence import Sequence
+from continual.engine.stage_loop import StageLoop
+from continual.storage.files import size_bytes
+from continual.training.module import ContinualModule
 
 STRATEGIES: dict[str, dict[str, Any]] = {
     "Sequential": {},
@@ -74,7 +74,7 @@ def test_killed_run_goes_on_to_the_same_scores(
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize(("strategy", "adapter"), [case for case in CASES if case not in LORA_ONLY])
-def test_every_strategy_runs_on_a_gpu(strategy: str, adapter: str, sequence: Callable[..., Sequence]) -> None:
+def test_every_strategy_runs_on_a_gpu(strategy: str, adapter: str, sequence: Callable[..., StageLoop]) -> None:
     made = sequence(strategy, adapter, num_stages=3, rows=4, **STRATEGIES[strategy])
     made.experiment.trainer["accelerator"] = "gpu"
     made.run()
@@ -82,7 +82,7 @@ def test_every_strategy_runs_on_a_gpu(strategy: str, adapter: str, sequence: Cal
 
 
 def test_no_stage_moves_the_model_to_the_host(
-    sequence: Callable[..., Sequence], monkeypatch: pytest.MonkeyPatch
+    sequence: Callable[..., StageLoop], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     moved: list[ContinualModule] = []
     monkeypatch.setattr(ContinualModule, "cpu", moved.append, raising=False)

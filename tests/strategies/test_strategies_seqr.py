@@ -11,7 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from continual.backbones import TinyCausalLM
-from continual.sequence import Sequence
+from continual.engine.stage_loop import StageLoop
 from continual.strategies import SEQR
 from continual.strategies.plain_lora import lora_layers
 from continual.strategies.seqr import Library
@@ -55,7 +55,7 @@ def test_calibration_compares_each_norm_with_its_own_stage() -> None:
     assert torch.equal(library.choose(u), brute.argmax(dim=0))
 
 
-def test_stages_share_a_frozen_a_and_each_folder_is_its_own_lora(sequence: Callable[..., Sequence]) -> None:
+def test_stages_share_a_frozen_a_and_each_folder_is_its_own_lora(sequence: Callable[..., StageLoop]) -> None:
     run = sequence("SEQR", num_stages=3, calibration_rows=2)
     run.run()
     strategy = run.module.strategy
@@ -76,7 +76,7 @@ def test_stages_share_a_frozen_a_and_each_folder_is_its_own_lora(sequence: Calla
     )
 
 
-def test_routed_model_is_the_chosen_stages_own_where_all_tokens_agree(sequence: Callable[..., Sequence]) -> None:
+def test_routed_model_is_the_chosen_stages_own_where_all_tokens_agree(sequence: Callable[..., StageLoop]) -> None:
     run = sequence("SEQR", calibrate=False)
     run.run()
     strategy = run.module.strategy
@@ -96,7 +96,7 @@ def test_routed_model_is_the_chosen_stages_own_where_all_tokens_agree(sequence: 
 
 
 def test_what_is_stored_grows_by_a_stage_s_b_and_what_is_served_by_its_r_factor(
-    sequence: Callable[..., Sequence],
+    sequence: Callable[..., StageLoop],
 ) -> None:
     run = sequence("SEQR", num_stages=3)
     run.run()

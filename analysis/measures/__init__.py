@@ -1,0 +1,1 @@
+"""Measures as pure functions of arrays: forgetting, routing, hierarchies of intervals, clusters, fronts."""

@@ -1,0 +1,1 @@
+"""Runs as tidy frames: read from their directories, and laid out as matrices."""

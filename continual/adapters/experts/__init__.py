@@ -1,0 +1,1 @@
+"""The nearest routed rivals: mixtures of LoRA experts and of core experts."""

@@ -1,0 +1,1 @@
+"""The Instruction-Queryable adapter: router, bank, layers and the PEFT tuner."""

@@ -1,0 +1,35 @@
+"""What follows the last stage of a run: its bounds, and its report."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from continual.errors import one_line
+
+
+def finish(run_dir: Path, report: bool = True) -> Path:
+    """Run the bounds that the configuration asks for, then write the report where one is wanted.
+
+    Raises:
+        RunError: A bound failed; the run is finished, and so is its report.
+    """
+    from continual.engine.bounds import run_bounds
+    from continual.runtime import distributed
+
+    try:
+        run_bounds(run_dir)
+    finally:
+        if report and distributed.is_first():
+            _report(run_dir)
+    return run_dir
+
+
+def _report(run_dir: Path) -> None:
+    """Write the run's report; a report that fails does not undo the run."""
+    from analysis.report import write_report
+
+    try:
+        print(f"Report: {write_report(run_dir)}")
+    except Exception as error:  # the run is done and on disk; say so, and let the report be drawn again
+        print(f"the report failed: {one_line(error)}; try python -m analysis.report {run_dir}", file=sys.stderr)

@@ -1,0 +1,73 @@
+"""What all commands share at the terminal: one line for whatever is wrong, and an exit status that says what kind.
+
+Exit status: 0 done; 2 the configuration or an input is wrong; 1 something failed while work was under way, and what was
+finished is kept; 130 it was interrupted, 143 terminated, likewise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from continual.errors import ConfigError, RunError, one_line
+from continual.storage.records import RecordError
+from tasks import TaskError
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Raises what is wrong with a command line, for ``guarded`` to print."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (see {self.prog} --help)")
+
+
+def guarded(work: Callable[[], Path]) -> int:
+    """Do the work, print the directory it returns, and turn errors and signals into one line and an exit status."""
+    try:
+        with _stopped_by_sigterm():
+            print(work())
+    except (ConfigError, TaskError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 2
+    except (RunError, RecordError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 1
+    except (KeyboardInterrupt, SystemExit) as error:
+        # Lightning turns the one into the other while a trainer is at work.
+        cause = error if isinstance(error, KeyboardInterrupt) else error.__context__
+        if not isinstance(cause, KeyboardInterrupt):
+            raise
+        terminated = isinstance(cause, _Terminated)
+        print(f"{'terminated' if terminated else 'interrupted'}; go on with --resume", file=sys.stderr)
+        return 143 if terminated else 130
+    return 0
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM came: from ``timeout``, a container that is stopped, or a cluster that wants its machine back."""
+
+
+@contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    """Stop the work at SIGTERM.
+
+    Left to themselves, Lightning's trainers go on scoring, and end a training as if all of it were done.
+    """
+
+    def stop(*_: Any) -> NoReturn:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():  # which alone takes signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)

@@ -1,0 +1,1 @@
+"""The configuration file: parsed, overridden and checked, with one line for whatever is wrong."""

@@ -1,0 +1,1 @@
+"""What lies on disk: folders written whole, the tables and the manifest of a run."""

@@ -1,0 +1,1 @@
+"""One stage in training: the LightningModule, torch.compile and CUDA graphs."""
