@@ -165,8 +165,8 @@ class StageContext:
 
     @property
     def keys(self) -> dict[str, Any]:
-        """The columns that every row of every table begins with, but for the task's."""
-        return {"run": self.run, "seed": self.seed, "stage": self.stage}
+        """The columns that every row of every table begins with; the task is the stage's own, unless a row says else."""
+        return {"run": self.run, "seed": self.seed, "stage": self.stage, "task": self.name}
 
     @property
     def data(self) -> Any:

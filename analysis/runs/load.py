@@ -103,6 +103,10 @@ class Frames:
     own: Mapping[str, Frame] = field(default_factory=dict)
     """Tables that recorders of the user's own have written, by name."""
 
+    def __getitem__(self, table: str) -> Frame:
+        """Return a table by its name, whoever wrote it."""
+        return self.own[table] if table in self.own else getattr(self, table)
+
 
 def load_run(directory: str | Path, only: Collection[str] | None = None) -> Run:
     """Read one run's directory.

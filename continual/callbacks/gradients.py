@@ -46,7 +46,7 @@ class GradientRecorder(Recorder):
 
     def begin(self, context: StageContext) -> None:
         """Begin a stage."""
-        self.keys, self.rows, self._pending = context.keys | {"task": context.name}, [], []
+        self.keys, self.rows, self._pending = context.keys, [], []
 
     def tables(self) -> dict[str, Rows]:
         """Return the rows of the table ``gradients``."""

@@ -47,7 +47,7 @@ class TheoryRecorder(Recorder):
 
     def begin(self, context: StageContext) -> None:
         """Begin a stage."""
-        self.keys, self.rows = context.keys | {"task": context.name}, []
+        self.keys, self.rows = context.keys, []
 
     def tables(self) -> dict[str, Rows]:
         """Return the rows of the table ``theory``."""

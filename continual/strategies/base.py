@@ -2,15 +2,22 @@
 
     check           once, before anything is written: refuse what the method cannot serve
     prepare         once: freeze what the method never trains
-    load            on resuming: take up what ``save`` left after the last finished stage
+    load            on resuming: take up what ``save`` left after the last finished stage, by ``read``
     begin_stage     the stage's seed is set, the model is on the CPU, the optimizer does not exist yet
     skips           whether a stage trains nothing at all
     mix             the rows and batches to train on
-    penalty         each step: what is added to the loss
-    on_before_optimizer_step   each step (Lightning's own hook): the gradients may be changed
+    on_train_start  the model is on its device (Lightning's own hook)
+    penalty         each step: what is added to the loss; ``has_penalty`` says whether there is any
+    on_before_optimizer_step   each step (Lightning's own): the gradients may be changed
+    on_train_end    (Lightning's own) calls ``end_stage``
     end_stage       the stage is trained, the model is still on its device
-    answered_by, sent_to   before the stage is scored: which test rows have the answers that they had
-    save            the stage is scored; what is written here is all that the next stage may know of this one
+    answered_by, sent_to   before the stage is scored: which parts answer a row for good, so that answers are cached
+    on_test_start, on_test_batch_start, on_test_end   around scoring (Lightning's own): put in what answers a task;
+                    ``scores_by_task`` says whether that differs from task to task
+    begin_untasked  text of no task is scored next
+    save_adapter, load_adapter   the adapter's folder; a PEFT folder unless a method needs another
+    save            the stage is scored; what ``write`` writes is all that the next stage may know of this one
+    stored_bytes, stored_parameters, serving_parameters   what it costs to keep and to serve, for the report
 
 Everything random is drawn from the stage's own seed (``data.seed``), so that no random state has to be kept.
 
