@@ -229,16 +229,6 @@ def test_checkpointing_and_compiling_give_the_plain_gradients(
     assert num_bytes <= checkpointed_bytes < all_bytes / 2  # kept for the backward pass: little but the layers' inputs
 
 
-def test_a_checkpointed_layer_fills_no_cache(backbone: Callable[..., Any], adapt: Callable[..., PeftModel]) -> None:
-    model: Any = adapt(backbone(num_hidden_layers=1), num_blocks=1)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    compiled.compile_layers(model)
-    ids, cache = torch.arange(3, 11).view(2, 4), DynamicCache()
-    output = model.train()(input_ids=ids, labels=ids, instruction_ids=ids, **{CACHE: cache})
-    output.loss.backward()  # computes the layer again
-    assert num_graphs() > 0 and cache.get_seq_length() == 0
-
-
 def test_a_backbone_without_decoder_layers_is_refused() -> None:
     module = ContinualModule(MLPRegressor(num_inputs=4), LoraConfig(target_modules=["head"]), compile=True)
     with pytest.raises(ConfigError, match=r"^there are no decoder layers to compile: leave model\.compile out$"):
