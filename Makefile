@@ -16,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-newest test-oldest lock bench clean browser-note
+.PHONY: help setup demo test test-fast test-newest test-oldest docs lock bench clean browser-note
 
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -61,6 +61,11 @@ test-oldest:  ## the whole suite with every package but torch at its floor, in .
 
 lock:  ## write requirements/lock-3.NN.txt anew, for each Python that is here
 	@$(PYTHON) requirements/lock.py
+
+docs: $(INSTALLED)  ## build the documentation into build/docs (a warning is an error)
+	@echo "==> Building the documentation"
+	@$(PY) -m sphinx -W --keep-going -q docs build/docs
+	@echo "==> Documentation: build/docs/index.html"
 
 bench: $(INSTALLED)  ## measure speed (make bench DEVICE=cuda on a GPU): JSON lines and a table
 	@$(PY) tests/benchmarks --device $(DEVICE)

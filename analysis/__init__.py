@@ -1,4 +1,4 @@
-"""Read a run's records, measure them and draw its report; needs nothing of the framework but ``continual.storage.records``."""
+"""Read a run's records, measure them and draw its report; of the framework it needs the records' schemas alone."""
 
 from analysis.runs.load import Frames, Run, RunReadError, load, load_run
 from analysis.summaries.differences import paired_differences

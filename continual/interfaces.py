@@ -165,7 +165,7 @@ class StageContext:
 
     @property
     def keys(self) -> dict[str, Any]:
-        """The columns that every row of every table begins with; the task is the stage's own, unless a row says else."""
+        """The columns that every row of every table begins with; the task is the stage's own by default."""
         return {"run": self.run, "seed": self.seed, "stage": self.stage, "task": self.name}
 
     @property

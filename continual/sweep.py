@@ -22,7 +22,7 @@ from continual.errors import ConfigError
 from continual.sweeps.cells import Engine, choose_jobs, start_engine
 
 if TYPE_CHECKING:
-    from continual.sweeps.loop import Sweep
+    from continual.sweeps.loop import SweepLoop
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,11 +90,11 @@ def run(
         RunError: A worker died.
     """
     from continual.sweeps import plan as sweep_plan
-    from continual.sweeps.loop import Sweep, taken_up
+    from continual.sweeps.loop import SweepLoop, taken_up
 
     plan = sweep_plan.load(config, overrides, tuning)
     start_engine(engine)
-    sweep = Sweep(plan, sweep_dir, engine, choose_jobs(engine, jobs))
+    sweep = SweepLoop(plan, sweep_dir, engine, choose_jobs(engine, jobs))
     with taken_up(plan, sweep_dir):
         _say_plan(sweep)
         failed = sweep.run()
@@ -102,7 +102,7 @@ def run(
     return failed
 
 
-def _say_plan(sweep: Sweep) -> None:
+def _say_plan(sweep: SweepLoop) -> None:
     plan = sweep.plan
     num_tuning = sum(len(plan.tune.combinations(method)) for method in plan.methods) if plan.tune else 0
     before = f", after {num_tuning} tuning cells" if num_tuning else ""
@@ -112,7 +112,7 @@ def _say_plan(sweep: Sweep) -> None:
         print(f"  order {name}, seeds {', '.join(map(str, order.seeds))}: {' > '.join(order.stages)}", flush=True)
 
 
-def _say_end(sweep: Sweep, failed: dict[str, str]) -> None:
+def _say_end(sweep: SweepLoop, failed: dict[str, str]) -> None:
     for method, entry in sweep.tuning.items():
         for key in entry["at_edge"]:
             print(f"{method}: {key}={entry['settings'][key]} lies at the edge of its grid; a wider one may do better")

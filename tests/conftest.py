@@ -59,15 +59,15 @@ def sketched(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draws each figure of a report and saves an empty one in its place: saving takes most of a report's time."""
     save = page._draw
 
-    def sketch(plate: page.Plate, directory: Path) -> page.Figure:
-        draw = plate.draw
+    def sketch(content: page.ReportFigure, directory: Path) -> page.RenderedFigure:
+        draw = content.draw
         if draw is None:
-            return save(plate, directory)
+            return save(content, directory)
 
         def drawn_then_empty() -> Figure:
             draw()
             return Figure(figsize=(1, 1))
 
-        return save(replace(plate, draw=drawn_then_empty), directory)
+        return save(replace(content, draw=drawn_then_empty), directory)
 
     monkeypatch.setattr(page, "_draw", sketch)

@@ -138,7 +138,10 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: p
 
 
 def test_importing_records_imports_no_torch() -> None:
-    code = "import sys, continual.storage.records; print([m for m in ('torch', 'lightning', 'transformers') if m in sys.modules])"
+    code = (
+        "import sys, continual.storage.records; "
+        "print([m for m in ('torch', 'lightning', 'transformers') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=_root())
     assert done.stdout.strip() == "[]"
 

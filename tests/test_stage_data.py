@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig
 
 from continual.adapters import QueryableLoraConfig
-from continual.adapters.growing.bank import inputs as inputs_module
+from continual.adapters.growing import inputs as inputs_module
 from continual.adapters.growing.inputs import RowInputs
 from continual.backbones import MLPRegressor, TinyCausalLM
 from continual.data.batch import IGNORED

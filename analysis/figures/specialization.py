@@ -1,8 +1,8 @@
 """Figures of what the atoms of a run's bank are for: each takes tidy frames of one run and returns its Axes.
 
-They draw what the functions of ``analysis.summaries.specialization`` return, one picture each, for notebooks and for whoever
-wants one figure alone: ``usage_map(frames.routing).figure``. A run that lacks what a figure needs gets an empty one
-that says so. Of a growing bank, atoms are named by their slice and their number in it.
+They draw what the functions of ``analysis.summaries.specialization`` return, one picture each, for notebooks and
+for whoever wants one figure alone: ``usage_map(frames.routing).figure``. A run that lacks what a figure needs gets an
+empty one that says so. Of a growing bank, atoms are named by their slice and their number in it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Figures of the paper's studies: each takes a tidy frame of a sweep (``analysis.summaries.studies``) and returns its axes."""
+"""Figures of the paper's studies: each takes a tidy frame (``analysis.summaries.studies``) and returns its axes."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ Value = str | int | float | None
 
 
 @dataclass(frozen=True)
-class Cell:
+class TableCell:
     """One table cell: what is written, what it sorts by (None: by its text), and its interval, small, under it."""
 
     text: str
@@ -40,7 +40,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Table:
+class ReportTable:
     """A table: a key for its place on the page, a heading, columns, rows, and a note under it.
 
     ``numeric`` says which columns hold numbers, and so stand on the right.
@@ -49,45 +49,45 @@ class Table:
     key: str
     title: str
     columns: list[str]
-    rows: list[list[Cell]]
+    rows: list[list[TableCell]]
     note: str = ""
     numeric: list[bool] = field(default_factory=list)
 
 
-def cell(value: Value, digits: int = 2) -> Cell:
+def cell(value: Value, digits: int = 2) -> TableCell:
     """Return ``value`` as a cell; a missing value is a dash that sorts last."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
-        return Cell("–", -math.inf)
+        return TableCell("–", -math.inf)
     if isinstance(value, str):
-        return Cell(value)
+        return TableCell(value)
     if isinstance(value, int):
-        return Cell(f"{value:,}", float(value))
+        return TableCell(f"{value:,}", float(value))
     if digits == 2 or abs(value) >= 100:
-        return Cell(number(value), value)
+        return TableCell(number(value), value)
     text = f"{value:.{digits}f}"
     text = text.replace("-", "−") if float(text) else text.lstrip("-")  # nothing lost is not "−0.000"
-    return Cell(text, value)
+    return TableCell(text, value)
 
 
-def spanned(value: float, low: float, high: float) -> Cell:
+def spanned(value: float, low: float, high: float) -> TableCell:
     """Return a number with its interval, sorted by the number."""
     number = cell(value, 3)
     if not (math.isfinite(low) and math.isfinite(high)):
         return number
-    return Cell(number.text, number.sort, f"{cell(low, 3).text} to {cell(high, 3).text}")
+    return TableCell(number.text, number.sort, f"{cell(low, 3).text} to {cell(high, 3).text}")
 
 
-def make_table(key: str, title: str, columns: list[str], rows: list[list[Cell]], note: str = "") -> Table:
+def make_table(key: str, title: str, columns: list[str], rows: list[list[TableCell]], note: str = "") -> ReportTable:
     """Return a table; a column that holds a number anywhere, or nothing at all, stands on the right."""
     like_number = re.compile(r"[+−]?[\d.,]+[kMG]?( %)?")
     columns_of = [[row[place] for row in rows] for place in range(len(columns))]
     numeric = [any(like_number.fullmatch(one.text) for one in own) for own in columns_of]
     empty = [bool(own) and all(one.sort == -math.inf for one in own) for own in columns_of]
     numeric = [number or none for number, none in zip(numeric, empty, strict=True)]
-    return Table(key, title, columns, rows, note, numeric)
+    return ReportTable(key, title, columns, rows, note, numeric)
 
 
-def all_numbers(summary: Summary) -> Table:
+def all_numbers(summary: Summary) -> ReportTable:
     """Every key of summary.json with its value, interval, direction and definition."""
     rows = []
     for key in KEYS:
@@ -98,7 +98,15 @@ def all_numbers(summary: Summary) -> Table:
             measure.definition if value is not None else f"{measure.definition} Not shown: {summary.reasons[key]}."
         )
         digits = 4 if key.endswith("_null") else 3 if key in _FINE else 2
-        rows.append([Cell(measure.name), cell(value, digits), Cell(between), Cell(measure.better), Cell(meaning)])
+        rows.append(
+            [
+                TableCell(measure.name),
+                cell(value, digits),
+                TableCell(between),
+                TableCell(measure.better),
+                TableCell(meaning),
+            ]
+        )
     note = "Intervals (95 %): the test rows redrawn 1,000 times, the same rows at every stage. They hold neither "
     note += "the spread "
     note += "over seeds nor that over stage orders, which one run cannot show."
@@ -112,11 +120,11 @@ def all_numbers(summary: Summary) -> Table:
     )
 
 
-def matrix_table(summary: Summary) -> Table:
+def matrix_table(summary: Summary) -> ReportTable:
     """R itself: a row a stage, a column a task."""
     names = ["untrained", *summary.run.learnt]
     rows = [
-        [Cell(f"{stage} {names[stage]}", stage), *(cell(float(score), 3) for score in scores)]
+        [TableCell(f"{stage} {names[stage]}", stage), *(cell(float(score), 3) for score in scores)]
         for stage, scores in enumerate(summary.matrix)
     ]
     note = (
@@ -125,14 +133,14 @@ def matrix_table(summary: Summary) -> Table:
     return make_table("matrix", "The score matrix in numbers", ["after stage", *summary.run.stages], rows, note)
 
 
-def bound_table(summary: Summary) -> Table | None:
+def bound_table(summary: Summary) -> ReportTable | None:
     """This run between its bounds; None where none was asked for."""
     run, found = summary.run, bounds.read(summary.run)
     names = list(run.manifest.get("bounds") or [])
     if not names:
         return None
     of_run = [cell(summary.values[key]) for key in ("average_accuracy", "learning_accuracy")]
-    rows = [[Cell("this run"), *of_run, Cell("as configured")]]
+    rows = [[TableCell("this run"), *of_run, TableCell("as configured")]]
     for name in names:
         values: list[Value] = [None, None]
         if name == "zero_shot" and run.learnt and not why_not_averaged(run):
@@ -140,14 +148,14 @@ def bound_table(summary: Summary) -> Table | None:
         elif name in found:
             other = summarise(found[name]).values
             values = [other["average_accuracy"], other["learning_accuracy"]]
-        rows.append([Cell(name.replace("_", " ")), *map(cell, values), Cell(BOUND_MEANINGS.get(name, "–"))])
+        rows.append([TableCell(name.replace("_", " ")), *map(cell, values), TableCell(BOUND_MEANINGS.get(name, "–"))])
     note = "Final average: over the learnt tasks after the last stage. Learning accuracy: over each just after its own "
     note += "stage. –: not run to its end, or scores that are not averaged. The runs lie in the folder bounds."
     columns = ["bound", "final average", "learning accuracy", "what it is"]
     return make_table("bounds", "Between its bounds", columns, rows, note)
 
 
-def task_table(summary: Summary) -> Table:
+def task_table(summary: Summary) -> ReportTable:
     """Each task's way through the run: untrained, best constant answer, just trained, final, what it lost since."""
     run, matrix = summary.run, summary.matrix
     learnt = len(run.learnt)
@@ -164,15 +172,15 @@ def task_table(summary: Summary) -> Table:
             verdict = "–" if math.isnan(low) else "lost" if high < 0 else "gained" if low > 0 else "not told apart"
         rows.append(
             [
-                Cell(str(index + 1), index + 1),
-                Cell(task),
-                Cell(str(facts.get("metric", "–"))),
+                TableCell(str(index + 1), index + 1),
+                TableCell(task),
+                TableCell(str(facts.get("metric", "–"))),
                 cell(float(matrix[0, index]) if known else None, 3),
                 cell(maybe_float(facts.get("constant_score")), 3),
                 cell(float(matrix[index + 1, index]) if index < learnt else None, 3),
                 cell(float(matrix[-1, index]) if known and index < learnt else None, 3),
                 since,
-                Cell(verdict),
+                TableCell(verdict),
                 cell(float(lost[index]) if index < len(lost) else None, 3),
             ]
         )
@@ -188,7 +196,7 @@ def maybe_float(value: object) -> float | None:
     return float(value) if isinstance(value, int | float) else None
 
 
-def other_metrics(summary: Summary) -> Table | None:
+def other_metrics(summary: Summary) -> ReportTable | None:
     """What stands beside the headline scores (RMSE beside R2, say), or None when nothing does."""
     run = summary.run
     scores = run.tables["scores"]
@@ -200,14 +208,14 @@ def other_metrics(summary: Summary) -> Table | None:
             trained = by_stage.get(index + 1) if index < len(run.learnt) else None
             final = by_stage.get(run.finished_stage) if index < len(run.learnt) else None
             shown = [cell(maybe_float(value), 3) for value in (by_stage.get(0), trained, final)]
-            rows.append([Cell(task), Cell(str(metric)), *shown, Cell(str(values["direction"].iloc[0]))])
+            rows.append([TableCell(task), TableCell(str(metric)), *shown, TableCell(str(values["direction"].iloc[0]))])
     if not rows:
         return None
     columns = ["task", "metric", "untrained", "just trained", "final", "better"]
     return make_table("beside", "Beside the headline scores", columns, rows)
 
 
-def information_table(summary: Summary) -> Table | None:
+def information_table(summary: Summary) -> ReportTable | None:
     """Whether routing uses the input or only the task, after the last stage."""
     usage = tables.usage_array(summary.run)
     if usage is None or not summary.run.learnt:
@@ -223,20 +231,25 @@ def information_table(summary: Summary) -> Table | None:
     for key, (name, meaning) in lines.items():
         value = summary.values[key]
         share = None if value is None or not most else value / most
-        rows.append([Cell(name), cell(value, 3), cell(share, 3), Cell(meaning)])
+        rows.append([TableCell(name), cell(value, 3), cell(share, 3), TableCell(meaning)])
     note = "Learnt tasks after the last stage, means over blocks. Where the second is near 0, routing does not "
     note += "look at the input."
     columns = ["measure", "nats", "/ ln M", "meaning"]
     return make_table("information", "Does routing use the input, or only the task?", columns, rows, note)
 
 
-def words_table(run: Run) -> Table | None:
+def words_table(run: Run) -> ReportTable | None:
     """Scores in other words, against the trained ones."""
     places = {"gate": "gate alone", "prompt": "prompt alone", "both": "prompt and gate"}
     rows = []
     for line in wording_table(run).itertuples():
-        names = [Cell(str(line.words)), Cell(places[str(line.where)]), Cell(str(line.options)), cell(line.num_tasks)]
-        span = Cell(f"{line.low:.3f} to {line.high:.3f}".replace("-", "−"))
+        names = [
+            TableCell(str(line.words)),
+            TableCell(places[str(line.where)]),
+            TableCell(str(line.options)),
+            cell(line.num_tasks),
+        ]
+        span = TableCell(f"{line.low:.3f} to {line.high:.3f}".replace("-", "−"))
         rows.append([*names, cell(line.score, 3), cell(line.trained, 3), cell(line.difference, 3), span])
     columns = ["words", "given to", "options", "tasks", "score", "trained words", "difference", "95 % interval"]
     note = "After the last stage, means over tasks; paraphrases of one file together. The interval of the difference "
@@ -244,10 +257,15 @@ def words_table(run: Run) -> Table | None:
     return make_table("other_words", "Scores in other words", columns, rows, note) if rows else None
 
 
-def general_table(run: Run) -> Table | None:
+def general_table(run: Run) -> ReportTable | None:
     """Log-likelihood of untouched text by stage."""
     rows = [
-        [cell(int(line.stage)), Cell(["untrained", *run.stages][line.stage]), cell(line.value, 4), cell(line.change, 4)]
+        [
+            cell(int(line.stage)),
+            TableCell(["untrained", *run.stages][line.stage]),
+            cell(line.value, 4),
+            cell(line.change, 4),
+        ]
         for line in general_ability(run).itertuples()
     ]
     columns = ["stage", "after", "nats a token", "relative change"]
@@ -257,26 +275,30 @@ def general_table(run: Run) -> Table | None:
     return make_table("general", "Log-likelihood of untouched text", columns, rows, note) if rows else None
 
 
-def stage_table(run: Run) -> Table:
+def stage_table(run: Run) -> ReportTable:
     """The stages in order, with their instruction and the time they took."""
     whole, scoring = (run.manifest.get(key) or {} for key in ("stage_seconds", "scoring_seconds"))
 
-    def spent(stage: int) -> list[Cell]:
+    def spent(stage: int) -> list[TableCell]:
         return [cell(maybe_float(seconds.get(str(stage))), 1) for seconds in (whole, scoring)]
 
-    rows = [[Cell("0", 0), Cell("untrained"), Cell("–"), *spent(0)]]
+    rows = [[TableCell("0", 0), TableCell("untrained"), TableCell("–"), *spent(0)]]
     for index, task in enumerate(run.stages, start=1):
         text = str((run.tasks.get(task) or {}).get("instruction") or "–")
-        rows.append([Cell(str(index), index), Cell(task), Cell(text), *spent(index)])
+        rows.append([TableCell(str(index), index), TableCell(task), TableCell(text), *spent(index)])
     total, scored = (sum(maybe_float(spent) or 0.0 for spent in seconds.values()) for seconds in (whole, scoring))
     note = f"Scoring took {100 * scored / total:.0f} % of the time." if scored and total else ""
     return make_table("stages", "Stages", ["stage", "task", "instruction", "seconds", "of these scoring"], rows, note)
 
 
-def fact_table(run: Run) -> Table:
+def fact_table(run: Run) -> ReportTable:
     """The model and the machine, from the manifest."""
     facts = {"run": run.name, "seed": run.manifest.get("seed"), **run.model, **(run.manifest.get("environment") or {})}
-    rows = [[Cell(str(key).replace("_", " ")), Cell(_fact(value))] for key, value in facts.items() if value is not None]
+    rows = [
+        [TableCell(str(key).replace("_", " ")), TableCell(_fact(value))]
+        for key, value in facts.items()
+        if value is not None
+    ]
     return make_table("facts", "Model and machine", ["fact", "value"], rows)
 
 

@@ -7,9 +7,9 @@ import numpy as np
 from analysis import figures
 from analysis.figures.scores import score_name
 from analysis.figures.style import number
-from analysis.report.page import OPENING, Draw, Plate, unless
-from analysis.report.story_figures import story_plates
-from analysis.report.study_training import bounds_plate
+from analysis.report.page import OPENING, Draw, ReportFigure, unless
+from analysis.report.story_figures import story_figures
+from analysis.report.study_training import bounds_figure
 from analysis.runs import tables
 from analysis.runs.load import Run
 from analysis.summaries.changes import task_changes
@@ -22,12 +22,12 @@ _FRAMED = "The framed row is the stage that trained the task."
 _KL = f"KL(p′ ‖ q′) with p′ = (p + ε) / (1 + M ε), ε = {EPSILON:g}"
 
 
-def plates(summary: Summary) -> list[Plate]:
+def report_figures(summary: Summary) -> list[ReportFigure]:
     """Return the report's figures, in order."""
     run = summary.run
     return [
         *_scores(summary),
-        *story_plates(summary),
+        *story_figures(summary),
         *_routes(summary),
         *_training(run),
         *_theory(run),
@@ -42,7 +42,7 @@ def _whose_atoms(run: Run) -> str:
     return f" Atom 0: no stage, the backbone as it is; then each slice's {run.model.get('num_atoms')} atoms, in turn."
 
 
-def _scores(summary: Summary) -> list[Plate]:
+def _scores(summary: Summary) -> list[ReportFigure]:
     run, scores = summary.run, summary.scores
     why = run.problems.get("scores") or ("" if len(scores) else "nothing is scored yet")
     name = score_name(scores)
@@ -54,7 +54,7 @@ def _scores(summary: Summary) -> list[Plate]:
         else ""
     )
     return [
-        Plate(
+        ReportFigure(
             "score_matrix",
             OPENING,
             "The score matrix",
@@ -65,7 +65,7 @@ def _scores(summary: Summary) -> list[Plate]:
             *unless(why, lambda: figures.score_matrix(scores)),
             see=_steepest(summary),
         ),
-        Plate(
+        ReportFigure(
             "score_curves",
             "scores",
             "Scores by stage",
@@ -93,14 +93,14 @@ def _steepest(summary: Summary) -> str:
     return f"Steepest fall: {name}, from {number(float(trained))} just trained to {number(float(final))}."
 
 
-def _routes(summary: Summary) -> list[Plate]:
+def _routes(summary: Summary) -> list[ReportFigure]:
     run, usage = summary.run, tables.usage_array(summary.run)
     none = why_no_routes(run) if usage is None else ""
     array = np.zeros((1, len(run.stages), 1, 1)) if usage is None else usage
     return [*_use(run, array, none), *_distances(summary, array, none)]
 
 
-def _use(run: Run, usage: np.ndarray, none: str) -> list[Plate]:
+def _use(run: Run, usage: np.ndarray, none: str) -> list[ReportFigure]:
     names, num_atoms, size = run.stages, usage.shape[-1], f"{len(run.stages)} tasks, {usage.shape[-1]} atoms"
     changes = {reference: tables.usage_change(usage, names, reference) for reference in ("previous", "trained")}
     apart = {
@@ -112,7 +112,7 @@ def _use(run: Run, usage: np.ndarray, none: str) -> list[Plate]:
     spread = none or ("" if len(names) > 1 else "a specialist is told from a shared atom by two tasks or more")
     change = "Red: used more; blue: used less; all panels share one scale."
     return [
-        Plate(
+        ReportFigure(
             "atom_usage",
             "use",
             "Atom usage by task after each stage (Fig. 6)",
@@ -121,7 +121,7 @@ def _use(run: Run, usage: np.ndarray, none: str) -> list[Plate]:
             f"Heat maps of atom usage by stage, one a task; {size}.",
             *unless(none, lambda: figures.atom_usage(tables.usage(usage, names))),
         ),
-        Plate(
+        ReportFigure(
             "usage_drift",
             "use",
             "Usage drift from stage to stage (Fig. 7)",
@@ -129,7 +129,7 @@ def _use(run: Run, usage: np.ndarray, none: str) -> list[Plate]:
             f"Heat maps of the change of atom usage at each stage, one a task; {size}.",
             *unless(first, lambda: figures.usage_drift(changes["previous"])),
         ),
-        Plate(
+        ReportFigure(
             "usage_drift_since_trained",
             "use",
             "Usage drift since a task was trained (Fig. 7)",
@@ -137,7 +137,7 @@ def _use(run: Run, usage: np.ndarray, none: str) -> list[Plate]:
             f"Heat maps of the change of atom usage since a task's own stage, one a task; {size}.",
             *unless(since, lambda: figures.usage_drift(changes["trained"], "since trained")),
         ),
-        Plate(
+        ReportFigure(
             "routing_entropy",
             "use",
             "Routing entropy (Fig. 8)",
@@ -147,7 +147,7 @@ def _use(run: Run, usage: np.ndarray, none: str) -> list[Plate]:
             "Line charts of normalised routing entropy by stage, one a task.",
             *unless(none, lambda: figures.routing_entropy(tables.entropies(run), num_atoms)),
         ),
-        Plate(
+        ReportFigure(
             "specialists",
             "use",
             "Specialists and shared atoms (Fig. 8)",
@@ -160,7 +160,7 @@ def _use(run: Run, usage: np.ndarray, none: str) -> list[Plate]:
     ]
 
 
-def _distances(summary: Summary, usage: np.ndarray, none: str) -> list[Plate]:
+def _distances(summary: Summary, usage: np.ndarray, none: str) -> list[ReportFigure]:
     run, names = summary.run, summary.run.stages
     separation, drift = tables.separation(run), tables.drift(run)
     single = "" if len(names) > 1 else "one task has no other to be told from"
@@ -170,7 +170,7 @@ def _distances(summary: Summary, usage: np.ndarray, none: str) -> list[Plate]:
     final = {metric: tables.separation_matrix(separation, run.finished_stage, metric) for metric in ("kl", "js")}
     alt = ", ".join(f"mean {metric.upper()} {number(_mean_apart(matrix))} nats" for metric, matrix in final.items())
     return [
-        Plate(
+        ReportFigure(
             "separation_matrix",
             "distance",
             "Task separation (Fig. 9)",
@@ -180,7 +180,7 @@ def _distances(summary: Summary, usage: np.ndarray, none: str) -> list[Plate]:
             *unless(apart, lambda: figures.separation_matrix(separation)),
             see=_apart(final["js"]),
         ),
-        Plate(
+        ReportFigure(
             "separation_by_stage",
             "distance",
             "How separation grew (Fig. 9)",
@@ -189,7 +189,7 @@ def _distances(summary: Summary, usage: np.ndarray, none: str) -> list[Plate]:
             "Small heat maps of KL between tasks' routes, one a stage.",
             *unless(apart, lambda: figures.separation_by_stage(separation)),
         ),
-        Plate(
+        ReportFigure(
             "route_drift",
             "distance",
             "Stagewise route drift (Fig. 9)",
@@ -216,7 +216,7 @@ def _mean_apart(matrix: np.ndarray) -> float:
     return float(off.mean()) if off.size else float("nan")
 
 
-def _training(run: Run) -> list[Plate]:
+def _training(run: Run) -> list[ReportFigure]:
     rows = run.tables["gradients"]
     recorded = set(rows["metric"])
 
@@ -225,7 +225,7 @@ def _training(run: Run) -> list[Plate]:
         return unless("" if metric in recorded else run.problems.get("gradients", what), draw)
 
     return [
-        Plate(
+        ReportFigure(
             "training_loss",
             "training",
             "Training loss",
@@ -233,7 +233,7 @@ def _training(run: Run) -> list[Plate]:
             "Line chart of the training loss by step, stage after stage.",
             *if_recorded("train_loss", lambda: figures.training_loss(rows)),
         ),
-        Plate(
+        ReportFigure(
             "gradient_norms",
             "training",
             "Gradient norms by layer (Fig. 3)",
@@ -243,7 +243,7 @@ def _training(run: Run) -> list[Plate]:
             "Line charts of gradient norm by layer depth, one a kind of layer.",
             *if_recorded("grad_norm", lambda: figures.gradient_norms(rows)),
         ),
-        Plate(
+        ReportFigure(
             "gradient_concentration",
             "training",
             "Gradient concentration (Fig. 4)",
@@ -254,19 +254,19 @@ def _training(run: Run) -> list[Plate]:
     ]
 
 
-def _theory(run: Run) -> list[Plate]:
+def _theory(run: Run) -> list[ReportFigure]:
     """The theory's bounds are a figure only of runs that were asked to measure them."""
     ratios = largest_ratios(run.tables["theory"])
-    return [bounds_plate(ratios, "training")] if len(ratios) else []
+    return [bounds_figure(ratios, "training")] if len(ratios) else []
 
 
-def _general(run: Run) -> list[Plate]:
+def _general(run: Run) -> list[ReportFigure]:
     """General ability is a figure only of runs that were asked to record it."""
     found = general_ability(run)
     if found.empty:
         return []
     return [
-        Plate(
+        ReportFigure(
             "general_ability",
             "general",
             "General ability by stage",

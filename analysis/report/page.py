@@ -16,7 +16,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure as Drawing
 
 from analysis.figures import style
-from analysis.report.content import Table
+from analysis.report.content import ReportTable
 from analysis.report.words import Measure
 
 _TEMPLATES = Path(__file__).parent
@@ -27,7 +27,7 @@ OPENING = "opening"
 
 
 @dataclass(frozen=True)
-class Plate:
+class ReportFigure:
     """One figure of the report; ``draw`` is None where the run cannot show it, and ``missing`` then says why.
 
     ``caption`` says how to read it, ``see`` what there is to see in it, in a sentence that its numbers allow; the
@@ -45,15 +45,15 @@ class Plate:
 
 
 def unless(why: str, draw: Draw) -> tuple[Draw | None, str]:
-    """Return a plate's last two fields: what draws it, or nothing and ``why`` where there is a reason."""
+    """Return a figure's last two fields: what draws it, or nothing and ``why`` where there is a reason."""
     return (None, why) if why else (draw, "")
 
 
 @dataclass(frozen=True)
-class Figure:
-    """A drawn figure: its plate, and its SVG ready to stand inside a page (empty where it cannot be drawn)."""
+class RenderedFigure:
+    """A drawn figure: its content, and its SVG ready to stand inside a page (empty where it cannot be drawn)."""
 
-    plate: Plate
+    content: ReportFigure
     svg: Markup = Markup("")
     width_pixels: int = 0
 
@@ -77,9 +77,9 @@ class Section:
     title: str
     lead: str
     points: list[Point]
-    figures: list[tuple[Figure, list[Table]]]
+    figures: list[tuple[RenderedFigure, list[ReportTable]]]
     missing: dict[str, list[str]]
-    tables: list[Table]
+    tables: list[ReportTable]
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Page:
         verdict: What is shown, in a sentence.
         gloss: What the verdict rests on: the sizes, with their intervals, and what they do not hold.
         sections: Key, title and lead of each section, in order.
-        plates: The figures; each names its section.
+        report_figures: The figures; each names its section.
         tables: Tables by the name of the figure that they follow, or by their section's key.
         facts: The few facts under the title.
         key_numbers: The numbers of the first screen.
@@ -116,8 +116,8 @@ class Page:
     verdict: str
     gloss: str
     sections: Sequence[tuple[str, str, str]]
-    plates: Sequence[Plate]
-    tables: Mapping[str, list[Table]]
+    report_figures: Sequence[ReportFigure]
+    tables: Mapping[str, list[ReportTable]]
     facts: Sequence[str]
     key_numbers: Sequence[KeyNumber]
     notices: Sequence[str]
@@ -130,11 +130,11 @@ def write_page(page: Page, directory: Path) -> Path:
     (directory / "figures").mkdir(parents=True, exist_ok=True)
     text = json.dumps(page.summary, indent=2, ensure_ascii=False, allow_nan=False)
     (directory / "summary.json").write_text(text + "\n", encoding="utf-8")
-    figures = [_draw(plate, directory / "figures") for plate in page.plates]
+    figures = [_draw(content, directory / "figures") for content in page.report_figures]
     told = ("kind", "title", "facts", "verdict", "gloss", "key_numbers", "notices")
     context: dict[str, Any] = {name: getattr(page, name) for name in told}
-    context["opening"] = [figure for figure in figures if figure.plate.section == OPENING and figure.svg]
-    context["unopened"] = [figure.plate for figure in figures if figure.plate.section == OPENING and not figure.svg]
+    context["opening"] = [figure for figure in figures if figure.content.section == OPENING and figure.svg]
+    context["unopened"] = [figure.content for figure in figures if figure.content.section == OPENING and not figure.svg]
     sections = [_section(page, *section, figures) for section in page.sections]
     context["sections"] = [part for part in sections if part.points or part.figures or part.missing or part.tables]
     for name in ("report.md", "report.html"):
@@ -142,32 +142,32 @@ def write_page(page: Page, directory: Path) -> Path:
     return directory / "report.html"
 
 
-def _draw(plate: Plate, directory: Path) -> Figure:
+def _draw(content: ReportFigure, directory: Path) -> RenderedFigure:
     """Save a figure as PNG and SVG, or take away what an earlier report left under its name."""
-    image, vector = directory / f"{plate.name}.png", directory / f"{plate.name}.svg"
-    if plate.draw is None:
+    image, vector = directory / f"{content.name}.png", directory / f"{content.name}.svg"
+    if content.draw is None:
         image.unlink(missing_ok=True)
         vector.unlink(missing_ok=True)
-        return Figure(plate)
-    with style.look(), mpl.rc_context({"svg.hashsalt": plate.name}):
-        figure = plate.draw()
+        return RenderedFigure(content)
+    with style.look(), mpl.rc_context({"svg.hashsalt": content.name}):
+        figure = content.draw()
         figure.savefig(image, dpi=_DOTS_PER_INCH, metadata={"Software": None})
         figure.set_layout_engine("none")
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", facecolor="none", metadata={"Date": None, "Creator": None})
     vector.write_text(buffer.getvalue(), encoding="utf-8")
-    return Figure(plate, _inline(buffer.getvalue(), plate), round(figure.get_figwidth() * 96))
+    return RenderedFigure(content, _inline(buffer.getvalue(), content), round(figure.get_figwidth() * 96))
 
 
-def _inline(svg: str, plate: Plate) -> Markup:
+def _inline(svg: str, content: ReportFigure) -> Markup:
     """Make an SVG file into an element of a page: no prolog, names of its own, and its alternative text."""
     body = svg[svg.index("<svg") :]
     body = re.sub(r"<metadata>.*?</metadata>|<style .*?</style>", "", body, flags=re.DOTALL)
     body = re.sub(r' id="image[^"]*"', "", body)  # like pictures (two colour bars, say) are given like ids
-    body = re.sub(r'\bid="', f'id="{plate.name}-', body)
-    body = re.sub(r'(url\(#|href="#)', rf"\g<1>{plate.name}-", body)
+    body = re.sub(r'\bid="', f'id="{content.name}-', body)
+    body = re.sub(r'(url\(#|href="#)', rf"\g<1>{content.name}-", body)
     box = re.search(r'viewBox="[^"]*"', body)
-    start = f'<svg role="img" aria-label="{Markup.escape(plate.alt)}" {box.group() if box else ""} '
+    start = f'<svg role="img" aria-label="{Markup.escape(content.alt)}" {box.group() if box else ""} '
     start += 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">'
     return Markup(start + body[body.index(">") + 1 :])
 
@@ -185,15 +185,15 @@ def _environment() -> jinja2.Environment:
     return environment
 
 
-def _section(page: Page, key: str, title: str, lead: str, figures: Sequence[Figure]) -> Section:
+def _section(page: Page, key: str, title: str, lead: str, figures: Sequence[RenderedFigure]) -> Section:
     beside = page.tables
-    own = [figure for figure in figures if figure.plate.section == key]
-    drawn = [(figure, beside.get(figure.plate.name, [])) for figure in own if figure.svg]
+    own = [figure for figure in figures if figure.content.section == key]
+    drawn = [(figure, beside.get(figure.content.name, [])) for figure in own if figure.svg]
     missing: dict[str, list[str]] = {}
     for figure in own:
         if not figure.svg:
-            missing.setdefault(figure.plate.missing, []).append(figure.plate.title)
-    left = [table for figure in own if not figure.svg for table in beside.get(figure.plate.name, [])]
+            missing.setdefault(figure.content.missing, []).append(figure.content.title)
+    left = [table for figure in own if not figure.svg for table in beside.get(figure.content.name, [])]
     return Section(key, title, lead, page.points.get(key, []), drawn, missing, [*left, *beside.get(key, [])])
 
 
@@ -209,7 +209,7 @@ def _plain(text: object) -> str:
     return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", re.sub(r"^>", "&gt;", line))
 
 
-def _text_table(table: Table) -> str:
+def _text_table(table: ReportTable) -> str:
     """Return a table as markdown whose columns also line up in a terminal."""
     lines = [[_plain(name) for name in table.columns], *([_plain(cell.line) for cell in row] for row in table.rows)]
     widths = [max(3, *(len(line[place]) for line in lines)) for place in range(len(table.columns))]

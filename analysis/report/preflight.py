@@ -15,7 +15,7 @@ import numpy as np
 
 from analysis.figures.style import number
 from analysis.measures.forgetting import just_trained
-from analysis.report.content import Cell, Table, cell, make_table, maybe_float
+from analysis.report.content import ReportTable, TableCell, cell, make_table, maybe_float
 from analysis.report.page import Point
 from analysis.runs.tables import headline as headline_scores
 from analysis.runs.tables import score_matrix
@@ -116,7 +116,7 @@ def points(checks: Sequence[Check], over: str) -> list[Point]:
     return found
 
 
-def table(checks: Sequence[Check], headline: Sequence[str] | None = None) -> Table:
+def table(checks: Sequence[Check], headline: Sequence[str] | None = None) -> ReportTable:
     """Return the preflight, a row a task; ``headline`` names the tasks that make a sweep's headline mean."""
     rows = []
     for check in checks:
@@ -125,12 +125,12 @@ def table(checks: Sequence[Check], headline: Sequence[str] | None = None) -> Tab
             passes = check.task in headline  # one whose constant answer is not known counts there
         rows.append(
             [
-                Cell(check.task),
-                Cell(str(facts.get("kind", "–"))),
-                Cell(cell(check.bound, 3).text, cell(check.bound, 3).sort, check.source),
+                TableCell(check.task),
+                TableCell(str(facts.get("kind", "–"))),
+                TableCell(cell(check.bound, 3).text, cell(check.bound, 3).sort, check.source),
                 cell(check.constant, 3),
                 cell(check.bound - check.constant, 3),
-                Cell("not known" if passes is None else "yes" if passes else "no"),
+                TableCell("not known" if passes is None else "yes" if passes else "no"),
                 _rows(facts, "train", facts.get("trained_rows", facts.get("train_rows"))),
                 _rows(facts, "test", facts.get("test_rows")),
                 cell(facts.get("dropped_shared_rows")),
@@ -161,8 +161,8 @@ def _cut(facts: Mapping[str, Any], split: str) -> int | None:
     return cut.get(split) if isinstance(cut, Mapping) else None
 
 
-def _rows(facts: Mapping[str, Any], split: str, num: int | None) -> Cell:
+def _rows(facts: Mapping[str, Any], split: str, num: int | None) -> TableCell:
     """Return a number of rows and, under it, the share of its split's rows whose context was cut."""
     cut, of = _cut(facts, split), facts.get(f"{split}_rows")
     share = "" if cut is None or not of else f"{100 * cut / of:.1f} % cut" if cut else "none cut"
-    return Cell(cell(num).text, cell(num).sort, share)
+    return TableCell(cell(num).text, cell(num).sort, share)

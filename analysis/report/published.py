@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from analysis.report.content import Cell, Table, cell, make_table
+from analysis.report.content import ReportTable, TableCell, cell, make_table
 from analysis.summaries.summary import Summary
 
 FEW, MANY = (1, 2, 3), (4, 5, 6)
@@ -32,7 +32,7 @@ ORDERS: dict[tuple[str, ...], int] = {
 
 
 @dataclass(frozen=True)
-class Row:
+class PublishedScore:
     """One published number: the method, the orders it is a mean over, per cent, the backbone, and where it stands."""
 
     method: str
@@ -43,12 +43,12 @@ class Row:
     forgetting_percent: float | None = None
 
 
-def _pair(method: str, few: float, many: float, source: str) -> tuple[Row, Row]:
-    return Row(method, FEW, few, T5, source), Row(method, MANY, many, T5, source)
+def _pair(method: str, few: float, many: float, source: str) -> tuple[PublishedScore, PublishedScore]:
+    return PublishedScore(method, FEW, few, T5, source), PublishedScore(method, MANY, many, T5, source)
 
 
 _OLORA = "arXiv 2310.14152"
-ROWS: tuple[Row, ...] = (
+ROWS: tuple[PublishedScore, ...] = (
     *_pair("SeqFT", 28.5, 7.4, _OLORA),
     *_pair("SeqLoRA", 43.7, 1.6, _OLORA),
     *_pair("replay", 57.8, 54.2, _OLORA),
@@ -60,12 +60,12 @@ ROWS: tuple[Row, ...] = (
     *_pair("N-LoRA", 78.8, 72.4, "arXiv 2410.10179"),
     *_pair("MIGU + FT", 78.8, 73.8, "arXiv 2406.17245"),
     *_pair("GORP", 79.8, 76.0, "arXiv 2507.02503"),
-    Row("GainLoRA", (6,), 78.0, T5, "arXiv 2505.15424", 0.8),
-    Row("GainLoRA", (4,), 77.5, T5, "arXiv 2505.15424", 1.2),
+    PublishedScore("GainLoRA", (6,), 78.0, T5, "arXiv 2505.15424", 0.8),
+    PublishedScore("GainLoRA", (4,), 77.5, T5, "arXiv 2505.15424", 1.2),
     *_pair("all tasks at once (MTL)", 80.0, 76.5, _OLORA),
-    Row("O-LoRA", FEW, 76.1, LLAMA, "arXiv 2507.02503"),
-    Row("N-LoRA", FEW, 77.6, LLAMA, "arXiv 2507.02503"),
-    Row("GORP", FEW, 78.6, LLAMA, "arXiv 2507.02503"),
+    PublishedScore("O-LoRA", FEW, 76.1, LLAMA, "arXiv 2507.02503"),
+    PublishedScore("N-LoRA", FEW, 77.6, LLAMA, "arXiv 2507.02503"),
+    PublishedScore("GORP", FEW, 78.6, LLAMA, "arXiv 2507.02503"),
 )
 
 
@@ -85,7 +85,7 @@ class Measured:
     backbone: str
 
 
-def table(measured: Iterable[Measured]) -> Table | None:
+def table(measured: Iterable[Measured]) -> ReportTable | None:
     """Return our numbers above the published ones of the same orders, or None where no order is a published one."""
     ours = list(measured)
     orders = {order for row in ours for order in row.orders}
@@ -93,20 +93,20 @@ def table(measured: Iterable[Measured]) -> Table | None:
         return None
     rows = [
         [
-            Cell(row.method),
+            TableCell(row.method),
             cell(None if row.score is None else 100 * row.score, 1),
             cell(None),
             _orders(row.orders),
-            Cell(row.backbone),
-            Cell("measured here"),
+            TableCell(row.backbone),
+            TableCell("measured here"),
         ]
         for row in ours
     ]
     for row in ROWS:
         if orders & set(row.orders):
-            source = Cell(f"published, not measured here: {row.source}")
+            source = TableCell(f"published, not measured here: {row.source}")
             numbers = [cell(row.percent, 1), cell(row.forgetting_percent, 1)]
-            rows.append([Cell(row.method), *numbers, _orders(row.orders), Cell(row.backbone), source])
+            rows.append([TableCell(row.method), *numbers, _orders(row.orders), TableCell(row.backbone), source])
     note = "Final average accuracy and forgetting in per cent. The published rows are copied from the papers: another "
     note += "backbone, other prompts, rows and seeds, so a difference from ours says little of the methods. Baselines "
     note += "there are often untuned: SeqFT goes from 22.2 to 75.7 with its learning rate (arXiv 2406.17245, Table 9)."
@@ -114,13 +114,13 @@ def table(measured: Iterable[Measured]) -> Table | None:
     return make_table("published", "Published for these orders", columns, rows, note)
 
 
-def _orders(orders: tuple[int, ...]) -> Cell:
+def _orders(orders: tuple[int, ...]) -> TableCell:
     text = str(orders[0]) if len(orders) == 1 else f"{orders[0]} to {orders[-1]}"
     whole = orders == tuple(range(orders[0], orders[-1] + 1))
-    return Cell(text if whole else ", ".join(map(str, orders)))
+    return TableCell(text if whole else ", ".join(map(str, orders)))
 
 
-def beside_run(summary: Summary) -> Table | None:
+def beside_run(summary: Summary) -> ReportTable | None:
     """Return the published table for one run, or None where the run is of no published order."""
     run, order = summary.run, order_number(summary.run.name, summary.run.stages)
     if order is None:

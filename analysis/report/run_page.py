@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from analysis.figures.style import number
 from analysis.report import content, preflight, published, story, words
-from analysis.report.content import Table
-from analysis.report.figures import plates
+from analysis.report.content import ReportTable
+from analysis.report.figures import report_figures
 from analysis.report.page import KeyNumber, Page
 from analysis.runs.load import Run
 from analysis.summaries.summary import Summary, summarise, why_not_averaged
@@ -36,7 +36,7 @@ def run_page(run: Run) -> Page:
         verdict=words.verdict(summary),
         gloss=words.gloss(summary),
         sections=_SECTIONS,
-        plates=plates(summary),
+        report_figures=report_figures(summary),
         tables=_tables(summary, checks, told),
         facts=_facts(run),
         key_numbers=_key_numbers(summary),
@@ -75,10 +75,12 @@ def _over_passing(summary: Summary, checks: Sequence[preflight.Check]) -> str:
     return f"Over the others alone the average final score is {number(sum(passing) / len(passing))}."
 
 
-def _tables(summary: Summary, checks: Sequence[preflight.Check], told: list[story.Chapter]) -> dict[str, list[Table]]:
+def _tables(
+    summary: Summary, checks: Sequence[preflight.Check], told: list[story.Chapter]
+) -> dict[str, list[ReportTable]]:
     """Return the report's tables by the name of the figure that they follow, or of their section."""
     run = summary.run
-    found: dict[str, list[Table | None]] = {
+    found: dict[str, list[ReportTable | None]] = {
         "preflight": [preflight.table(checks)],
         "scores": [content.task_table(summary), content.other_metrics(summary)],
         "routing_entropy": [content.information_table(summary)],

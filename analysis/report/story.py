@@ -9,7 +9,7 @@ import numpy as np
 
 from analysis.figures.style import number
 from analysis.measures import routing
-from analysis.report.content import Cell, Table, cell, make_table, spanned
+from analysis.report.content import ReportTable, TableCell, cell, make_table, spanned
 from analysis.report.page import Point
 from analysis.runs import tables
 from analysis.summaries.changes import score_lost
@@ -106,18 +106,26 @@ def _sentences(chapter: Chapter) -> str:
     )
 
 
-def story_table(told: list[Chapter], finished_stage: int) -> Table | None:
+def story_table(told: list[Chapter], finished_stage: int) -> ReportTable | None:
     """Return the story as a table, a row a task."""
     rows = []
     for one in told:
         atoms = ", ".join(f"{atom} ({number(share)})" for atom, share in one.atoms)
-        shared = [Cell(one.nearest), cell(one.common)] if one.nearest else [Cell("–"), cell(None)]
+        shared = [TableCell(one.nearest), cell(one.common)] if one.nearest else [TableCell("–"), cell(None)]
         null = "" if one.beyond_chance is None else f"null {one.null:.4f}"
-        moved = Cell(f"{one.moved:.4f}", one.moved, null) if one.stage else cell(None)
+        moved = TableCell(f"{one.moved:.4f}", one.moved, null) if one.stage else cell(None)
         beyond = {None: "–", True: "yes", False: "no"}[one.beyond_chance]
-        where = Cell(f"{one.stage} {one.at}", one.stage) if one.stage else cell(None)
+        where = TableCell(f"{one.stage} {one.at}", one.stage) if one.stage else cell(None)
         rows.append(
-            [Cell(one.task), Cell(atoms), *shared, where, moved, Cell(beyond), spanned(one.lost, *one.lost_span)]
+            [
+                TableCell(one.task),
+                TableCell(atoms),
+                *shared,
+                where,
+                moved,
+                TableCell(beyond),
+                spanned(one.lost, *one.lost_span),
+            ]
         )
     if not rows:
         return None

@@ -7,7 +7,7 @@ import numpy as np
 from analysis import figures
 from analysis.figures.scores import correlation_text, score_name
 from analysis.figures.style import number
-from analysis.report.page import Plate, unless
+from analysis.report.page import ReportFigure, unless
 from analysis.runs import tables
 from analysis.runs.frames import Frame
 from analysis.summaries import intervals
@@ -16,7 +16,7 @@ from analysis.summaries.summary import Summary, why_no_routes
 _SECTION = "story"
 
 
-def story_plates(summary: Summary) -> list[Plate]:
+def story_figures(summary: Summary) -> list[ReportFigure]:
     """Return the figures of the routing story, in order."""
     run, usage = summary.run, tables.usage_array(summary.run)
     none = why_no_routes(run) if usage is None else ""
@@ -27,7 +27,7 @@ def story_plates(summary: Summary) -> list[Plate]:
     return [_atoms(summary, array, none), _sharing(summary, array, none), *_moves(summary, drift, moved)]
 
 
-def _atoms(summary: Summary, usage: np.ndarray, none: str) -> Plate:
+def _atoms(summary: Summary, usage: np.ndarray, none: str) -> ReportFigure:
     run, num_atoms = summary.run, usage.shape[-1]
     mean = usage[-1].mean(axis=(0, 1))
     dead = summary.values.get("dead_atoms")
@@ -35,7 +35,7 @@ def _atoms(summary: Summary, usage: np.ndarray, none: str) -> Plate:
     if not none and not np.isnan(mean).any():
         see = f"Atom {int(mean.argmax())} carries the most weight over all tasks ({number(float(mean.max()))})"
         see += f"; {dead} of {num_atoms} atoms are dead." if dead is not None else "."
-    return Plate(
+    return ReportFigure(
         "atoms_by_task",
         _SECTION,
         "Which atoms each task uses",
@@ -49,7 +49,7 @@ def _atoms(summary: Summary, usage: np.ndarray, none: str) -> Plate:
     )
 
 
-def _sharing(summary: Summary, usage: np.ndarray, none: str) -> Plate:
+def _sharing(summary: Summary, usage: np.ndarray, none: str) -> ReportFigure:
     names = summary.run.stages
     why = none or ("" if len(names) > 1 else "one task has no other to be told from")
     why = why or ("" if not np.isnan(usage[-1]).any() else "routes of a task were not recorded after the last stage")
@@ -63,7 +63,7 @@ def _sharing(summary: Summary, usage: np.ndarray, none: str) -> Plate:
         )
         more = f", {farthest['task']} and {farthest['other']} least ({number(farthest['value'])})"
         see += (more if len(pairs) > 1 else "") + "."
-    return Plate(
+    return ReportFigure(
         "sharing",
         _SECTION,
         "Who shares with whom",
@@ -75,13 +75,13 @@ def _sharing(summary: Summary, usage: np.ndarray, none: str) -> Plate:
     )
 
 
-def _moves(summary: Summary, drift: Frame, moved: str) -> list[Plate]:
+def _moves(summary: Summary, drift: Frame, moved: str) -> list[ReportFigure]:
     names = summary.run.stages
     pairs = tables.drift_and_loss(drift, summary.matrix)
     later = moved or ("" if len(pairs) else "it needs a scored stage after the one that trained a task")
     told = correlation_text(pairs)
     return [
-        Plate(
+        ReportFigure(
             "moves",
             _SECTION,
             "What moved at which stage",
@@ -92,7 +92,7 @@ def _moves(summary: Summary, drift: Frame, moved: str) -> list[Plate]:
             *unless(moved, lambda: figures.moves(drift)),
             see="" if moved else _beyond(drift, names),
         ),
-        Plate(
+        ReportFigure(
             "drift_against_loss",
             _SECTION,
             "Does drift predict forgetting?",

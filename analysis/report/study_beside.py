@@ -10,8 +10,8 @@ import pandas as pd
 
 from analysis.figures import sweeps as plots
 from analysis.figures.style import number
-from analysis.report.content import Cell, Table, cell, make_table, spanned
-from analysis.report.page import Plate
+from analysis.report.content import ReportTable, TableCell, cell, make_table, spanned
+from analysis.report.page import ReportFigure
 from analysis.report.study_parts import Studies
 from analysis.runs.frames import Frame
 from analysis.runs.load import RunReadError, load_run
@@ -47,8 +47,8 @@ def add_words(sweep: Sweep, cells: Mapping[str, Frame], found: Studies) -> None:
         return
     frame = frame.assign(kind=[kind_name(*names) for names in frame[KIND].itertuples(index=False)])
     told = "; ".join(f"{row.method}, {row.kind}: {number(float(row.difference))}" for row in frame.itertuples())
-    found.plates.append(
-        Plate(
+    found.report_figures.append(
+        ReportFigure(
             "words_by_method",
             "words",
             "Lost in other words",
@@ -62,13 +62,13 @@ def add_words(sweep: Sweep, cells: Mapping[str, Frame], found: Studies) -> None:
     found.tables["words_by_method"] = [_words_table(sweep, frame)]
 
 
-def _words_table(sweep: Sweep, frame: Frame) -> Table:
+def _words_table(sweep: Sweep, frame: Frame) -> ReportTable:
     rows = []
     for row in frame.to_dict("records"):
-        apart: list[Cell] = [Cell("baseline" if row["method"] == sweep.baseline else "–"), Cell("–")]
+        apart: list[TableCell] = [TableCell("baseline" if row["method"] == sweep.baseline else "–"), TableCell("–")]
         if not math.isnan(row["apart"]):
-            apart = [spanned(row["apart"], row["apart_low"], row["apart_high"]), Cell(row["verdict"])]
-        line = [Cell(row["kind"]), Cell(row["method"]), cell(row["cells"]), cell(row["num_tasks"])]
+            apart = [spanned(row["apart"], row["apart_low"], row["apart_high"]), TableCell(row["verdict"])]
+        line = [TableCell(row["kind"]), TableCell(row["method"]), cell(row["cells"]), cell(row["num_tasks"])]
         line += [cell(row["score"], 3), cell(row["trained"], 3)]
         rows.append([*line, spanned(row["difference"], row["low"], row["high"]), *apart, _share(row["abstained"])])
     columns = ["words", "method", "cells", "tasks", "score", "trained words", "difference"]
@@ -87,7 +87,7 @@ def add_routes(sweep: Sweep, scores: Frame, found: Studies) -> None:
         return
     rows = []
     for row in frame.to_dict("records"):
-        line = [Cell(row["method"]), cell(row["cells"]), cell(row["learning_accuracy"], 3)]
+        line = [TableCell(row["method"]), cell(row["cells"]), cell(row["learning_accuracy"], 3)]
         for name in shown:
             line.append(
                 _share(row[name])
@@ -151,13 +151,13 @@ def _gates(scores: Frame) -> dict[tuple[str, str, int], dict[str, float]]:
     return found
 
 
-def _share(value: float) -> Cell:
-    return Cell("–") if math.isnan(value) else Cell(f"{value:.1%}".replace("-", "−"), value)
+def _share(value: float) -> TableCell:
+    return TableCell("–") if math.isnan(value) else TableCell(f"{value:.1%}".replace("-", "−"), value)
 
 
-def _nats(value: float) -> Cell:
+def _nats(value: float) -> TableCell:
     return cell(None if math.isnan(value) else value, 4)
 
 
-def _ratio(value: float, null: float) -> Cell:
+def _ratio(value: float, null: float) -> TableCell:
     return cell(value / null if np.isfinite(value) and null > 0 else None, 2)

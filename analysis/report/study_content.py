@@ -10,8 +10,8 @@ import numpy as np
 from analysis.figures import studies as plots
 from analysis.figures.style import figure_of, number
 from analysis.measures.pareto import SIZES, on_front
-from analysis.report.content import Cell, cell, make_table
-from analysis.report.page import Plate
+from analysis.report.content import TableCell, cell, make_table
+from analysis.report.page import ReportFigure
 from analysis.report.study_beside import add_routes, add_words
 from analysis.report.study_parts import Studies
 from analysis.report.study_training import add_bounds, add_gradients, add_stability
@@ -71,8 +71,8 @@ def _ablations(sweep: Sweep, found: Studies) -> None:
     methods = studies.own_settings(sweep)
     whole = str(studies.whole_adapter(methods))
     told = "; ".join(f"{row.without} {number(row.difference)} ({row.verdict})" for row in frame.itertuples())
-    found.plates.append(
-        Plate(
+    found.report_figures.append(
+        ReportFigure(
             "contributions",
             "ablations",
             "What each part earns",
@@ -88,8 +88,8 @@ def _ablations(sweep: Sweep, found: Studies) -> None:
     for row in frame.sort_values("difference", ascending=False).to_dict("records"):
         changed = studies.ablated(methods, whole, row["method"])
         parts = ", ".join(studies.ABLATIONS[name] for name in changed)
-        line = [Cell(row["method"]), Cell(parts), Cell(row["without"]), cell(row["cells"])]
-        rows.append([*line, spanned(row["difference"], row["low"], row["high"]), Cell(words[row["verdict"]])])
+        line = [TableCell(row["method"]), TableCell(parts), TableCell(row["without"]), cell(row["cells"])]
+        rows.append([*line, spanned(row["difference"], row["low"], row["high"]), TableCell(words[row["verdict"]])])
     columns = ["method", "part", "setting", "cells", f"{whole} minus it", "the part"]
     found.tables["contributions"] = [make_table("contributions", "What each part earns, in numbers", columns, rows)]
 
@@ -102,14 +102,19 @@ def _reuse(sweep: Sweep, found: Studies) -> None:
     for (task, size), own in curves.groupby(["task", "rows"], sort=False):
         differences = studies.paired_by_cell(own, sweep.baseline or "").set_index("method")
         for method, values in own.groupby("method", sort=False)["value"]:
-            line = [Cell(str(task)), cell(int(cast(Any, size))), Cell(str(method)), cell(float(values.mean()), 3)]
-            apart = [Cell("baseline" if method == sweep.baseline else "–"), Cell("–")]
+            line = [
+                TableCell(str(task)),
+                cell(int(cast(Any, size))),
+                TableCell(str(method)),
+                cell(float(values.mean()), 3),
+            ]
+            apart = [TableCell("baseline" if method == sweep.baseline else "–"), TableCell("–")]
             if method in differences.index:
                 one = differences.loc[method]
-                apart = [spanned(one["difference"], one["low"], one["high"]), Cell(one["verdict"])]
+                apart = [spanned(one["difference"], one["low"], one["high"]), TableCell(one["verdict"])]
             rows.append([*line, *apart])
-    found.plates.append(
-        Plate(
+    found.report_figures.append(
+        ReportFigure(
             "learning_curves",
             "reuse",
             "Score by the number of training rows",
@@ -130,12 +135,12 @@ def _pareto(sweep: Sweep, found: Studies) -> None:
     fronts = {name: on_front(frame[name], frame["score"]) for name in ("milliseconds_a_row", "trainable_parameters")}
     rows = []
     for place, row in enumerate(frame.to_dict("records")):
-        line = [Cell(row["method"]), *(cell(int(row[name])) for name in SIZES), cell(row["score"], 3)]
+        line = [TableCell(row["method"]), *(cell(int(row[name])) for name in SIZES), cell(row["score"], 3)]
         line += [cell(row["milliseconds_a_row"], 3), cell(int(row["trainable_parameters"]))]
-        rows.append([*line, *(Cell("yes" if front[place] else "no") for front in fronts.values())])
+        rows.append([*line, *(TableCell("yes" if front[place] else "no") for front in fronts.values())])
     best = frame.loc[fronts["milliseconds_a_row"] | fronts["trainable_parameters"], "method"]
-    found.plates.append(
-        Plate(
+    found.report_figures.append(
+        ReportFigure(
             "pareto_fronts",
             "pareto",
             "Score against latency and parameters (Fig. 5)",
@@ -158,7 +163,7 @@ def _accounting(sweep: Sweep, found: Studies) -> None:
         for part, entry in (table or {}).items():
             named = "plain LoRA of its rank" if part == "lora" else part.replace("_", " ")
             line = [cell(entry[key]) for key in ("parameters", "flops_per_token", "flops_per_row")]
-            rows.append([Cell(method), Cell(named), *line])
+            rows.append([TableCell(method), TableCell(named), *line])
     if rows:
         columns = ["method", "component", "trainable parameters", "FLOPs a token", "FLOPs a row"]
         note = "Matrix products of a forward pass beside the backbone's, 2 a multiply-add; a row's are spent once."

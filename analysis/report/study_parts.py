@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from analysis.report.content import Table
-from analysis.report.page import Plate
+from analysis.report.content import ReportTable
+from analysis.report.page import ReportFigure
 
 SECTIONS = {
     "words": ("Other words", "What each method keeps where a task is put in words that it was not trained on."),
@@ -27,11 +27,11 @@ class Studies:
     """
 
     problems: list[str] = field(default_factory=list)
-    plates: list[Plate] = field(default_factory=list)
-    tables: dict[str, list[Table]] = field(default_factory=dict)
+    report_figures: list[ReportFigure] = field(default_factory=list)
+    tables: dict[str, list[ReportTable]] = field(default_factory=dict)
 
     @property
     def sections(self) -> list[tuple[str, str, str]]:
         """Key, title and lead of the sections that hold anything."""
-        held = {plate.section for plate in self.plates} | set(self.tables)
+        held = {content.section for content in self.report_figures} | set(self.tables)
         return [(key, *SECTIONS[key]) for key in SECTIONS if key in held]

@@ -9,8 +9,8 @@ import numpy as np
 
 from analysis.figures import studies as plots
 from analysis.figures.style import figure_of, number
-from analysis.report.content import Cell, Table, cell, make_table
-from analysis.report.page import Plate
+from analysis.report.content import ReportTable, TableCell, cell, make_table
+from analysis.report.page import ReportFigure
 from analysis.report.study_parts import Studies
 from analysis.report.sweep_content import spanned
 from analysis.runs.frames import Frame
@@ -28,8 +28,8 @@ def add_stability(sweep: Sweep, cells: Mapping[str, Frame], found: Studies) -> N
     finals = studies.final_scores(cells["scores"], metrics)
     best = studies.final_scores(cells["scores"], {task: metric + studies.BEST for task, metric in metrics.items()})
     deviations = studies.spread(finals)
-    found.plates.append(
-        Plate(
+    found.report_figures.append(
+        ReportFigure(
             "spread_and_stability",
             "stability",
             "Spread and stability by method",
@@ -43,7 +43,7 @@ def add_stability(sweep: Sweep, cells: Mapping[str, Frame], found: Studies) -> N
     found.tables["spread_and_stability"] = [_stability_table(sweep, finals, best, variances, label)]
 
 
-def _stability_table(sweep: Sweep, finals: Frame, best: Frame, variances: Frame, label: str) -> Table:
+def _stability_table(sweep: Sweep, finals: Frame, best: Frame, variances: Frame, label: str) -> ReportTable:
     baseline = sweep.baseline or ""
     deviations = studies.spread(finals)
     logs = studies.by_cell(variances.assign(value=np.log(variances["variance"].clip(lower=1e-30))))
@@ -54,8 +54,8 @@ def _stability_table(sweep: Sweep, finals: Frame, best: Frame, variances: Frame,
         mean = {name: float(frame.loc[frame["method"] == method, "value"].mean()) for name, frame in numbers.items()}
         variance = float(np.exp(mean["log"]))
         spread = float(deviations.loc[deviations["method"] == method, "deviation"].mean())
-        line = [Cell(method), cell(mean["final"], 3), _paired(paired["final"], method), cell(spread, 3)]
-        line += [Cell(f"{variance:.2e}", variance), _paired(paired["log"], method, ratio=True)]
+        line = [TableCell(method), cell(mean["final"], 3), _paired(paired["final"], method), cell(spread, 3)]
+        line += [TableCell(f"{variance:.2e}", variance), _paired(paired["log"], method, ratio=True)]
         if len(best):
             line += [cell(mean["best"], 3), _paired(paired["best"], method)]
         seconds = [one.seconds for one in sweep.cells_of(method) if one.seconds is not None]
@@ -77,8 +77,8 @@ def add_gradients(gradients: Frame, found: Studies) -> None:
     """Add the gradient norms by layer and the concentration by epoch, a line a method."""
     norms, concentration = studies.norms_by_layer(gradients), studies.concentration_by_epoch(gradients)
     if len(norms) and norms["method"].nunique() > 1:
-        found.plates.append(
-            Plate(
+        found.report_figures.append(
+            ReportFigure(
                 "gradient_norms_by_method",
                 "gradients",
                 "Gradient norms by layer and method (Fig. 3)",
@@ -91,8 +91,8 @@ def add_gradients(gradients: Frame, found: Studies) -> None:
         )
     if len(concentration) and concentration["method"].nunique() > 1:
         means = concentration.groupby("method", sort=False)["value"].mean()
-        found.plates.append(
-            Plate(
+        found.report_figures.append(
+            ReportFigure(
                 "concentration_by_epoch",
                 "gradients",
                 "Gradient concentration by epoch (Fig. 4)",
@@ -112,16 +112,16 @@ def add_bounds(theory: Frame, found: Studies) -> None:
         return
     ratios = studies.largest_ratios(theory)
     largest = ratios.groupby("metric")["value"].max()
-    found.plates.append(bounds_plate(ratios, "bounds"))
-    rows = [[Cell(plots.RATIO_NAMES[metric]), cell(float(largest[metric]), 3)] for metric in largest.index]
+    found.report_figures.append(bounds_figure(ratios, "bounds"))
+    rows = [[TableCell(plots.RATIO_NAMES[metric]), cell(float(largest[metric]), 3)] for metric in largest.index]
     found.tables["theory_bounds"] = [make_table("bounds", "Largest observed / bound", ["bound", "largest ratio"], rows)]
 
 
-def bounds_plate(ratios: Frame, section: str) -> Plate:
+def bounds_figure(ratios: Frame, section: str) -> ReportFigure:
     """Return the figure of the theory's bounds."""
     largest = ratios.groupby("metric")["value"].max()
     told = ", ".join(f"{metric} {value:.3f}" for metric, value in largest.items())
-    return Plate(
+    return ReportFigure(
         "theory_bounds",
         section,
         "The theory's bounds along training",
@@ -140,7 +140,7 @@ def _metrics(sweep: Sweep) -> dict[str, str]:
     return {name: str(task.get("metric")) for name, task in facts.items()}
 
 
-def _paired(frame: Frame, method: str, ratio: bool = False) -> Cell:
+def _paired(frame: Frame, method: str, ratio: bool = False) -> TableCell:
     if method not in frame.index:
         return cell(None)
     row = frame.loc[method]

@@ -12,7 +12,7 @@ import numpy as np
 
 from analysis.measures.hierarchy import FEW_CELLS
 from analysis.report import published, words
-from analysis.report.content import Cell, Table, cell, make_table, spanned
+from analysis.report.content import ReportTable, TableCell, cell, make_table, spanned
 from analysis.runs.frames import Frame
 from analysis.summaries.differences import ALL, FEW, HEADLINE, paired_differences
 from analysis.summaries.row_spans import row_interval
@@ -91,31 +91,31 @@ def span_of(compared: Comparison, method: str, key: str) -> tuple[float, float] 
     return span if math.isfinite(span[0]) and math.isfinite(span[1]) else None
 
 
-def _measure(compared: Comparison, row: Mapping[str, Any], key: str) -> Cell:
+def _measure(compared: Comparison, row: Mapping[str, Any], key: str) -> TableCell:
     return spanned(row[key], *(span_of(compared, row["method"], key) or (math.nan, math.nan)))
 
 
-def _whole(value: float) -> Cell:
+def _whole(value: float) -> TableCell:
     return cell(int(round(value)) if math.isfinite(value) else None)
 
 
-def stored(num_bytes: float) -> Cell:
+def stored(num_bytes: float) -> TableCell:
     """Return a number of bytes."""
-    return Cell("0", 0.0) if num_bytes == 0 else cell(float(num_bytes))
+    return TableCell("0", 0.0) if num_bytes == 0 else cell(float(num_bytes))
 
 
-def main_table(compared: Comparison) -> Table:
+def main_table(compared: Comparison) -> ReportTable:
     """The one table: score, difference from the baseline and transfer of every method, with their intervals."""
     sweep = compared.sweep
     rows = []
     for row in compared.methods.to_dict("records"):
         method = row["method"]
         found = compared.difference(compared.differences, method)
-        apart = [cell(None), Cell("baseline" if method == sweep.baseline else "–")]
+        apart = [cell(None), TableCell("baseline" if method == sweep.baseline else "–")]
         if found:
-            apart = [spanned(found["difference"], found["low"], found["high"]), Cell(found["verdict"])]
+            apart = [spanned(found["difference"], found["low"], found["high"]), TableCell(found["verdict"])]
         scores = [_measure(compared, row, key) for key in _MAIN]
-        rows.append([Cell(named(method)), _whole(row["cells"]), scores[0], *apart, *scores[1:]])
+        rows.append([TableCell(named(method)), _whole(row["cells"]), scores[0], *apart, *scores[1:]])
     against = f"minus {sweep.baseline}" if sweep.baseline else "minus the baseline"
     columns = ["method", "cells", DEFINITIONS[_MAIN[0]].name, against, "verdict", "average, all tasks"]
     columns += [DEFINITIONS[key].name for key in _MAIN[2:]]
@@ -127,13 +127,13 @@ def named(method: str) -> str:
     return f"{method} (bound)" if method in BOUNDS else method
 
 
-def cost_table(compared: Comparison) -> Table:
+def cost_table(compared: Comparison) -> ReportTable:
     """What each method costs: memory, parameters, seconds."""
     rows = []
     for row in compared.methods.to_dict("records"):
         numbers = [_whole(row[key]) for key in ("trainable_parameters", "stored_parameters", "serving_parameters")]
         kept, seconds = stored(row["stored_bytes_a_task"]), cell(float(row["seconds"]), 1)
-        rows.append([Cell(named(row["method"])), kept, *numbers, seconds])
+        rows.append([TableCell(named(row["method"])), kept, *numbers, seconds])
     columns = ["method", "kept a task (bytes)", "trainable parameters", "stored parameters", "serving parameters"]
     note = "Means over cells. Kept a task: bytes that the strategy keeps on disk after the last stage, over the stages."
     return make_table("costs", "What each method costs", [*columns, "seconds a cell"], rows, note)
@@ -150,10 +150,10 @@ def _main_note(compared: Comparison) -> str:
     return note
 
 
-def measure_table(compared: Comparison) -> Table:
+def measure_table(compared: Comparison) -> ReportTable:
     """Every measure of every method."""
     rows = [
-        [Cell(named(row["method"])), *(_measure(compared, row, key) for key in MEASURES)]
+        [TableCell(named(row["method"])), *(_measure(compared, row, key) for key in MEASURES)]
         for row in compared.methods.to_dict("records")
     ]
     note = " ".join(f"{DEFINITIONS[key].name.capitalize()}: {DEFINITIONS[key].definition}" for key in MEASURES)
@@ -163,13 +163,13 @@ def measure_table(compared: Comparison) -> Table:
     return make_table("measures", "Every measure", columns, rows, note)
 
 
-def difference_table(compared: Comparison) -> Table | None:
+def difference_table(compared: Comparison) -> ReportTable | None:
     """The paired differences in numbers, on headline and on all tasks."""
     rows = []
     for row in compared.told.to_dict("records"):
-        named = [Cell(row["method"]), Cell(DEFINITIONS[row["measure"]].name), Cell(row["tasks"])]
+        named = [TableCell(row["method"]), TableCell(DEFINITIONS[row["measure"]].name), TableCell(row["tasks"])]
         rows.append(
-            [*named, cell(row["cells"]), spanned(row["difference"], row["low"], row["high"]), Cell(row["verdict"])]
+            [*named, cell(row["cells"]), spanned(row["difference"], row["low"], row["high"]), TableCell(row["verdict"])]
         )
     if not rows:
         return None
@@ -182,7 +182,7 @@ def difference_table(compared: Comparison) -> Table | None:
     return make_table("differences", title, columns, rows, note)
 
 
-def tuning_table(sweep: Sweep) -> Table | None:
+def tuning_table(sweep: Sweep) -> ReportTable | None:
     """Every setting tried in tuning with its score, the chosen one, and whether it lies at the edge of its values."""
     rows = []
     for method, tried in sweep.tuning.items():
@@ -194,13 +194,24 @@ def tuning_table(sweep: Sweep) -> Table | None:
             score = one.get("score")
             taken = bool(chosen) and setting == chosen
             note = one.get("error") or (edge if taken else "")
-            numbers = [Cell(settings_text(setting)), cell(float(score) if score is not None else None, 3)]
+            numbers = [TableCell(settings_text(setting)), cell(float(score) if score is not None else None, 3)]
             rows.append(
-                [Cell(method), *numbers, Cell("chosen" if taken else "–"), Cell(" ".join(str(note or "–").split()))]
+                [
+                    TableCell(method),
+                    *numbers,
+                    TableCell("chosen" if taken else "–"),
+                    TableCell(" ".join(str(note or "–").split())),
+                ]
             )
         if chosen and chosen not in settings:
             rows.append(
-                [Cell(method), Cell(settings_text(chosen)), cell(None), Cell("chosen"), Cell("not among those tried")]
+                [
+                    TableCell(method),
+                    TableCell(settings_text(chosen)),
+                    cell(None),
+                    TableCell("chosen"),
+                    TableCell("not among those tried"),
+                ]
             )
     if not rows:
         return None
@@ -230,27 +241,33 @@ def settings_text(settings: Mapping[str, Any]) -> str:
     return ", ".join(parts) or "–"
 
 
-def setting_table(sweep: Sweep) -> Table:
+def setting_table(sweep: Sweep) -> ReportTable:
     """What each method changes in the base configuration."""
-    rows = [[Cell(method), Cell(settings_text(settings))] for method, settings in sweep.methods.items()]
+    rows = [[TableCell(method), TableCell(settings_text(settings))] for method, settings in sweep.methods.items()]
     return make_table("settings", "What each method is", ["method", f"settings over {sweep.base or 'the base'}"], rows)
 
 
-def cell_table(sweep: Sweep) -> Table:
+def cell_table(sweep: Sweep) -> ReportTable:
     """Every cell: its state, its score, and the line of one that has no numbers."""
     rows = []
     for one in sweep.cells:
         found = cell_measures(sweep, one)
         scores = [cell(found.get(key), 3) for key in ("headline_accuracy", "average_accuracy", "backward_transfer")]
-        place = [Cell(one.method), Cell(one.order), Cell(str(one.seed), one.seed), Cell(one.status)]
+        place = [TableCell(one.method), TableCell(one.order), TableCell(str(one.seed), one.seed), TableCell(one.status)]
         rows.append(
-            [*place, *scores, cell(one.seconds, 1), Cell(one.directory), Cell(one.error or one.rows_problem or "–")]
+            [
+                *place,
+                *scores,
+                cell(one.seconds, 1),
+                TableCell(one.directory),
+                TableCell(one.error or one.rows_problem or "–"),
+            ]
         )
     columns = ["method", "order", "seed", "state", "headline average", "average accuracy", "backward transfer"]
     return make_table("cells", "Every cell", [*columns, "seconds", "directory", "error"], rows)
 
 
-def published_table(compared: Comparison) -> Table | None:
+def published_table(compared: Comparison) -> ReportTable | None:
     """The published scores of these orders beside ours, or None where no order is a published one."""
     sweep, measured = compared.sweep, []
     alone = published.order_number(sweep.base) or published.order_number(sweep.name)

@@ -7,14 +7,14 @@ import pandas as pd
 from analysis import figures
 from analysis.figures.style import number
 from analysis.measures.hierarchy import FEW_CELLS, mean_weights
-from analysis.report.page import OPENING, Plate, unless
+from analysis.report.page import OPENING, ReportFigure, unless
 from analysis.report.sweep_content import Comparison, span_of
 from analysis.runs.frames import Frame
 from analysis.summaries.differences import FEW
 from analysis.summaries.sweeps import BOUNDS, HEADLINE_MARGIN, Sweep
 
 
-def sweep_plates(compared: Comparison) -> list[Plate]:
+def sweep_figures(compared: Comparison) -> list[ReportFigure]:
     """Return the figures of a sweep's report, in order."""
     return [_methods(compared), _forest(compared), _tasks(compared.sweep), _stages(compared.sweep)]
 
@@ -37,7 +37,7 @@ def side_by_side(compared: Comparison) -> Frame:
     return frame.sort_values(["bound", "value"], ascending=[True, False], ignore_index=True)
 
 
-def _methods(compared: Comparison) -> Plate:
+def _methods(compared: Comparison) -> ReportFigure:
     sweep, frame = compared.sweep, side_by_side(compared)
     spans = [f"{row.method} {number(row.value)}" for row in frame.itertuples()]
     tasks = "the headline tasks" if sweep.headline_names else "all tasks"
@@ -50,7 +50,7 @@ def _methods(compared: Comparison) -> Plate:
             f" Right: what it has more than {sweep.baseline}, over the same cells and rows; grey where the interval "
         )
         right += "holds 0, so that the two are not told apart; blue above, red below."
-    return Plate(
+    return ReportFigure(
         "methods_side_by_side",
         OPENING,
         "Methods side by side",
@@ -63,7 +63,7 @@ def _methods(compared: Comparison) -> Plate:
     )
 
 
-def _forest(compared: Comparison) -> Plate:
+def _forest(compared: Comparison) -> ReportFigure:
     sweep, frame = compared.sweep, compared.told
     frame = frame[(frame["measure"] == "average_accuracy") & (frame["tasks"] != FEW)]
     why = "" if len(frame) else why_no_differences(sweep)
@@ -73,7 +73,7 @@ def _forest(compared: Comparison) -> Plate:
         f"{row.method} {number(row.difference)} ({number(row.low)} to {number(row.high)}), {row.verdict}"
         for row in first.itertuples()
     ]
-    return Plate(
+    return ReportFigure(
         "paired_differences",
         "differences",
         f"Paired differences from {sweep.baseline}" if sweep.baseline else "Paired differences",
@@ -110,14 +110,14 @@ def task_scores(sweep: Sweep) -> Frame:
     return pd.DataFrame(rows, columns=["method", "task", "value", "headline"])
 
 
-def _tasks(sweep: Sweep) -> Plate:
+def _tasks(sweep: Sweep) -> ReportFigure:
     frame = task_scores(sweep)
     outside = [task for task in sweep.tasks if task not in sweep.headline_names]
     line = ""
     if outside and len(outside) < len(sweep.tasks):
         line = f" Right of the line: tasks out of the headline mean ({', '.join(outside)})."
     means = frame.groupby("method", sort=False)["value"].mean()
-    return Plate(
+    return ReportFigure(
         "scores_by_task",
         "tasks",
         "Final score by task and method",
@@ -144,7 +144,7 @@ def stage_scores(sweep: Sweep) -> Frame:
     return pd.DataFrame(rows, columns=["method", "cell", "weight", "stage", "value"]).dropna(ignore_index=True)
 
 
-def _stages(sweep: Sweep) -> Plate:
+def _stages(sweep: Sweep) -> ReportFigure:
     frame = stage_scores(sweep)
     ends = ", ".join(
         f"{method} {number(float(figures.mean_by_stage(own).iloc[-1]))}"
@@ -153,7 +153,7 @@ def _stages(sweep: Sweep) -> Plate:
     scored = frame.groupby("method")["stage"].agg(["nunique", "min", "max"])
     whole = bool((scored["nunique"] > scored["max"] - scored["min"]).all())
     gaps = "" if whole else " Dotted: the stages between were not scored on all tasks learnt."
-    return Plate(
+    return ReportFigure(
         "accuracy_by_stage",
         "stages",
         "Mean score so far, stage by stage",

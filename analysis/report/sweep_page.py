@@ -8,12 +8,12 @@ from typing import Any
 
 from analysis.measures.hierarchy import FEW_CELLS
 from analysis.report import preflight, sweep_content
-from analysis.report.content import Table, cell, spanned
+from analysis.report.content import ReportTable, cell, spanned
 from analysis.report.page import KeyNumber, Page
 from analysis.report.study_content import study_parts
 from analysis.report.study_parts import Studies
 from analysis.report.sweep_content import DEFINITIONS, Comparison, compare
-from analysis.report.sweep_figures import sweep_plates, why_no_differences
+from analysis.report.sweep_figures import sweep_figures, why_no_differences
 from analysis.report.words import Measure
 from analysis.summaries.sweeps import ABOVE, BELOW, BOUNDS, EVEN, JOINT, MEASURES, PER_TASK, Sweep
 
@@ -40,7 +40,7 @@ def sweep_page(sweep: Sweep) -> Page:
         verdict=verdict(compared),
         gloss=gloss(compared),
         sections=_sections(sweep, parts),
-        plates=[*sweep_plates(compared), *parts.plates],
+        report_figures=[*sweep_figures(compared), *parts.report_figures],
         tables=tables,
         facts=_facts(sweep),
         key_numbers=_key_numbers(compared),
@@ -59,9 +59,9 @@ def _sections(sweep: Sweep, parts: Studies) -> list[tuple[str, str, str]]:
     return [*before, *parts.sections, *after]
 
 
-def _tables(compared: Comparison, checks: list[preflight.Check]) -> dict[str, list[Table]]:
+def _tables(compared: Comparison, checks: list[preflight.Check]) -> dict[str, list[ReportTable]]:
     sweep = compared.sweep
-    found: dict[str, list[Table | None]] = {
+    found: dict[str, list[ReportTable | None]] = {
         "preflight": [preflight.table(checks, sweep.headline_names) if checks else None],
         "methods": [
             sweep_content.main_table(compared),

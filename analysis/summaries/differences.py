@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 
 from analysis.measures import hierarchy
 from analysis.runs.frames import Frame
-from analysis.summaries.sweep_cells import Cell, RowScores
+from analysis.summaries.sweep_cells import RowScores, SweepCell
 from analysis.summaries.sweeps import ABOVE, BELOW, EVEN, Sweep
 
 Array = NDArray[np.float64]
-Pair = tuple[Cell, Cell]
+Pair = tuple[SweepCell, SweepCell]
 Drawn = dict[str, tuple[NDArray[np.int64], Array]]
 
 COLUMNS = ["method", "baseline", "measure", "tasks", "cells", "difference", "low", "high", "verdict", "rough"]
@@ -124,7 +124,7 @@ def drawn_rows(sweep: Sweep, task: str) -> tuple[NDArray[np.int64], Array]:
     return every, hierarchy.row_counts(len(every), generator)
 
 
-def _row_differences(own: Cell, other: Cell, task: str, every: NDArray[np.int64], trained: bool) -> Array:
+def _row_differences(own: SweepCell, other: SweepCell, task: str, every: NDArray[np.int64], trained: bool) -> Array:
     """Return own minus other for each of the ``every`` rows, NaN for rows that they do not share.
 
     ``trained`` takes final minus just-trained scores; a cell's last task then has none.

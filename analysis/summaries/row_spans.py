@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from analysis.measures import hierarchy
-from analysis.summaries.sweep_cells import Cell
+from analysis.summaries.sweep_cells import SweepCell
 
 MEASURES = ("headline_accuracy", "average_accuracy", "backward_transfer", "learning_accuracy")
 """The measures that are means over tasks and rows of what a row earned, and so have such an interval."""
 
 
-def row_interval(cell: Cell, tasks: Sequence[str], key: str) -> tuple[float, float] | None:
+def row_interval(cell: SweepCell, tasks: Sequence[str], key: str) -> tuple[float, float] | None:
     """Return the 95 % interval of a measure with the cell's test rows redrawn; None where it cannot be had.
 
     Args:

@@ -1,8 +1,8 @@
 """What the atoms of a run's bank are for, as tables: each function takes tidy frames of one run and returns one.
 
-Frames come from ``analysis.runs.load``; the figures beside these tables are ``analysis.figures.specialization``. Where a
+Frames come from ``analysis.runs.load``; ``analysis.figures.specialization`` draws them. Where a
 function says nothing of a stage it is about the last one recorded, and of a run without what it needs it returns an
-empty frame. Usages, entropies and distances are computed per block first and then averaged (``analysis.measures.routing``).
+empty frame. Usages, entropies and distances are computed per block first and then averaged (``measures.routing``).
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ class RowScores:
 
 
 @dataclass(frozen=True)
-class Cell:
+class SweepCell:
     """A cell, with its numbers where its run is finished and readable.
 
     Attributes:
@@ -108,7 +108,7 @@ class Cell:
         return [float(self.matrix[stage, :stage].mean()) for stage in range(1, len(self.matrix))]
 
 
-def read_cell(directory: Path, entry: Mapping[str, Any]) -> Cell:
+def read_cell(directory: Path, entry: Mapping[str, Any]) -> SweepCell:
     """Read a cell as sweep.json names it; one that failed, waits or cannot be read has a line in ``error``.
 
     Raises:
@@ -120,7 +120,7 @@ def read_cell(directory: Path, entry: Mapping[str, Any]) -> Cell:
     except (KeyError, TypeError, ValueError):
         raise RunReadError("a cell lacks its method, order, seed or dir") from None
     status, seconds = str(entry.get("status", "waiting")), entry.get("seconds")
-    cell = Cell(method, order, seed, place, status, seconds=float(seconds) if seconds is not None else None)
+    cell = SweepCell(method, order, seed, place, status, seconds=float(seconds) if seconds is not None else None)
     error = " ".join(str(entry.get("error") or "").split())
     if status != "done":
         return replace(cell, error=error or ("it failed" if status == "failed" else "it is not finished"))

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from analysis.measures import hierarchy
 from analysis.runs.frames import Frame
 from analysis.summaries.differences import Drawn, drawn_rows, mean_over_cells, verdict
-from analysis.summaries.sweep_cells import Cell
+from analysis.summaries.sweep_cells import SweepCell
 from analysis.summaries.sweeps import Sweep
 
 Array = NDArray[np.float64]
@@ -71,7 +71,7 @@ def _words(rows: Frame) -> Any:
     return rows["wording"].str.replace(r"-\d+$", "", regex=True)
 
 
-def _key(cell: Cell) -> Key:
+def _key(cell: SweepCell) -> Key:
     return cell.method, cell.order, cell.seed
 
 
@@ -87,7 +87,7 @@ def _earned(group: Frame, drawn: Drawn) -> Values:
     return found
 
 
-def _final(cell: Cell, drawn: Drawn) -> dict[str, Array]:
+def _final(cell: SweepCell, drawn: Drawn) -> dict[str, Array]:
     """Return what each row earned in the words trained on, likewise."""
     return {
         task: pd.Series(own.final, own.rows).reindex(drawn[task][0]).to_numpy(dtype=float)
@@ -95,19 +95,19 @@ def _final(cell: Cell, drawn: Drawn) -> dict[str, Array]:
     }
 
 
-def _stack(cells: list[Cell], tasks: list[str], drawn: Drawn, values: Values) -> dict[str, Array]:
+def _stack(cells: list[SweepCell], tasks: list[str], drawn: Drawn, values: Values) -> dict[str, Array]:
     """Return the cells' values by task, (cells, rows)."""
     missing = {task: np.full(len(drawn[task][0]), np.nan) for task in tasks}
     return {task: np.stack([values[_key(cell)].get(task, missing[task]) for cell in cells]) for task in tasks}
 
 
-def _mean(values: dict[str, Array], cells: list[Cell], drawn: Drawn) -> tuple[float, float, float]:
+def _mean(values: dict[str, Array], cells: list[SweepCell], drawn: Drawn) -> tuple[float, float, float]:
     orders = [cell.order for cell in cells]
     weights = hierarchy.cell_weights(orders, np.random.default_rng(0))
     return mean_over_cells(values, orders, weights, drawn) or (math.nan, math.nan, math.nan)
 
 
-def _apart(sweep: Sweep, cells: list[Cell], tasks: list[str], earned: Values, drawn: Drawn) -> list[Any]:
+def _apart(sweep: Sweep, cells: list[SweepCell], tasks: list[str], earned: Values, drawn: Drawn) -> list[Any]:
     """Return the difference from the baseline in the same words, its interval and the verdict."""
     nothing = [math.nan, math.nan, math.nan, ""]
     if not sweep.baseline or cells[0].method == sweep.baseline:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from analysis.measures import hierarchy
 from analysis.runs.frames import Frame
 from analysis.runs.load import RunReadError
-from analysis.summaries.sweep_cells import Cell, read_cell
+from analysis.summaries.sweep_cells import SweepCell, read_cell
 
 Array = NDArray[np.float64]
 
@@ -67,15 +67,15 @@ class Sweep:
     baseline: str | None
     methods: Mapping[str, Mapping[str, Any]]
     orders: Mapping[str, list[str]]
-    cells: list[Cell]
+    cells: list[SweepCell]
     tuning: Mapping[str, Any] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
-    def cells_of(self, method: str) -> list[Cell]:
+    def cells_of(self, method: str) -> list[SweepCell]:
         """Return a method's cells that have numbers."""
         return [cell for cell in self.cells if cell.method == method and cell.matrix is not None]
 
-    def twin(self, cell: Cell, method: str) -> Cell | None:
+    def twin(self, cell: SweepCell, method: str) -> SweepCell | None:
         """Return ``method``'s cell of the same order and seed, if it has numbers."""
         place = (cell.order, cell.seed)
         return next((other for other in self.cells_of(method) if (other.order, other.seed) == place), None)
@@ -129,7 +129,7 @@ def load_sweep(directory: str | Path) -> Sweep:
     if not isinstance(methods, dict) or not isinstance(entries, list):
         raise RunReadError(f"{path}: not a sweep's (it has no methods or no cells)")
     problems: list[str] = []
-    cells: list[Cell] = []
+    cells: list[SweepCell] = []
     for number, entry in enumerate(entries):
         try:
             cells.append(read_cell(directory, entry if isinstance(entry, dict) else {}))
@@ -215,7 +215,7 @@ def _mean_of(task: str, scores: Sequence[Mapping[str, float]]) -> float:
     return float(np.mean(known)) if known else float("nan")
 
 
-def cell_measures(sweep: Sweep, cell: Cell) -> dict[str, float]:
+def cell_measures(sweep: Sweep, cell: SweepCell) -> dict[str, float]:
     """Return a cell's measures, by the keys of ``MEASURES``; one that is not defined for it is missing.
 
     ``headline_accuracy`` is the mean final score over the headline tasks. ``intransigence`` is the mean over stages k
@@ -265,7 +265,7 @@ def _mean_and_interval(key: str, values: Array, orders: list[str]) -> dict[str, 
     return dict(zip(names, (float(hierarchy.mean_weights(orders) @ values), *span), strict=True))
 
 
-def _costs(cells: Sequence[Cell]) -> dict[str, float]:
+def _costs(cells: Sequence[SweepCell]) -> dict[str, float]:
     """Return what a method costs, as means over its cells; NaN for what no manifest says."""
     sizes = [_last(cell.manifest.get("stored_bytes")) for cell in cells]
     a_task = [None if size is None else size / len(cell.stages) for size, cell in zip(sizes, cells, strict=True)]

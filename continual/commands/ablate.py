@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from continual.adapters import QueryableLoraConfig, QueryableLoraModel
+from continual.adapters.growing.bank import SlicedBank
 from continual.callbacks import ScoreRecorder
 from continual.config import experiment
 from continual.config.experiment import Experiment
@@ -58,7 +59,7 @@ class AtomScores(StageLoop):
         self.prepare(state)
         self._see_labels(state.finished_stage)
         tuner = cast(QueryableLoraModel, self.module.tuner)
-        growing = tuner.growing
+        growing = cast(SlicedBank | None, tuner.growing)
         # A growing bank's atoms stand behind the weight of no slice in use, as they do in recorded routes.
         first = 0 if growing is None else 1
         slices = list(tuner.queryable_bank) if growing is None else growing.names

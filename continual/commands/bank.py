@@ -120,14 +120,14 @@ def table(folder: Path) -> str:
         else:
             sizes[name] = _count(shapes, "")
     width = max(5, *map(len, state["stages"]))
-    lines = [f"{'stage':<{width}}  {'numbers':>9}  {'anchors':>8}  {'home':>6}  slices"]
+    lines = [f"{'stage':<{width}}  {'numbers':>9}  {'anchors':>8}  {'own rows':>8}  slices"]
     for stage, slices in state["stages"].items():
-        home = state["notes"].get(stage, {}).get("home")
-        told = "-" if home is None else f"{home:.1%}"
+        share = state["notes"].get(stage, {}).get("home")
+        own_rows = "-" if share is None else f"{share:.1%}"
         others = [other for other, used in state["stages"].items() if other != stage and set(used) & set(slices)]
         shared = f" (shared with {', '.join(others)})" if others else ""
         own = sum(sizes[name] for name in slices)
-        lines.append(f"{stage:<{width}}  {own:>9,}  {anchors[stage]:>8,}  {told:>6}  {' + '.join(slices)}{shared}")
+        lines.append(f"{stage:<{width}}  {own:>9,}  {anchors[stage]:>8,}  {own_rows:>8}  {' + '.join(slices)}{shared}")
     total = sum(sizes.values()) + sum(anchors.values()) + common
     lines.append(
         f"slices: {len(sizes)}, of {sum(sizes.values()):,} numbers; {total:,} in all, the gate's covariance in"

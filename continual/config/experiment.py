@@ -140,7 +140,7 @@ class Experiment:
             trainer = L.Trainer(**arguments)
         except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
             raise ConfigError(f"trainer: {one_line(error)}") from error
-        distributed.spare(trainer, self.model.cuda_graphs)
+        distributed.configure_ddp(trainer, self.model.cuda_graphs)
         # At SIGTERM it would wait for the other processes, which wait for something else: run.guarded stops the run.
         cast(Any, trainer)._signal_connector._sigterm_notifier_fn = lambda *_: None
         return trainer

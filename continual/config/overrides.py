@@ -13,9 +13,9 @@ import yaml
 from continual.errors import ConfigError, one_line
 
 KEYS = (
-    "name seed threads scoring bounds model data trainer token_sample general_ability best_checkpoint theory wordings "
-    "recorders stages"
-).split()
+    *("name", "seed", "threads", "scoring", "bounds", "model", "data", "trainer", "stages"),
+    *("token_sample", "general_ability", "best_checkpoint", "theory", "wordings", "recorders"),
+)
 """The keys of a configuration, at the top."""
 
 

@@ -2,7 +2,7 @@
 
 Lightning (``trainer.devices=N trainer.strategy=ddp``), torchrun or srun runs the command once for each device, and all
 of these processes run the same lines on the same seed. A training batch is the same whatever their number: each takes
-every N-th of its rows (``batches.Collator``). Batches to be scored are dealt out whole (``stage_data.ScoringDataModule``), and
+every N-th of its rows (``batches.Collator``). Batches to be scored are dealt out whole (``scoring.data_module``), and
 what was found in them is gathered before anything is computed from it. The first process alone writes, and speaks.
 
 Lightning's ModelParallelStrategy cuts the frozen decoder layers into shards, one a device (``shard``): passes then have
@@ -67,7 +67,7 @@ def check(trainer: L.Trainer) -> None:
         )
 
 
-def spare(trainer: L.Trainer, records: bool) -> None:
+def configure_ddp(trainer: L.Trainer, records: bool) -> None:
     """Let DDP leave out what no run needs: a second place for gradients, rounds of buffers, and a stream of its own.
 
     Args:
@@ -205,7 +205,7 @@ def mean(values: Tensor) -> Tensor:
 
 
 @contextmanager
-def staying(module: AdaptedModule) -> Iterator[None]:
+def on_device(module: AdaptedModule) -> Iterator[None]:
     """Leave a module on its device inside the ``with``.
 
     Lightning moves a module to the host after each fit and each test, and back for the next: seconds a stage.

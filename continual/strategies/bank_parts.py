@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from continual.adapters.growing.bank import GrowingBank
+from continual.adapters.growing.bank import SlicedBank
 from continual.adapters.growing.bank_folder import GATE_NAME, STATE_NAME, read_state
 from continual.adapters.growing.inputs import RowInputs
 from continual.compat.transformers import CACHE, cache_of
@@ -29,9 +29,9 @@ def slice_name(stage: int) -> str:
     return FIRST if stage == 1 else f"stage{stage:02d}"
 
 
-def bank_of(module: AdaptedModule) -> GrowingBank:
+def bank_of(module: AdaptedModule) -> SlicedBank:
     """Return the growing bank of a module that the strategy ``GrowingBank`` has prepared."""
-    return cast(GrowingBank, cast(Any, module.tuner).growing)
+    return cast(SlicedBank, cast(Any, module.tuner).growing)
 
 
 def add_slice(module: AdaptedModule, name: str) -> None:

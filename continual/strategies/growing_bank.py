@@ -1,6 +1,6 @@
 """The growing atom bank: every stage adds a slice of atoms, keeps what earlier stages own, and is found by its rows.
 
-Ours, beyond the paper (arXiv 2605.08423, which has one bank and no stages). ``continual.adapters.growing.bank`` computes;
+Ours, beyond the paper (arXiv 2605.08423, which has one bank and no stages). ``adapters.growing.bank`` computes;
 this strategy decides, stage by stage:
 
     reuses    the slice under which the new rows' loss is lowest, where that is lower than the backbone's by
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from continual.adapters import QueryableLoraConfig
-from continual.adapters.growing.bank import GrowingBank as Bank
+from continual.adapters.growing.bank import SlicedBank
 from continual.adapters.growing.gate import StageGate
 from continual.adapters.growing.inputs import RowInputs
 from continual.adapters.instructions import InstructionEncoder
@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     from continual.data.stage_data import StageData
     from continual.interfaces import AdaptedModule
 
-_APART = 0.8  # share of a stage's own rows that the gate has to send home for the stage to count as told apart
+_APART = 0.8  # share of a stage's rows that the gate has to route to it for the stage to count as told apart
 
 
 class GrowingBank(Strategy):
@@ -149,7 +149,7 @@ class GrowingBank(Strategy):
         num_features = module.hidden_width if text else module.backbone.num_inputs  # type: ignore[attr-defined]
         num_layers = len(decoder.layers) if text else 1  # type: ignore[union-attr]
         depth = min(max(1, round(self.depth * num_layers)), num_layers - 1)
-        tuner.growing = Bank(tuner, StageGate(num_features, len(encode(""))), depth)
+        tuner.growing = SlicedBank(tuner, StageGate(num_features, len(encode(""))), depth)
         tuner.growing.in_use = None
 
     # -- one stage ----------------------------------------------------------------------------------------------------
@@ -215,9 +215,9 @@ class GrowingBank(Strategy):
         bank.in_use = None
         if stage == 1 and self.background_rows and module.backbone.kind == "causal_lm":
             self._set_background(module)
-        home, elsewhere = self._anchor(module, data, adapters)
-        self.notes[data.name] = {"source": self._source, "kept": kept, "home": home, "elsewhere": elsewhere}
-        print(f"  {data.name}: {_told(adapters, self._source, kept, home, elsewhere)}", flush=True)
+        own, others = self._anchor(module, data, adapters)
+        self.notes[data.name] = {"source": self._source, "kept": kept, "home": own, "elsewhere": others}
+        print(f"  {data.name}: {_describe(adapters, self._source, kept, own, others)}", flush=True)
 
     def _prune(self, module: AdaptedModule, data: StageData, name: str, limit: float) -> float:
         """Drop components of the slice, the least a number first, while the loss stays within ``limit``.
@@ -275,7 +275,7 @@ class GrowingBank(Strategy):
 
     @torch.no_grad()
     def _anchor(self, module: AdaptedModule, data: StageData, adapters: list[str]) -> tuple[float, dict[str, float]]:
-        """Add the stage's anchors; return the share of its rows that come home, and where the others go."""
+        """Add the stage's anchors; return the share of its rows that are routed to it, and where the others go."""
         bank, inputs = bank_of(module), cast(RowInputs, module.row_inputs)
         rows = sorted(data.train_rows, key=lambda row: row.length)
         encoding, parts = inputs.encode(data.task.instruction), []
@@ -287,8 +287,8 @@ class GrowingBank(Strategy):
         best = bank.gate.add(data.name, features, lengths, self._groups(data, rows, features), encoding)
         bank.gate.stages[data.name].adapters = list(adapters)
         shares = {name: (best == index).float().mean().item() for index, name in enumerate(bank.gate.stages)}
-        home = shares.pop(data.name)
-        return home, {name: share for name, share in shares.items() if share}
+        own = shares.pop(data.name)
+        return own, {name: share for name, share in shares.items() if share}
 
     @torch.no_grad()
     def _set_background(self, module: AdaptedModule) -> None:
@@ -362,13 +362,13 @@ class GrowingBank(Strategy):
         return bank.gate.num_numbers + max(sum(sizes[n] for n in a.adapters) for a in bank.gate.stages.values())
 
 
-def _told(adapters: list[str], source: list[str], kept: float, home: float, elsewhere: dict[str, float]) -> str:
+def _describe(adapters: list[str], source: list[str], kept: float, own: float, others: dict[str, float]) -> str:
     """Return what a person should know of a stage that is anchored."""
     if adapters == source:
         line = f"shares {' + '.join(source)}"
     else:
         line = f"{kept:.0%} of its slice kept" + (f", from {' + '.join(source)}" if source else "")
-    line += f"; {home:.1%} of its rows find home"
-    if home < _APART:
-        line += f", and it cannot be told apart from {max(elsewhere, key=lambda name: elsewhere[name])}"
+    line += f"; {own:.1%} of its rows are routed to it"
+    if own < _APART:
+        line += f", and it cannot be told apart from {max(others, key=lambda name: others[name])}"
     return line

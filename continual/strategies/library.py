@@ -7,7 +7,7 @@ is handed on. What is left to decide is which of them answers a row:
     PerInstructionLookup    argmax_i cos(e(row's instruction), e_i): no task label, no learnt router, no sharing
 
 e(text) is the mean of the frozen backbone's input embeddings over the text's tokens (a backbone without words: a
-sentence encoder's) less the fixed reference of ``continual.adapters.instructions``: the encoding of the paper's adapter. A
+sentence encoder's) less the fixed reference of ``adapters.instructions``: the encoding of the paper's adapter. A
 method that routes by instruction has to be better, or smaller, than such a table of adapters.
 """
 

@@ -29,7 +29,7 @@ Engine = Literal["loky", "ray"]
 
 
 @dataclass(frozen=True)
-class Cell:
+class CellRun:
     """One run of a sweep.
 
     Attributes:
@@ -70,7 +70,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class CellOutcome:
     """What became of a cell.
 
     Attributes:
@@ -91,7 +91,7 @@ class Outcome:
         return sum(self.scores.values()) / len(self.scores) if self.scores else float("nan")
 
 
-def run_cells(cells: list[Cell], engine: Engine, num_jobs: int) -> Iterator[Outcome]:
+def run_cells(cells: list[CellRun], engine: Engine, num_jobs: int) -> Iterator[CellOutcome]:
     """Run cells, several at a time, and yield each one's outcome when it has ended.
 
     Raises:
@@ -106,7 +106,7 @@ def run_cells(cells: list[Cell], engine: Engine, num_jobs: int) -> Iterator[Outc
             raise RunError(f"a worker of the sweep died ({one_line(error, 100)}); go on with --resume") from error
 
 
-def run_cell(cell: Cell) -> Outcome:
+def run_cell(cell: CellRun) -> CellOutcome:
     """Run a cell, or go on with it, and say what became of it; never raises."""
     try:
         if cell.is_orphan:
@@ -116,31 +116,33 @@ def run_cell(cell: Cell) -> Outcome:
             fcntl.flock(log, fcntl.LOCK_EX)
             error = None if outcome_of(cell).error is None else _run(cell, log)
         found = outcome_of(cell)
-        return found if error is None else Outcome(cell.place, error, found.seconds)
+        return found if error is None else CellOutcome(cell.place, error, found.seconds)
     except Exception as error:  # whatever it is, the other cells go on
-        return Outcome(cell.place, one_line(error))
+        return CellOutcome(cell.place, one_line(error))
     finally:
         if cell.is_orphan:  # nobody waits for the outcome, and joblib would keep this worker for minutes
             os._exit(1)
 
 
-def outcome_of(cell: Cell) -> Outcome:
+def outcome_of(cell: CellRun) -> CellOutcome:
     """Return what a cell's directory holds."""
     try:
         state, _ = manifest.read(cell.run_dir)
         seconds = round(sum(state.stage_seconds.values()), 1) if state.stage_seconds else None
         if not state.complete:
-            return Outcome(cell.place, f"stopped after stage {state.finished_stage} of {len(state.stages)}", seconds)
+            return CellOutcome(
+                cell.place, f"stopped after stage {state.finished_stage} of {len(state.stages)}", seconds
+            )
         scores = records.read(cell.run_dir, "scores")
     except (ConfigError, RunError, RecordError) as error:
-        return Outcome(cell.place, one_line(error))
+        return CellOutcome(cell.place, one_line(error))
     last = scores[scores["stage"] == state.finished_stage]
     values = dict(zip(zip(last["task"], last["metric"], strict=True), last["value"], strict=True))
     final = {task: float(values[task, facts["metric"]]) for task, facts in state.tasks.items()}
-    return Outcome(cell.place, None, seconds, final)
+    return CellOutcome(cell.place, None, seconds, final)
 
 
-def _run(cell: Cell, log: IO[bytes]) -> str | None:
+def _run(cell: CellRun, log: IO[bytes]) -> str | None:
     """Start or resume the run; return why it failed, or None."""
     started = (cell.run_dir / manifest.MANIFEST_NAME).exists()
     if started and cell.config_path.is_file() and cell.config_path.read_text(encoding="utf-8") != cell.config:
@@ -153,7 +155,7 @@ def _run(cell: Cell, log: IO[bytes]) -> str | None:
     return None if code == 0 else _reason(cell.log_path, begin, code)
 
 
-def call_run(cell: Cell, arguments: list[str], log: IO[bytes]) -> int:
+def call_run(cell: CellRun, arguments: list[str], log: IO[bytes]) -> int:
     """Run ``python -m continual.run``, which inherits the log and its lock; return its exit status, -N for signal N."""
     environment = os.environ | ({} if cell.device is None else {"CUDA_VISIBLE_DEVICES": cell.device})
     command = [sys.executable, "-m", "continual.run", *arguments]

@@ -30,14 +30,14 @@ import yaml
 from continual.errors import DIVERGED, ConfigError
 from continual.storage import manifest
 from continual.storage.files import atomic_directory, write_json
-from continual.sweeps.cells import Cell, Engine, Outcome, outcome_of, run_cells, visible_devices
+from continual.sweeps.cells import CellOutcome, CellRun, Engine, outcome_of, run_cells, visible_devices
 from continual.sweeps.plan import BASE_NAME, SWEEP_NAME, Plan, Settings
 
 STATE_NAME = "sweep.json"
 TUNING_NAME = "tuning.json"
 
 
-class Sweep:
+class SweepLoop:
     """One sweep, ready to go on after the cells that are finished.
 
     Args:
@@ -51,7 +51,7 @@ class Sweep:
         self.plan, self.sweep_dir, self.num_jobs = plan, sweep_dir, num_jobs
         self.engine: Engine = engine
         self.devices = visible_devices() if engine == "loky" else []
-        self.outcomes: dict[str, Outcome] = {}
+        self.outcomes: dict[str, CellOutcome] = {}
         self.settings = plan.methods
         self.tuning: dict[str, Any] = {}
 
@@ -68,7 +68,7 @@ class Sweep:
         for method, order, seed in self.plan.cells():
             place = _place(method, order, seed)
             if method in self.tuning and self.tuning[method]["choice"] is None:
-                self.outcomes[place] = Outcome(place, _untuned(method, self.tuning[method]["cells"]))
+                self.outcomes[place] = CellOutcome(place, _untuned(method, self.tuning[method]["cells"]))
                 continue
             name, stages = f"{method}-{order}-seed{seed}", self.plan.orders[order].stages
             config = self.plan.configuration(name, self.settings[method], stages, seed)
@@ -87,7 +87,7 @@ class Sweep:
         before = json.loads(path.read_text(encoding="utf-8"))["methods"] if path.exists() else {}
         settled = {method: entry for method, entry in before.items() if not _untried(entry["cells"])}
         combinations = {method: tune.combinations(method) for method in self.plan.methods if tune.values(method)}
-        cells: dict[str, list[Cell]] = {}
+        cells: dict[str, list[CellRun]] = {}
         for method, settings in combinations.items():
             if method not in settled:
                 first = sum(map(len, cells.values()))
@@ -102,7 +102,7 @@ class Sweep:
             self._say_choice(method)
         write_json(path, vars(tune) | {"methods": self.tuning})
 
-    def _choice(self, method: str, combinations: list[Settings], cells: list[Cell]) -> dict[str, Any]:
+    def _choice(self, method: str, combinations: list[Settings], cells: list[CellRun]) -> dict[str, Any]:
         """Return what tuning.json says of a method: the highest mean final score wins, the first of equal ones.
 
         There is no choice while a cell has failed for want of memory, say: methods are to be tuned alike. A value that
@@ -134,14 +134,14 @@ class Sweep:
 
     # -- cells --------------------------------------------------------------------------------------------------------
 
-    def _cell(self, index: int, place: str, config: str) -> Cell:
+    def _cell(self, index: int, place: str, config: str) -> CellRun:
         trainer = yaml.safe_load(config).get("trainer") or {}
         asked = trainer.get("devices", 1)  # a cell of several devices sees all of them
         device = self.devices[index % len(self.devices)] if len(self.devices) > 1 and asked == 1 else None
         sweep_pid = os.getpid() if self.engine == "loky" else None
-        return Cell(self.sweep_dir.absolute(), place, config, Path.cwd(), device, sweep_pid)
+        return CellRun(self.sweep_dir.absolute(), place, config, Path.cwd(), device, sweep_pid)
 
-    def _run(self, cells: list[Cell], what: str) -> None:
+    def _run(self, cells: list[CellRun], what: str) -> None:
         """Run the cells that are not finished, and tell of each as it ends."""
         found = [outcome_of(cell) for cell in cells]
         finished = {outcome.place: outcome for outcome in found if outcome.error is None}

@@ -54,11 +54,11 @@ class ContinualModule(AdaptedModule):
         final_lr_fraction: Share of the learning rate that is left at the last step of a stage (linear decay).
         gradient_checkpointing: Recompute activations in the backward pass (non-reentrant) to save memory.
         compile: Train through torch.compile (``continual.training.compiled``); scoring is not compiled.
-        cuda_graphs: Replay training passes as CUDA graphs (``continual.training.cuda_graphs``), but where the trainer accumulates
-            gradients, and the steps of free answers (``continual.scoring.generation``); without effect on other devices. What
-            is recorded of training is kept for later stages, and so is its memory, while they train the same tensors.
-            By default where passes are compiled, whose launches would else be what a step waits for, and activations
-            are not recomputed.
+        cuda_graphs: Replay training passes as CUDA graphs (``training.cuda_graphs``), but where the trainer accumulates
+            gradients, and the steps of free answers (``training.recorded_generation``); without effect on other
+            devices. What is recorded of training is kept for later stages, and so is its memory, while they train the
+            same tensors. By default where passes are compiled, whose launches would else be what a step waits for, and
+            activations are not recomputed.
         encoder: Sentence encoder for the instruction prior of a backbone without words; a name or a folder.
         start_from: A PEFT folder (a run's adapters/stage-NN, say) whose weights the adapter starts from.
         strategy: What keeps earlier stages from being forgotten; plain fine-tuning by default.

@@ -13,7 +13,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from continual.adapters import QueryableLoraConfig
-from continual.adapters.growing.bank import GrowingBank
+from continual.adapters.growing.bank import SlicedBank
 from continual.adapters.growing.gate import StageGate
 
 WORDS = torch.arange(3, 63).view(3, 20)  # each stage's texts are of 20 tokens of its own
@@ -25,7 +25,7 @@ def texts(stage: int, num_rows: int, seed: int = 0) -> Tensor:
     return WORDS[stage][torch.randint(0, 20, (num_rows, 9), generator=generator)]
 
 
-def grow(model: PeftModel, slices: list[list[str]], depth: int = 1, spread: float = 0.3) -> GrowingBank:
+def grow(model: PeftModel, slices: list[list[str]], depth: int = 1, spread: float = 0.3) -> SlicedBank:
     """Put a bank over an adapted model: a stage for each entry, which the slices named in it answer."""
     tuner: Any = model.base_model
     names = list(dict.fromkeys(name for used in slices for name in used))
@@ -39,7 +39,7 @@ def grow(model: PeftModel, slices: list[list[str]], depth: int = 1, spread: floa
         if "queryable_B" in name:
             nn.init.normal_(parameter, std=spread)
     tuner.set_adapter(names or ["default"])
-    bank = tuner.growing = GrowingBank(tuner, StageGate(32, 32, length_scale=5.0), depth)
+    bank = tuner.growing = SlicedBank(tuner, StageGate(32, 32, length_scale=5.0), depth)
     for stage, used in enumerate(slices):
         features, lengths = bank.features({"text_ids": texts(stage, 300), "row_features": None})
         bank.gate.add(f"task{stage}", features, lengths, torch.zeros(300), torch.zeros(32))
@@ -49,12 +49,12 @@ def grow(model: PeftModel, slices: list[list[str]], depth: int = 1, spread: floa
 
 
 @pytest.fixture
-def grown(backbone: Callable, adapt: Callable) -> Callable[..., tuple[PeftModel, GrowingBank]]:
+def grown(backbone: Callable, adapt: Callable) -> Callable[..., tuple[PeftModel, SlicedBank]]:
     """Return a maker of a model with a bank; it takes the stages' slices, a dtype and the adapter's fields."""
 
     def make(
         slices: list[list[str]], dtype: torch.dtype = torch.float32, **fields: Any
-    ) -> tuple[PeftModel, GrowingBank]:
+    ) -> tuple[PeftModel, SlicedBank]:
         model = adapt(backbone(dtype=dtype), **fields)
         if dtype is torch.float64:
             model.double()

@@ -112,9 +112,9 @@ def test_a_report_shows_other_words_where_there_are_any(worded: tuple) -> None:
     sweep, _, _ = worded
     parts = study_parts(sweep)
     assert "words" in [key for key, *_ in parts.sections]
-    plate = next(plate for plate in parts.plates if plate.name == "words_by_method")
-    assert plate.draw is not None
-    figure = plate.draw()
+    content = next(content for content in parts.report_figures if content.name == "words_by_method")
+    assert content.draw is not None
+    figure = content.draw()
     assert [ax.get_title() for ax in figure.axes] == ["file, prompt and gate", "no instruction"]
     lines = parts.tables["words_by_method"][0].rows
     assert [[cell.text for cell in line[:2]] for line in lines] == [

@@ -14,10 +14,10 @@ import sweep_files as files
 
 from analysis import load_run, load_sweep, summarise
 from analysis.report import preflight, story, words, write_report
-from analysis.report.content import Cell, cell, make_table
+from analysis.report.content import TableCell, cell, make_table
 from analysis.report.page import KeyNumber
 from analysis.report.run_page import run_page
-from analysis.report.story_figures import story_plates
+from analysis.report.story_figures import story_figures
 from analysis.report.sweep_page import sweep_page
 from analysis.summaries.changes import task_changes
 from analysis.summaries.row_spans import row_interval
@@ -219,18 +219,18 @@ def test_a_move_within_its_null_is_not_called_one(make_run: MakeRun) -> None:
 def test_drift_predicts_forgetting_only_where_its_interval_says_so(make_run: MakeRun) -> None:
     for seed in (3, 4, 5):
         summary = summarise(load_run(make_run(f"run-{seed}", seed=seed, num_rows=40, num_steps=6)))
-        plate = next(plate for plate in story_plates(summary) if plate.name == "drift_against_loss")
-        found = re.search(r"interval (\S+) to (\S+),", plate.alt.replace("−", "-"))
+        content = next(content for content in story_figures(summary) if content.name == "drift_against_loss")
+        found = re.search(r"interval (\S+) to (\S+),", content.alt.replace("−", "-"))
         assert found is not None
         if float(found[1]) < 0 < float(found[2]):
-            assert plate.see == "Not shown: the interval of the correlation holds 0."
+            assert content.see == "Not shown: the interval of the correlation holds 0."
 
 
 # ---- tables
 
 
 def test_intervals_stand_under_their_numbers_and_in_one_line_in_a_terminal() -> None:
-    held = Cell("0.50", 0.5, "0.40 to 0.60")
+    held = TableCell("0.50", 0.5, "0.40 to 0.60")
     assert held.line == "0.50 (0.40 to 0.60)" and cell(0.5).line == "0.50"
-    table = make_table("k", "t", ["name", "value", "nothing"], [[Cell("a"), held, cell(None)]])
+    table = make_table("k", "t", ["name", "value", "nothing"], [[TableCell("a"), held, cell(None)]])
     assert table.numeric == [False, True, True]

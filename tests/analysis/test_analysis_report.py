@@ -18,7 +18,7 @@ import analysis
 from analysis import load, load_run, summarise
 from analysis.report import write_report
 from analysis.report.command import main
-from analysis.report.figures import plates
+from analysis.report.figures import report_figures
 from analysis.report.page import _plain
 from analysis.runs import tables
 from analysis.summaries.summary import KEYS
@@ -367,9 +367,9 @@ def test_an_earlier_figure_that_no_longer_holds_is_taken_away(make_run: MakeRun)
 def test_every_figure_draws_at_any_size(make_run: MakeRun, num_tasks: int, num_atoms: int) -> None:
     names = [f"a_rather_long_task_name_{index}" for index in range(num_tasks)]
     run = make_run(**TINY | {"names": names, "num_atoms": num_atoms})
-    drawn = [plate for plate in plates(summarise(load_run(run))) if plate.draw is not None]
-    assert {plate.name for plate in drawn} == FIGURES
-    for plate in drawn:
-        assert plate.draw is not None
-        figure = plate.draw()
+    drawn = [content for content in report_figures(summarise(load_run(run))) if content.draw is not None]
+    assert {content.name for content in drawn} == FIGURES
+    for content in drawn:
+        assert content.draw is not None
+        figure = content.draw()
         assert figure.get_figwidth() <= 10 and figure.get_axes()

@@ -22,7 +22,7 @@ from analysis.measures import hierarchy
 from analysis.report import published, write_report
 from analysis.report.command import main
 from analysis.report.sweep_content import compare, edges
-from analysis.report.sweep_figures import sweep_plates
+from analysis.report.sweep_figures import sweep_figures
 from analysis.summaries import differences
 from analysis.summaries.sweeps import ABOVE, BELOW, EVEN, headline_tasks
 from continual.storage import records
@@ -139,7 +139,9 @@ def test_tasks_of_few_rows_are_a_group_of_their_own(tmp_path: Path) -> None:
     found = paired_differences(sweep, "base").set_index(["tasks", "measure"])["difference"]
     assert found["few rows", "average_accuracy"] == pytest.approx(0.9 - 0.6)
     assert found["all", "average_accuracy"] == pytest.approx(0.9 - 0.75)
-    forest = next(plate for plate in sweep_plates(compare(replace(sweep, baseline="base"))) if plate.name == FOREST)
+    forest = next(
+        content for content in sweep_figures(compare(replace(sweep, baseline="base"))) if content.name == FOREST
+    )
     assert forest.draw is not None
     dots = [line for line in forest.draw().axes[0].lines if str(line.get_marker()) in ("o", "D")]
     assert len(dots) == 1  # the headline tasks' alone: those of few rows stand in the table

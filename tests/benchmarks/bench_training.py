@@ -14,7 +14,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from subjects import ShapedLM, lora, queryable
 
 from continual.adapters import QueryableLoraModel
-from continual.adapters.growing.bank import GrowingBank
+from continual.adapters.growing.bank import SlicedBank
 from continual.adapters.growing.gate import StageGate
 from continual.training.compiled import compile_layers
 from continual.training.cuda_graphs import GraphedPasses
@@ -165,7 +165,7 @@ def grow(model: PeftModel, num_slices: int) -> None:
     """Make the adapter the last slice of a growing bank, the earlier ones frozen, as in training's last stage."""
     tuner = cast(QueryableLoraModel, model.base_model)
     width = cast(Any, tuner.model).config.hidden_size
-    tuner.growing = bank = GrowingBank(tuner, StageGate(width, width), depth=1)
+    tuner.growing = bank = SlicedBank(tuner, StageGate(width, width), depth=1)
     casts = next(p.dtype for p in model.parameters() if p.requires_grad) == torch.float32
     for index in range(2, num_slices + 1):
         config = copy.deepcopy(model.peft_config["default"])

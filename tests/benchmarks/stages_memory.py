@@ -20,7 +20,7 @@ from measuring import Setting
 from subjects import RandomText, ShapedLM, backbone_dtype, queryable, sequence
 from torch import Tensor
 
-from continual.adapters.growing.bank import GrowingBank as Bank
+from continual.adapters.growing.bank import SlicedBank as Bank
 from continual.runtime.quiet import quieten
 from continual.strategies import GrowingBank
 from continual.strategies.bank_parts import bank_of

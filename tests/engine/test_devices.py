@@ -380,7 +380,7 @@ def test_as_many_batches_as_devices_are_scored() -> None:
 
 def _wrapping(asked: str | DDPStrategy, records: bool) -> DDPStrategy:
     trainer = L.Trainer(accelerator="cpu", devices=2, strategy=asked, logger=False)
-    distributed.spare(trainer, records)
+    distributed.configure_ddp(trainer, records)
     assert isinstance(trainer.strategy, DDPStrategy)
     return trainer.strategy
 

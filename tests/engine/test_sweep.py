@@ -24,8 +24,8 @@ from continual.errors import DIVERGED
 from continual.storage import records
 from continual.sweeps import cells as sweep_cells
 from continual.sweeps import plan as sweep_plan
-from continual.sweeps.cells import Cell, Outcome
-from continual.sweeps.loop import Sweep, _at_edge
+from continual.sweeps.cells import CellOutcome, CellRun
+from continual.sweeps.loop import SweepLoop, _at_edge
 
 ROOT = Path(__file__).resolve().parents[2]
 Tree = dict[str, Any]
@@ -51,7 +51,7 @@ class InProcess:
     def __init__(self) -> None:
         self.calls: list[str] = []
 
-    def __call__(self, cell: Cell, arguments: list[str], log: IO[bytes]) -> int:
+    def __call__(self, cell: CellRun, arguments: list[str], log: IO[bytes]) -> int:
         self.calls.append(cell.place)
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
@@ -204,10 +204,10 @@ def test_why_a_process_ended_is_one_line(tmp_path: Path) -> None:
 
 
 def test_a_run_started_with_other_settings_is_not_taken_for_the_cell(swept: Path, cells: InProcess) -> None:
-    cell = Cell(swept, "cells/lora/forth-seed0", "other: 1\n", Path.cwd())
+    cell = CellRun(swept, "cells/lora/forth-seed0", "other: 1\n", Path.cwd())
     assert sweep_cells.outcome_of(cell).error is None  # finished is finished
     state = json.loads((cell.run_dir / "manifest.json").read_text())
-    copy = Cell(swept.parent / "copy", cell.place, cell.config, Path.cwd())
+    copy = CellRun(swept.parent / "copy", cell.place, cell.config, Path.cwd())
     copy.run_dir.mkdir(parents=True)
     copy.config_path.parent.mkdir(parents=True)
     copy.config_path.write_text(cell.config_path.read_text())
@@ -282,18 +282,20 @@ def test_tuning_chooses_on_held_out_rows_and_never_reads_a_test_row(
 def test_the_first_of_equal_settings_wins_and_a_diverged_one_never(planned: Callable, tmp_path: Path) -> None:
     grid = {"*": {LR: [1, 2, 3, 4]}}
     plan = sweep_plan.load(planned(tune={"stages": ["animals"], "validation_rows": 2, "grid": grid}))
-    loop = Sweep(plan, tmp_path, "loky", 1)
+    loop = SweepLoop(plan, tmp_path, "loky", 1)
     assert plan.tune is not None
     combinations = plan.tune.combinations("lora")
     beside = yaml.safe_load(plan.tuning_configuration("lora", combinations[0]))
     assert (beside["bounds"], beside["wordings"], beside["general_ability"]) == ([], None, False)
     assert beside["token_sample"] == 0
-    group = [Cell(tmp_path, f"tuning/lora/{i}", "", tmp_path) for i in range(4)]
+    group = [CellRun(tmp_path, f"tuning/lora/{i}", "", tmp_path) for i in range(4)]
 
     def choice(*scores: float | None, reason: str = f"stage 'a', step 3: {DIVERGED} (nan)") -> Tree:
         for cell, score in zip(group, scores, strict=True):
             failed = reason if score is None else None
-            loop.outcomes[cell.place] = Outcome(cell.place, failed, 1.0, {} if score is None else {"animals": score})
+            loop.outcomes[cell.place] = CellOutcome(
+                cell.place, failed, 1.0, {} if score is None else {"animals": score}
+            )
         return loop._choice("lora", combinations, group)
 
     assert choice(0.1, 0.7, 0.7, None)["choice"] == 1
@@ -459,7 +461,7 @@ def test_cells_take_the_visible_devices_in_turn(
     plan = sweep_plan.load(planned())
     for visible, wanted in (("2,5", ["2", "5", "2"]), ("2", [None] * 3), ("", [None] * 3)):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        loop = Sweep(plan, tmp_path, "loky", 1)
+        loop = SweepLoop(plan, tmp_path, "loky", 1)
         assert [loop._cell(index, "a", "trainer: {}").device for index in range(3)] == wanted
         assert loop._cell(0, "a", "trainer: {devices: 2}").device is None
 

@@ -38,7 +38,7 @@ _MOST_READ = 2**14
 Observer = Callable[[nn.Module, str, Tensor, Tensor], None]
 
 
-class GrowingBank:
+class SlicedBank:
     """The slices of a tuner, which of them a pass uses, and the gate that decides.
 
     Args:

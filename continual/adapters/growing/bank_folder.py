@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from continual.adapters.growing.bank import GrowingBank
+from continual.adapters.growing.bank import SlicedBank
 from continual.adapters.growing.gate import StageGate
 from continual.errors import ConfigError, one_line
 
@@ -75,7 +75,7 @@ def _load(model: nn.Module, folder: Path, state: dict[str, Any]) -> PeftModel:
         adapted.add_adapter(name, _config(folder))
     tuner: Any = adapted.base_model
     tuner.set_adapter(slices)
-    bank = tuner.growing = GrowingBank(tuner, StageGate(**state["gate"]), state["reads"]["depth"])
+    bank = tuner.growing = SlicedBank(tuner, StageGate(**state["gate"]), state["reads"]["depth"])
     for name in slices:
         bank.restore(name, load_file(folder / f"{name}.safetensors"))
     bank.gate.restore(load_file(folder / GATE_NAME), state["stages"])

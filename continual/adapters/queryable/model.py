@@ -151,7 +151,7 @@ class QueryableLoraModel(RoutedTuner):
         bank = self._bank(name)
         centred = None if encoding_BE is None or not bank.config.uses_prior else bank.centre(encoding_BE)
         state = bank.begin(centred, row_of_token)
-        state.shared.observe = self.growing and self.growing.observe
+        state.shared.observe = None if self.growing is None else self.growing.observe
         if self._removed is not None and self._removed[0] == name:
             state.shared.removed = self._removed[1]
         return state
