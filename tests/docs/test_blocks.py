@@ -205,7 +205,7 @@ def stages_of(config: str, overrides: tuple[str, ...]) -> int:
     return len(experiment.load(ROOT / config, overrides).stages)
 
 
-def in_this_process(cell: cells.Cell, arguments: list[str], log: IO[bytes]) -> int:
+def in_this_process(cell: cells.CellRun, arguments: list[str], log: IO[bytes]) -> int:
     """Take the place of the process of a sweep's cell."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):

@@ -10,7 +10,8 @@ import yaml
 from peft import LoraConfig
 
 from continual.compat.jsonargparse import keys_of
-from continual.config import experiment, overrides
+from continual.config import experiment
+from continual.config.overrides import KEYS
 from continual.errors import ConfigError
 
 Tree = dict[str, Any]
@@ -230,7 +231,7 @@ def test_a_text_that_is_no_mapping_is_refused(text: str) -> None:
 
 
 def test_the_keys_that_are_known_are_those_of_the_parser() -> None:
-    assert {*overrides.KEYS} == {key.split(".")[0] for key in keys_of(experiment.make_parser())} - {"help"}
+    assert {*KEYS} == {key.split(".")[0] for key in keys_of(experiment.make_parser())} - {"help"}
 
 
 def test_malformed_yaml_is_placed() -> None:

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import re
-import sys
 import tomllib
 from pathlib import Path
 
+import floors
+import lock
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "requirements"))
-
-import floors  # noqa: E402
-import lock  # noqa: E402
-
 LOCKS = sorted((ROOT / "requirements").glob("lock-*.txt"))
 PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
