@@ -21,6 +21,7 @@ from continual.callbacks.routing import RouteRecorder
 from continual.callbacks.scores import ScoreRecorder
 from continual.callbacks.theory import TheoryRecorder
 from continual.callbacks.tokens import TokenRecorder
+from continual.compat.lightning import on_device
 from continual.config.experiment import Experiment
 from continual.data.stage_data import StageData
 from continual.errors import ConfigError, RunError, memory_named
@@ -160,7 +161,7 @@ class StageLoop:
         # Recorders come before the strategy: they refuse a loss that is not finite before it ends the stage.
         callbacks = [*self.recorders, self.progress, self.module.strategy]
         trainer = self.experiment.make_trainer(stage, self.run_dir, callbacks)
-        with distributed.on_device(self.module):
+        with on_device(self.module):
             trainer.fit(self.module, datamodule=data)
         if trainer.global_step == 0:
             raise RunError(f"stage {stage.name!r} trained no step: the trainer's limits leave none")
@@ -177,7 +178,7 @@ class StageLoop:
         self.manifest.scoring_seconds[str(index)] = round(time.monotonic() - started, 1)
 
     def _test(self, trainer: L.Trainer, tasks: Sequence[StageData]) -> None:
-        with distributed.on_device(self.module):
+        with on_device(self.module):
             trainer.test(self.module, datamodule=scoring_data(tasks), verbose=False)
 
     def _release_trainer(self) -> None:
