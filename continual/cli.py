@@ -19,15 +19,14 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 
 from continual.commands import bank, run
 from continual.commands.terminal import OneLineParser, guarded
-from continual.compat.jsonargparse import keys_of
+from continual.compat.jsonargparse import keys_of, subcommands_of
 from continual.config.experiment import TRAINER_DEFAULTS, Stage, make_parser
-from continual.config.messages import explain
+from continual.config.messages import RUN_STAGES, explain
 from continual.data.stage_data import StageData
 from continual.errors import ConfigError
 from continual.runtime.quiet import quieten
 from continual.training.module import ContinualModule
 
-RUN_STAGES = "run-stages"
 BANK = "bank"
 _OWN_KEYS = ("config", "out", "resume")
 
@@ -40,7 +39,7 @@ _STAGE_DEFAULTS = {
 class ContinualCLI(LightningCLI):
     """LightningCLI with one subcommand more, which needs neither its seed nor its trainer.
 
-    The four methods overridden here are not part of Lightning's public interface; a test holds them to what it does.
+    Three of the methods overridden here are not part of Lightning's public interface: ``compat.overrides`` lists them.
     """
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
@@ -56,7 +55,7 @@ class ContinualCLI(LightningCLI):
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         super()._add_subcommands(parser, **kwargs)
-        action: Any = next(action for action in parser._actions if hasattr(action, "add_subcommand"))
+        action = subcommands_of(parser)
         description = "Train one adapter across the stages of a configuration, and report what was forgotten."
         stages = make_parser(self.init_parser(description=description))
         stages.add_argument(

@@ -46,6 +46,7 @@ def separation(routing: Frame, halves: Frame) -> Frame:
         "js_split_half" and "kl_split_half" of a task's two halves, where other is the task.
     """
     stages, parts = _stages(routing), {side: _stages(own) for side, own in halves.groupby("half")}
+    stages = stages if parts else {}  # the halves are lost: no null to set a distance beside
     frames = []
     for stage, found in stages.items():
         first, second = (parts[side][stage].usage_TNM for side in (0, 1))

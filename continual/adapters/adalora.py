@@ -16,6 +16,7 @@ import torch
 from peft.tuners.adalora import AdaLoraModel
 from torch import Tensor
 
+from continual.compat.peft import adalora_adapter, adalora_directions, forget_importance, has_ranks_to_drop
 from continual.errors import RunError
 
 
@@ -33,40 +34,39 @@ def begin(model: Any, total_steps: int) -> None:
     """
     if (tuner := tuner_of(model)) is None:
         return
-    config: Any = tuner.peft_config[tuner.trainable_adapter_name]
+    config = _config(tuner)
     if config.tinit >= total_steps - config.tfinal:
         raise RunError(
             f"model.adapter: AdaLoRA's tinit ({config.tinit}) and tfinal ({config.tfinal}) leave none of the stage's "
             f"{total_steps} steps to hand out ranks in"
         )
     config.total_step, config.rank_pattern = total_steps, None
-    tuner.rankallocator.reset_ipt()
+    forget_importance(tuner)
 
 
 def allocate(model: Any, step: int) -> None:
     """Hand out the ranks after optimizer step ``step`` (from 1), while its gradients are still there."""
     tuner = tuner_of(model)
     # Where the ranks are to stay as they are, PEFT would look for the best 0 to drop, and fail.
-    if tuner is not None and tuner.rankallocator.target_bgt < tuner.rankallocator.init_bgt:
+    if tuner is not None and has_ranks_to_drop(tuner):
         tuner.update_and_allocate(step)
 
 
 def end(model: Any) -> None:
     """End a stage: saved and loaded, every direction keeps its place."""
     if (tuner := tuner_of(model)) is not None:
-        config: Any = tuner.peft_config[tuner.trainable_adapter_name]
-        config.rank_pattern = None
+        _config(tuner).rank_pattern = None
 
 
 def penalty(model: Any) -> Tensor | None:
     """Return orth_reg_weight times the mean of || A A^T - I ||_F and || B^T B - I ||_F; None for other adapters."""
     if (tuner := tuner_of(model)) is None:
         return None
-    name = tuner.trainable_adapter_name
-    config: Any = tuner.peft_config[name]
-    norms = []
-    for path, weight in tuner.model.named_parameters():
-        if path.endswith((f"lora_A.{name}", f"lora_B.{name}")):
-            gram = weight @ weight.T if "lora_A" in path else weight.T @ weight
-            norms.append((gram - torch.eye(len(gram), device=gram.device)).norm())
-    return config.orth_reg_weight * torch.stack(norms).mean()
+    grams = [directions @ directions.T for directions in adalora_directions(tuner)]
+    norms = [(gram - torch.eye(len(gram), device=gram.device)).norm() for gram in grams]
+    return _config(tuner).orth_reg_weight * torch.stack(norms).mean()
+
+
+def _config(tuner: AdaLoraModel) -> Any:
+    """Return the configuration that the tuner trains by, to be read and written."""
+    return tuner.peft_config[adalora_adapter(tuner)]

@@ -1,23 +1,10 @@
-"""What the configurations of all our adapters share: LoRA's own fields, their checks, and a place in PEFT's enum."""
+"""What the configurations of all our adapters share: LoRA's own fields, and their checks."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 from peft.config import PeftConfig
-from peft.utils.peft_types import PeftType
-
-
-def extend_peft_types(name: str) -> None:
-    """Add a method to PEFT's closed enum of methods; plain strings break its mixed models and native integration."""
-    if name in PeftType.__members__:
-        return
-    member = str.__new__(PeftType, name)
-    member._name_, member._value_ = name, name
-    PeftType._member_names_.append(name)
-    PeftType._member_map_[name] = member
-    PeftType._value2member_map_[name] = member
-    type.__setattr__(PeftType, name, member)  # Python 3.12 looks members up as plain attributes
 
 
 @dataclass

@@ -7,7 +7,8 @@ from typing import Literal, get_args
 
 from peft.utils.peft_types import PeftType
 
-from continual.adapters.base_config import RoutedLoraConfig, extend_peft_types
+from continual.adapters.base_config import RoutedLoraConfig
+from continual.compat.peft import extend_peft_types
 
 PEFT_NAME = "QUERYABLE"
 QuerySource = Literal["state", "frozen_random", "instruction_query", "instruction_only", "uniform"]

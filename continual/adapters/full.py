@@ -19,8 +19,8 @@ from peft.utils.peft_types import PeftType, register_peft_method
 from torch import nn
 from torch.func import functional_call
 
-from continual.adapters.base_config import extend_peft_types
 from continual.adapters.tuner import LayerTuner
+from continual.compat.peft import extend_peft_types
 
 PEFT_NAME = "FULL"
 extend_peft_types(PEFT_NAME)
@@ -61,7 +61,6 @@ class FullLayer(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.full_copy = nn.ModuleDict()
-        self._disable_adapters = False
         self.merged_adapters: list[str] = []
 
     def update_layer(self, adapter_name: str, config: FullFineTuningConfig) -> None:

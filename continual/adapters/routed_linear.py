@@ -30,7 +30,6 @@ class RoutedLinear(nn.Module, BaseTunerLayer):
         self.r: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
         self.routing_state: Any = None
-        self._disable_adapters = False
         self.merged_adapters: list[str] = []
 
     @property

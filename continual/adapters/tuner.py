@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from continual.adapters.base_config import RoutedLoraConfig
 from continual.adapters.routed_linear import CANNOT_MERGE, RoutedLinear
+from continual.compat.peft import is_target, replace_module, set_active
 from continual.interfaces import RowSelector
 
 # Where transformers keeps q/k/v/o projections under other names, the user names target_modules.
@@ -43,9 +44,9 @@ class LayerTuner(BaseTuner):
             self._update_layer(target, adapter_name, peft_config, current_key)
             return
         layer = self._layer_around(target, current_key)
-        layer._active_adapter = self.active_adapters
+        set_active(layer, self.active_adapters)
         self._update_layer(layer, adapter_name, peft_config, current_key)
-        self._replace_module(parent, target_name, layer, target)
+        replace_module(self, parent, target_name, layer, target)
 
     def _layer_around(self, target: nn.Module, place: str) -> Any:
         """Return a layer around ``target``, which the model calls ``place``."""
@@ -149,7 +150,7 @@ class RoutedTuner(LayerTuner):
         targets = config.target_modules
         if targets is None or isinstance(targets, str):
             return  # one expression: PEFT itself raises when it matches nothing
-        names = [name for name, _ in model.named_modules() if self._check_target_module_exists(config, name)]
+        names = [name for name, _ in model.named_modules() if is_target(self, config, name)]
         for target in targets:
             if not any(name == target or name.endswith(f".{target}") for name in names):
                 linear = (name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from continual.adapters.routed_linear import layer_of as layer_of_module
+from continual.compat.torch import each_norm
 from continual.errors import DIVERGED, RunError
 from continual.interfaces import Recorder, Rows, StageContext
 from continual.runtime import distributed
@@ -72,8 +73,7 @@ class GradientRecorder(Recorder):
         """Keep the norms of this step, on the device."""
         zero = torch.zeros((), device=pl_module.device)
         gradients = [zero if p.grad is None else p.grad for p in self._parameters]
-        norms = torch._foreach_norm(gradients)  # type: ignore[reportPrivateImportUsage]
-        self._norms = torch.stack([norm.float() for norm in norms])
+        self._norms = torch.stack([norm.float() for norm in each_norm(gradients)])
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

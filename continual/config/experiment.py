@@ -25,7 +25,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import lightning as L
 from jsonargparse import ArgumentParser, Namespace
@@ -34,6 +34,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from continual.compat.jsonargparse import keys_of
+from continual.compat.lightning import ignore_sigterm
 from continual.config import bounds
 from continual.config.messages import explain
 from continual.config.overrides import read_text, read_tree
@@ -142,8 +143,7 @@ class Experiment:
         except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
             raise ConfigError(f"trainer: {one_line(error)}") from error
         distributed.configure_ddp(trainer, self.model.cuda_graphs)
-        # At SIGTERM it would wait for the other processes, which wait for something else: run.guarded stops the run.
-        cast(Any, trainer)._signal_connector._sigterm_notifier_fn = lambda *_: None
+        ignore_sigterm(trainer)  # the others, which it would wait for, wait for something else: guarded stops the run
         return trainer
 
 

@@ -6,7 +6,6 @@ import copy
 import difflib
 import importlib
 import inspect
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,20 +13,10 @@ from jsonargparse import ArgumentParser
 from peft import PeftConfig
 
 from continual.backbones import Backbone
+from continual.compat import jsonargparse as compat
 
-_KEY = re.compile(r'Parser key "([^"]+)"')
-_CLASS = re.compile(r"Problem with given class_path '([^']+)'")
-_OPTION = re.compile(r"(?:Group '([^']+)' does not accept option|Option) '([^']+)'(?: is not accepted)?")
-_UNION = re.compile(r"Subtypes: \[(.*?)\]\s*Errors:.*Given value: (.*?)(?:\. Got value: .*)?$", re.DOTALL)
-_OPTIONAL = re.compile(  # a class or null, given by a class_path
-    r"Subtypes: \[<class '[^']+'>, <class 'NoneType'>\]\s*Errors:\s*- (.*?)\s*"
-    r"- Expected a <class 'NoneType'>.*class_path",
-    re.DOTALL,
-)
-_PLAIN = re.compile(r"Expected a <class '([^']+)'>\. Got value: (.*)", re.DOTALL)
-_NOT_SUBCLASS = re.compile(r"Not a valid subclass of (\w+)\. Got value: \{")
-_NO_DOT = re.compile(r"Expected a dot import path string: (\S+)")
-_MISSING_NAME = re.compile(r"module '([^']+)' has no attribute '([^']+)'")
+RUN_STAGES = "run-stages"
+"""The subcommand of ``continual.cli`` that takes the configuration of a run."""
 
 
 def explain(error: Exception, tree: dict[str, Any], stage_class: type, keys: Sequence[str]) -> str:
@@ -40,12 +29,12 @@ def explain(error: Exception, tree: dict[str, Any], stage_class: type, keys: Seq
         keys: The dotted keys of a configuration.
     """
     text = str(error)
-    named = _KEY.findall(text)
+    named = compat.faulty_keys(text)
     place = ".".join(named)
     if not named or named[0] == "stages":
         # A constructor's own error names no place, and the parser's names no stage.
         place = ".".join([_failing_part(tree, stage_class, text) or ".".join(named[:1]), *named[1:]])
-    classes = _CLASS.findall(text)
+    classes = compat.faulty_classes(text)
     message = _what(text, classes, keys)
     if classes and classes[-1].rpartition(".")[2] in ("PeftConfig", "Backbone", "Task"):
         message += f"; {place} needs a class_path"
@@ -59,31 +48,33 @@ def near(name: str, names: list[str]) -> str:
 
 
 def _what(text: str, classes: list[str], keys: Sequence[str]) -> str:
-    if found := _OPTION.search(text):
-        group, option = found.groups()
-        if group is None and not classes and (given := re.findall(r"class_path='([^']+)'", text)):
-            classes = given
+    if found := compat.unknown_option_of_subcommand(text):
+        command, option = found
+        names = sorted({key.split(".")[0] for key in keys}) if command == RUN_STAGES else []
+        return f"unknown key {option!r} in the configuration of {command}{near(option, names)}"
+    if found := compat.unknown_option(text):
+        group, option = found
+        if group is None and not classes:
+            classes = compat.given_classes(text)
         owner, names = _owner(group, classes, keys)
         return f"unknown key {option!r} in {owner}{near(option.split('.')[0 if group else -1], names)}"
-    if found := _MISSING_NAME.search(text):
-        module, name = found.groups()
+    if found := compat.missing_name(text):
+        module, name = found
         names = [n for n in dir(importlib.import_module(module)) if not n.startswith("_")]
         return f"there is no class {name!r} in {module}{near(name, names)}"
-    if found := _OPTIONAL.search(text):
-        return _what(found.group(1), [], keys)
-    if found := _UNION.search(text):
-        kinds = re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1", found.group(1)).replace("NoneType", "null")
-        kinds = re.sub(r"typing\.Literal\[(.*?)\]", r"\1", kinds)
-        return f"expected {kinds.replace(', ', ' or ')}, got {' '.join(found.group(2).split())}"
-    if found := _PLAIN.search(text):
-        return f"expected {found.group(1)}, got {' '.join(found.group(2).split())}"
-    if found := _NOT_SUBCLASS.search(text):
-        return f"it needs a class_path that names a {found.group(1)}"
-    if found := _NO_DOT.search(text):
-        return f"there is no class {found.group(1)!r}: give its module too, as in continual.backbones.CausalLM"
-    lines = [line.strip() for line in text.splitlines()]
-    lines = [line for line in lines if line and not _KEY.match(line) and not _CLASS.match(line)]
-    return " ".join(lines) or text
+    if inner := compat.inside_optional(text):
+        return _what(inner, [], keys)
+    if found := compat.unmatched_union(text):
+        kinds, value = found
+        return f"expected {' or '.join(kinds).replace('NoneType', 'null')}, got {' '.join(value.split())}"
+    if found := compat.unmatched_type(text):
+        kind, value = found
+        return f"expected {kind}, got {' '.join(value.split())}"
+    if wanted := compat.class_without_path(text):
+        return f"it needs a class_path that names a {wanted}"
+    if path := compat.path_without_module(text):
+        return f"there is no class {path!r}: give its module too, as in continual.backbones.CausalLM"
+    return compat.without_places(text)
 
 
 def _owner(group: str | None, classes: list[str], keys: Sequence[str]) -> tuple[str, list[str]]:

@@ -50,7 +50,7 @@ def _check_keys(tree: dict[str, Any], where: str) -> None:
         if key not in KEYS:
             close = difflib.get_close_matches(str(key), KEYS, n=3, cutoff=0.5)
             hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(KEYS)}"
-            raise ConfigError(f"{where}: unknown key {key!r}; {hint}")
+            raise ConfigError(f"{where}: unknown key {key!r} in the configuration; {hint}")
 
 
 def _check_groups(tree: dict[str, Any], where: str) -> None:

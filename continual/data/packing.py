@@ -8,14 +8,11 @@ them all, so that the model at hand is asked.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
-from transformers import masking_utils
 
 from continual.data.batch import Row
 from continual.data.collate import Collator
@@ -56,21 +53,6 @@ def check_packing(module: AdaptedModule, padded: Collator, packed: Collator) -> 
         raise ConfigError(
             f"data.packing: {names} does not compute of packed rows what it computes of each alone: leave it out"
         )
-
-
-@contextmanager
-def nothing_packed() -> Iterator[None]:
-    """Spare transformers, inside the ``with``, to ask of each batch whether its rows are packed.
-
-    It reads that off the positions' values, for which a GPU and its host wait for one another in every pass; and while
-    a pass is recorded, when no value can be read, it makes a dense mask in case they are.
-    """
-    ask = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None
-    try:
-        yield
-    finally:
-        masking_utils.find_packed_sequence_indices = ask
 
 
 def _row(index: int, length: int) -> Row:

@@ -21,6 +21,7 @@ from continual.callbacks.routing import RouteRecorder
 from continual.callbacks.scores import ScoreRecorder
 from continual.callbacks.theory import TheoryRecorder
 from continual.callbacks.tokens import TokenRecorder
+from continual.compat.lightning import on_device
 from continual.config.experiment import Experiment
 from continual.data.stage_data import StageData
 from continual.errors import ConfigError, RunError, memory_named
@@ -115,9 +116,7 @@ class StageLoop:
     def _work(self, index: int) -> None:
         """Train stage ``index``, score after it and write what was found; stage 0 trains nothing."""
         skipped = bool(index) and self.module.strategy.skips(index, len(self.data))
-        context = self.context(index, [] if skipped else self.scored_after(index))
-        for recorder in self.recorders:
-            recorder.begin(context)
+        context = self.begin(index, [] if skipped else self.scored_after(index))
         tables: dict[str, Rows] = {}
         if not skipped:
             trainer = self._fit(index) if index else self._trainer(self.recorders)
@@ -128,6 +127,13 @@ class StageLoop:
                     tables[table] = [*tables.get(table, []), *rows]
         if self.writes:
             self._write(index, tables)
+
+    def begin(self, index: int, scored: Sequence[StageData]) -> StageContext:
+        """Tell every recorder that stage ``index`` begins, after which ``scored`` are scored."""
+        context = self.context(index, scored)
+        for recorder in self.recorders:
+            recorder.begin(context)
+        return context
 
     def context(self, index: int, scored: Sequence[StageData]) -> StageContext:
         """Return what recorders are told of stage ``index``, after which ``scored`` are scored."""
@@ -155,7 +161,7 @@ class StageLoop:
         # Recorders come before the strategy: they refuse a loss that is not finite before it ends the stage.
         callbacks = [*self.recorders, self.progress, self.module.strategy]
         trainer = self.experiment.make_trainer(stage, self.run_dir, callbacks)
-        with distributed.on_device(self.module):
+        with on_device(self.module):
             trainer.fit(self.module, datamodule=data)
         if trainer.global_step == 0:
             raise RunError(f"stage {stage.name!r} trained no step: the trainer's limits leave none")
@@ -172,7 +178,7 @@ class StageLoop:
         self.manifest.scoring_seconds[str(index)] = round(time.monotonic() - started, 1)
 
     def _test(self, trainer: L.Trainer, tasks: Sequence[StageData]) -> None:
-        with distributed.on_device(self.module):
+        with on_device(self.module):
             trainer.test(self.module, datamodule=scoring_data(tasks), verbose=False)
 
     def _release_trainer(self) -> None:

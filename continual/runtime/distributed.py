@@ -15,15 +15,12 @@ import inspect
 import itertools
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import lightning as L
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -31,6 +28,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from continual.backbones.base import decoder_of
+from continual.compat.lightning import ddp_arguments, forks_or_spawns, tensor_parallel_size, wrap_by
 from continual.errors import ConfigError, one_line
 
 if TYPE_CHECKING:
@@ -46,19 +44,19 @@ _SHARDED = "ModelParallelStrategy with data_parallel_size the number of devices 
 def check(trainer: L.Trainer) -> None:
     """Raise ConfigError for a way of spreading work that a sequence of stages cannot take."""
     strategy = trainer.strategy
-    if isinstance(strategy.launcher, _MultiProcessingLauncher):
+    if forks_or_spawns(strategy):
         raise ConfigError(
             "trainer.strategy: processes forked or spawned for one fit end with it, and a run has many: take ddp"
         )
     if isinstance(strategy, ModelParallelStrategy):
-        if strategy._tensor_parallel_size != 1:
+        if tensor_parallel_size(strategy) != 1:
             raise ConfigError(f"trainer.strategy: decoder layers are cut into shards alone: take {_SHARDED}")
     elif not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
         name = type(strategy).__name__
         raise ConfigError(f"trainer.strategy: {name} is not supported: take ddp, or, for a large backbone, {_SHARDED}")
     if isinstance(strategy, DDPStrategy):  # which takes anything, and DDP nothing else, but in the middle of a run
         known = inspect.signature(DistributedDataParallel).parameters
-        if unknown := sorted(set(strategy._ddp_kwargs) - set(known)):
+        if unknown := sorted(set(ddp_arguments(strategy)) - set(known)):
             raise ConfigError(f"trainer.strategy: DistributedDataParallel has no argument {unknown[0]!r}")
     started = int(os.environ.get("WORLD_SIZE", 1))
     if started > 1 and started != trainer.world_size:
@@ -78,9 +76,11 @@ def configure_ddp(trainer: L.Trainer, records: bool) -> None:
     if not isinstance(strategy, DDPStrategy):
         return
     # No pass changes a buffer, and all processes begin with the same. What was configured is left as it is.
-    strategy._ddp_kwargs = {"broadcast_buffers": False, "gradient_as_bucket_view": True} | strategy._ddp_kwargs
+    arguments = ddp_arguments(strategy)
+    arguments.setdefault("broadcast_buffers", False)
+    arguments.setdefault("gradient_as_bucket_view", True)
     if not records:
-        cast(Any, strategy)._setup_model = partial(_wrap_on_this_stream, strategy._setup_model)
+        wrap_by(strategy, _wrap_on_this_stream)
 
 
 def _wrap_on_this_stream(wrap: Callable[[nn.Module], nn.Module], model: nn.Module) -> nn.Module:
@@ -202,19 +202,6 @@ def mean(values: Tensor) -> Tensor:
 
 
 # -- a backbone in shards ---------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def on_device(module: AdaptedModule) -> Iterator[None]:
-    """Leave a module on its device inside the ``with``.
-
-    Lightning moves a module to the host after each fit and each test, and back for the next: seconds a stage.
-    """
-    vars(module)["cpu"] = lambda: module
-    try:
-        yield
-    finally:
-        del vars(module)["cpu"]
 
 
 def is_sharded(module: AdaptedModule) -> bool:

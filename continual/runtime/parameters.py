@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from continual.compat.lightning import trainer_of
 from continual.interfaces import AdaptedModule
 
 
@@ -57,7 +58,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 def forward_context(module: L.LightningModule) -> Any:
     """Return the context that training steps run in (mixed precision, say), for passes outside of one."""
-    trainer = getattr(module, "_trainer", None)
+    trainer = trainer_of(module)
     return nullcontext() if trainer is None else trainer.precision_plugin.forward_context()
 
 

@@ -6,7 +6,7 @@ Shapes: B rows, P prompt columns, C labels, N blocks, M atoms.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -69,12 +69,12 @@ class Outcome:
     targets: list[Any]
     seen_values: list[float] | None = None
     generated_values: list[float] | None = None
-    label_scores: Tensor | None = None
-    routes: Tensor | None = None
-    prompt_mask: Tensor | None = None
+    label_scores: Tensor | None = field(default=None, compare=False)
+    routes: Tensor | None = field(default=None, compare=False)
+    prompt_mask: Tensor | None = field(default=None, compare=False)
     stages: list[str] | None = None
-    seconds: float | None = None
-    _sums: RouteSums | None = None
+    seconds: float | None = field(default=None, compare=False)
+    _sums: RouteSums | None = field(default=None, compare=False)
 
     @property
     def route_sums(self) -> RouteSums | None:

@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from continual.compat.peft import lora_pair
 from continual.runtime.parameters import load_tensors, save_tensors
 from continual.strategies.base import Strategy, require_at_least
-from continual.strategies.plain_lora import check_plain_lora, lora_layers
+from continual.strategies.plain_lora import check_plain_lora, lora_layers, lora_weights
 
 if TYPE_CHECKING:
     from continual.data.stage_data import StageData
@@ -76,9 +77,10 @@ class CLoRA(Strategy):
     def prepare(self, module: AdaptedModule) -> None:
         """Put the routing matrices in."""
         for name, layer in lora_layers(module).items():
-            routing = Routing(layer.r[_PAIR]).to(layer.lora_A[_PAIR].weight.device)
+            A, _ = lora_pair(layer, _PAIR)
+            routing = Routing(len(A.weight)).to(A.weight.device)
             layer.routing = routing  # registered with the layer: it moves to the device with it
-            layer.lora_A[_PAIR].register_forward_hook(routing.forward)
+            A.register_forward_hook(routing.forward)
             self.routings[name] = routing
 
     def begin_stage(self, module: AdaptedModule, data: StageData, stage: int) -> None:
@@ -87,8 +89,8 @@ class CLoRA(Strategy):
             nn.init.eye_(routing.new) if stage == 1 else nn.init.zeros_(routing.new)
             routing.new.requires_grad_(True)
         for layer in lora_layers(module).values():
-            for pair in (layer.lora_A, layer.lora_B):
-                pair[_PAIR].requires_grad_(self.train_subspace or stage == 1)
+            for part in lora_pair(layer, _PAIR):
+                part.requires_grad_(self.train_subspace or stage == 1)
 
     def penalty(self, module: AdaptedModule, batch: dict[str, Any], outputs: Tensor) -> Tensor | None:
         """Return how far the new routing overlaps with the old one."""
@@ -105,7 +107,7 @@ class CLoRA(Strategy):
 
     def stored_parameters(self, module: AdaptedModule) -> int:
         """Return the numbers of A, B and R_old."""
-        pairs = [part[_PAIR].weight for layer in lora_layers(module).values() for part in (layer.lora_A, layer.lora_B)]
+        pairs = [weight for layer in lora_layers(module).values() for weight in lora_weights(layer, _PAIR)]
         return sum(tensor.numel() for tensor in [*pairs, *(routing.old for routing in self.routings.values())])
 
     def write(self, folder: Path) -> None:

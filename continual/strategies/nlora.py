@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from continual.compat.peft import has_lora_pair
 from continual.strategies.olora import ALL, NEW, OLoRA, layers
+from continual.strategies.plain_lora import lora_weights
 
 if TYPE_CHECKING:
     from continual.interfaces import AdaptedModule
@@ -45,5 +47,5 @@ class NLoRA(OLoRA):
 
     def updates(self, module: AdaptedModule) -> list[Tensor]:
         """Return B_t A_t, (d_out, d_in), of every adapted projection, for the pair that trains."""
-        found = [(layer, NEW if NEW in layer.lora_A else ALL) for layer in layers(module)]
-        return [layer.lora_B[name].weight @ layer.lora_A[name].weight for layer, name in found]
+        pairs = [lora_weights(layer, NEW if has_lora_pair(layer, NEW) else ALL) for layer in layers(module)]
+        return [B @ A for A, B in pairs]

@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 
+from continual.compat.peft import has_lora_pair, lora_pair, resize_lora
 from continual.strategies.base import Strategy, require_at_least
-from continual.strategies.plain_lora import check_plain_lora, lora_layers
+from continual.strategies.plain_lora import check_plain_lora, lora_layers, lora_weights
 
 if TYPE_CHECKING:
     from continual.data.stage_data import StageData
@@ -67,8 +68,8 @@ class OLoRA(Strategy):
         model.add_adapter(NEW, config)
         model.base_model.set_adapter([ALL, NEW])  # type: ignore[operator]
         for layer in layers(module):
-            layer.lora_A[ALL].requires_grad_(False)
-            layer.lora_B[ALL].requires_grad_(False)
+            for part in lora_pair(layer, ALL):
+                part.requires_grad_(False)
 
     def penalty(self, module: AdaptedModule, batch: dict[str, Any], outputs: Tensor) -> Tensor | None:
         """Return the squared overlap of the new pairs' inputs with all earlier ones."""
@@ -77,26 +78,26 @@ class OLoRA(Strategy):
 
     def overlaps(self, module: AdaptedModule) -> list[Tensor]:
         """Return A_old A_new^T, (r (t - 1), r), of every adapted projection; none outside of stages 2 and later."""
-        return [
-            layer.lora_A[ALL].weight @ layer.lora_A[NEW].weight.T for layer in layers(module) if NEW in layer.lora_A
-        ]
+        found = [layer for layer in layers(module) if has_lora_pair(layer, NEW)]
+        return [lora_weights(layer, ALL)[0] @ lora_weights(layer, NEW)[0].T for layer in found]
 
     def end_stage(self, module: AdaptedModule, data: StageData, stage: int) -> None:
         """Put the new pair with the others, so that what is scored is what is saved."""
         model: PeftModel = module.model  # type: ignore[assignment]
         self.num_pairs = stage
         if stage > 1:
-            pairs = [(layer.lora_A[NEW].weight, layer.lora_B[NEW].weight) for layer in layers(module)]
+            pairs = [lora_weights(layer, NEW) for layer in layers(module)]
             model.base_model.set_adapter(ALL)  # type: ignore[operator]
             model.delete_adapter(NEW)
-            old = [(layer.lora_A[ALL].weight, layer.lora_B[ALL].weight) for layer in layers(module)]
+            old = [lora_weights(layer, ALL) for layer in layers(module)]
             self._grow(module)
             with torch.no_grad():
                 for layer, (old_A, old_B), (new_A, new_B) in zip(layers(module), old, pairs, strict=True):
-                    layer.lora_A[ALL].weight.copy_(torch.cat([old_A, new_A]))
-                    layer.lora_B[ALL].weight.copy_(torch.cat([old_B, new_B], dim=1))
-        weights = [pair[ALL].weight for layer in layers(module) for pair in (layer.lora_A, layer.lora_B)]
-        self._pair_bytes = sum(weight.numel() * weight.element_size() for weight in weights)
+                    all_A, all_B = lora_weights(layer, ALL)
+                    all_A.copy_(torch.cat([old_A, new_A]))
+                    all_B.copy_(torch.cat([old_B, new_B], dim=1))
+        kept = [weight for layer in layers(module) for weight in lora_weights(layer, ALL)]
+        self._pair_bytes = sum(weight.numel() * weight.element_size() for weight in kept)
 
     def _grow(self, module: AdaptedModule) -> None:
         """Make room for ``num_pairs`` pairs; the weights are whatever they are."""
@@ -107,11 +108,7 @@ class OLoRA(Strategy):
         factor = math.sqrt(self.num_pairs) if config.use_rslora else self.num_pairs  # lora_alpha / r, or / sqrt(r)
         config.lora_alpha = alpha * factor
         for layer in layers(module):
-            like = layer.lora_A[ALL].weight
-            place = {"bias": False, "device": like.device, "dtype": like.dtype}
-            layer.lora_A[ALL] = nn.Linear(layer.in_features, config.r, **place)
-            layer.lora_B[ALL] = nn.Linear(config.r, layer.out_features, **place)
-            layer.r[ALL], layer.lora_alpha[ALL] = config.r, config.lora_alpha
+            resize_lora(layer, ALL, config.r, config.lora_alpha)
 
     def stored_bytes(self) -> int:
         """Return the bytes of all pairs, in the adapter's folder, and of the note on how many there are."""

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from peft import LoraConfig
 from peft.tuners import lora
-from torch import nn
+from torch import Tensor, nn
 
+from continual.compat.peft import lora_pair
 from continual.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -36,6 +37,12 @@ def check_plain_lora(module: AdaptedModule, method: str) -> None:
 def lora_layers(module: AdaptedModule) -> dict[str, Any]:
     """Return the adapted layers by name, in the order that the model registers them."""
     return {name: part for name, part in module.named_modules() if _is_linear(part)}
+
+
+def lora_weights(layer: Any, name: str) -> tuple[Tensor, Tensor]:
+    """Return an adapter's A, (r, d_in), and B, (d_out, r), in an adapted layer."""
+    A, B = lora_pair(layer, name)
+    return A.weight, B.weight
 
 
 def _is_linear(part: nn.Module) -> bool:

@@ -28,9 +28,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from continual.compat.peft import lora_pair
 from continual.runtime.parameters import evaluating, load_tensors, save_tensors
 from continual.strategies.base import Strategy, require_at_least
-from continual.strategies.plain_lora import check_plain_lora, lora_layers
+from continual.strategies.plain_lora import check_plain_lora, lora_layers, lora_weights
 
 if TYPE_CHECKING:
     from continual.data.stage_data import StageData
@@ -96,19 +97,19 @@ class SEQR(Strategy):
     def prepare(self, module: AdaptedModule) -> None:
         """Freeze A for good."""
         for layer in lora_layers(module).values():
-            layer.lora_A[_PAIR].requires_grad_(False)
+            lora_pair(layer, _PAIR)[0].requires_grad_(False)
 
     def begin_stage(self, module: AdaptedModule, data: StageData, stage: int) -> None:
         """Train a B that starts at 0, by itself."""
         self._unhook()
         for layer in lora_layers(module).values() if stage > 1 else ():
-            nn.init.zeros_(layer.lora_B[_PAIR].weight)
+            nn.init.zeros_(lora_weights(layer, _PAIR)[1])
 
     def end_stage(self, module: AdaptedModule, data: StageData, stage: int) -> None:
         """Put the stage's B into the library, and let the library answer from here on."""
         states = self._states(module, data) if self.calibrate else {}
         for name, layer in lora_layers(module).items():
-            B = layer.lora_B[_PAIR].weight.detach().float()
+            B = lora_weights(layer, _PAIR)[1].detach().float()
             R = torch.linalg.qr(B).R
             norms = F.linear(states[name], R).norm(dim=-1) if self.calibrate else None
             empty = Library(B.new_zeros(0, *B.shape), B.new_zeros(0, *R.shape), B.new_zeros(0), B.new_zeros(0))
@@ -122,7 +123,7 @@ class SEQR(Strategy):
             states[name].append(output.detach().float().flatten(0, -2))
 
         handles = [
-            layer.lora_A[_PAIR].register_forward_hook(partial(keep, name))
+            lora_pair(layer, _PAIR)[0].register_forward_hook(partial(keep, name))
             for name, layer in lora_layers(module).items()
         ]
         rows = data.train_rows
@@ -146,7 +147,7 @@ class SEQR(Strategy):
         self.libraries = {name: library.to(module.device) for name, library in self.libraries.items()}
         layers = lora_layers(module)
         self._handles = [
-            layers[name].lora_B[_PAIR].register_forward_hook(partial(_answer, library))
+            lora_pair(layers[name], _PAIR)[1].register_forward_hook(partial(_answer, library))
             for name, library in self.libraries.items()
         ]
 
@@ -166,7 +167,7 @@ class SEQR(Strategy):
         return self.stored_parameters(module) + sum(sizes)
 
     def _size_A(self, module: AdaptedModule) -> int:
-        return sum(layer.lora_A[_PAIR].weight.numel() for layer in lora_layers(module).values())
+        return sum(lora_weights(layer, _PAIR)[0].numel() for layer in lora_layers(module).values())
 
     # -- on disk ------------------------------------------------------------------------------------------------------
 

@@ -8,13 +8,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.fx.experimental._config
 from peft import PeftModel
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from continual.backbones.base import decoder_of
-from continual.compat.transformers import CACHE
+from continual.compat.torch import compiling_many_shapes
+from continual.compat.transformers import CACHE, checkpointing_of, forward_inside_checkpointing
 
 _NUM_GRAPHS = 128
 """Variants that the layers' code may have: a handful at a time, and as many again where a stage adds an adapter."""
@@ -35,11 +35,6 @@ def compile_layers(model: PeftModel) -> None:
     decoder = decoder_of(model)
     if not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
         raise ValueError("there are no decoder layers to compile: leave model.compile out")
-    limits: Any = torch._dynamo.config
-    limits.recompile_limit = max(limits.recompile_limit, _NUM_GRAPHS)
-    limits.specialize_float = True  # a norm's epsilon would else be a tensor that is read back in each pass
-    shapes: Any = torch.fx.experimental._config
-    shapes.use_duck_shape = False  # a batch as large as the bank once would else have to be so always
     for layer in decoder.layers:
         # Bound methods, not closures over a layer: copy.deepcopy of the model then binds the copy.
         vars(layer)["forward"] = types.MethodType(_forward, layer)
@@ -55,10 +50,16 @@ def _forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
     # where later layers find them, and a compiler takes no such writing inside of what is to be computed twice.
     # Recomputing would fill a cache twice, so there is none, as in transformers' own.
     uncached = kwargs | dict.fromkeys(kwargs.keys() & {CACHE, "layer_past"})
-    checkpointed: Any = layer._gradient_checkpointing_func
-    return checkpointed(functools.partial(_compiled(plain.__wrapped__), layer, **uncached), *args)
+    forward = _compiled(forward_inside_checkpointing(layer))
+    return checkpointing_of(layer)(functools.partial(forward, layer, **uncached), *args)
 
 
 @functools.cache
 def _compiled(forward: Callable[..., Any]) -> Any:
-    return torch.compile(forward, dynamic=True)
+    compiled = torch.compile(forward, dynamic=True)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with compiling_many_shapes(_NUM_GRAPHS):
+            return compiled(*args, **kwargs)
+
+    return call

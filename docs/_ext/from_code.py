@@ -19,6 +19,8 @@ from docutils import nodes
 from docutils.parsers.rst import Directive
 from sphinx.application import Sphinx
 
+_DOORS = {"analysis.report": "analysis.report.command"}  # a package, whose door is a module in it
+
 
 def help_of(command: str) -> str:
     """Return what ``python -m COMMAND --help`` prints; the command may hold subcommands after the module."""
@@ -26,7 +28,7 @@ def help_of(command: str) -> str:
     printed = io.StringIO()
     os.environ["COLUMNS"] = "84"
     with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
-        importlib.import_module(module).main([*arguments, "--help"])
+        importlib.import_module(_DOORS.get(module, module)).main([*arguments, "--help"])
     return printed.getvalue()
 
 

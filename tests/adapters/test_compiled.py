@@ -2,14 +2,17 @@
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
+import torch.fx.experimental._config as shapes
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import BitsAndBytesConfig, DynamicCache
 
 from continual.adapters import QueryableLoraConfig
@@ -285,3 +288,46 @@ def test_a_checkpointed_layer_fills_no_cache(backbone: Callable[..., Any], adapt
     output = model.train()(input_ids=ids, labels=ids, instruction_ids=ids, **{CACHE: cache})
     output.loss.backward()  # computes the layer again
     assert num_graphs() > 0 and cache.get_seq_length() == 0
+
+
+# -- torch's switches -------------------------------------------------------------------------------------------------
+
+
+def switches() -> tuple[Any, ...]:
+    limits: Any = torch._dynamo.config
+    return limits.recompile_limit, limits.specialize_float, shapes.use_duck_shape
+
+
+class Watch(L.Callback):
+    """Notes torch's switches between the steps of a fit."""
+
+    def __init__(self) -> None:
+        self.seen: set[tuple[Any, ...]] = set()
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        """Note them."""
+        self.seen.add(switches())
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_fit_leaves_torchs_switches_as_they_were(monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    inside: set[tuple[Any, ...]] = set()
+
+    def backend(graph: Any, example: Any) -> Any:
+        inside.add(switches())
+        if fails:
+            raise NotImplementedError("no code for this")
+        return graph.forward
+
+    monkeypatch.setitem(OPTIONS, "backend", backend)
+    module = ContinualModule(TinyCausalLM(num_layers=2), LoraConfig(r=2, target_modules=["q_proj"]), compile=True)
+    ids = torch.randint(3, 97, (2, 9), generator=torch.Generator().manual_seed(0))
+    batch = {"forward": {"input_ids": ids}, "labels": ids[:, -3:], "weight": 1.0, "rows": [0, 1]}
+    quiet: dict[str, Any] = dict.fromkeys(["logger", "enable_checkpointing", "enable_progress_bar"], False)
+    before, watch = switches(), Watch()
+    trainer = L.Trainer(accelerator="cpu", max_epochs=1, callbacks=[watch], **quiet)
+    with pytest.raises(Exception, match="no code for this") if fails else nullcontext():
+        trainer.fit(module, DataLoader([batch] * 2, batch_size=None))
+    assert inside == {(128, True, False)}
+    assert switches() == before not in inside
+    assert watch.seen == (set() if fails else {before})

@@ -164,7 +164,7 @@ def test_a_texts_features_are_computed_once_however_it_is_padded(grown, monkeypa
     assert computed == [3, 2]
     torch.testing.assert_close(again[:3], first)
     assert torch.equal(bank.chosen_B, bank.gate.choose(*features({"text_ids": text, "row_features": None})))
-    monkeypatch.setattr(bank, "_MOST_READ", 6)
+    monkeypatch.setattr("continual.adapters.growing.bank._MOST_READ", 6)
     model(prompts[:2].flip(0), text_ids=texts(0, 2, seed=11))  # no room: what was kept goes
     assert computed == [3, 2, 2] and len(bank._read) == 2
 

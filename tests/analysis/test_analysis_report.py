@@ -83,7 +83,7 @@ def test_text_format_prints_the_markdown(make_run: MakeRun, capsys: pytest.Captu
 
 
 def test_nothing_imports_torch() -> None:
-    check = "import sys, analysis, analysis.report, analysis.plots; sys.exit('torch' in sys.modules)"
+    check = "import sys, analysis, analysis.report.command, analysis.figures; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check]).returncode == 0
 
 

@@ -123,6 +123,7 @@ def wait_and_train(
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(None):
         stages = sequence(setting, Path(folder) / "run", module, [RandomText(lengths, seed=seed)], data, trainer)
         for _ in sys.stdin:
+            stages.begin(1, stages.data)
             stages._fit(1)
             if setting.cuda:
                 torch.cuda.synchronize()

@@ -47,6 +47,7 @@ def first(batch, batch_idx):
     marks["first step"] = clock()
     return step(batch, batch_idx)
 run.module.training_step = first
+run.begin(1, run.data)
 run._fit(1)
 marks["first step done"] = clock()
 print(json.dumps(marks))
@@ -166,6 +167,7 @@ def scoring_share(setting: Setting) -> Iterator[Result]:
     module = ContinualModule(ShapedLM(shape, setting.seed, backbone_dtype(setting)), queryable(), compile=setting.cuda)
     with tempfile.TemporaryDirectory() as folder:
         stages = sequence(setting, Path(folder) / "run", module, suite, {"batch_size": setting.pick(32, 8, 2)})
+        stages.begin(1, stages.data)
         trainers = [stages._fit(1)]
         stand = Stand(setting.device)
         stand.add("train", lambda: lambda: trainers.append(stages._fit(1)), warm_up=0)

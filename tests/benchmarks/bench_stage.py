@@ -53,6 +53,7 @@ def through_lightning(setting: Setting, folder: Path, shape: str, steps: int, co
     def product() -> Callable[[], Any]:
         stages = _sequence(setting, folder / "product", shape, steps, fields)
         made.append(stages.module)
+        stages.begin(1, stages.data)
         return lambda: stages._fit(1)
 
     def bare() -> Callable[[], Any]:
@@ -115,6 +116,7 @@ def packed_rows(setting: Setting, folder: Path, case: str, shape: str, steps: in
 
     def stage(name: str) -> Callable[[], Any]:
         made[name] = _sequence(setting, folder / name, shape, steps, {"compile": compiles}, packing=name == "packed")
+        made[name].begin(1, made[name].data)
         return lambda: made[name]._fit(1)
 
     stand = Stand(setting.device)
@@ -172,6 +174,7 @@ def against_naive(setting: Setting, folder: Path, shape: str, steps: int) -> Ite
 
     def product(way: str) -> Callable[[], Any]:
         stages = _sequence(setting, folder / way, shape, steps, ways[way])
+        stages.begin(1, stages.data)
         return lambda: stages._fit(1)
 
     def naive() -> Callable[[], Any]:

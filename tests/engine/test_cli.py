@@ -48,6 +48,16 @@ def one_stage(tree: Tree, write: Callable[..., str], tmp_path: Path) -> str:
     return write({"seed_everything": 0, "model": tree["model"], "data": data, "trainer": trainer}, "one.yaml")
 
 
+def test_a_misspelt_key_at_the_top_is_named_with_the_near_ones(
+    command: Callable, tree: dict, write: Callable[..., str], tmp_path: Path
+) -> None:
+    config = write(tree | {"stagse": tree["stages"]})
+    code, _, err = command("run-stages", "--config", config, "--out", tmp_path / "run")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "unknown key 'stagse' in the configuration of run-stages; did you mean stages?" in err
+    assert not (tmp_path / "run").exists()
+
+
 def test_help_lists_the_subcommands(command: Callable) -> None:
     code, out, _ = command("--help")
     assert code == 0

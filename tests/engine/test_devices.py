@@ -71,7 +71,7 @@ torch.set_num_threads(1)
 from recording import Recorder
 from continual import run
 from continual.data import batch_order, stage_data
-from continual.scoring import data_module
+from continual.scoring import shared_passes
 from continual.storage import manifest, records
 from continual.training import cuda_graphs
 from continual.training.module import ContinualModule
@@ -84,8 +84,8 @@ def refuse(*arguments, **keywords):
 torchmetrics.metric.gather_all_tensors = refuse
 
 def share_passes():
-    grouped, size = test_data.grouped, batch_order.scoring_size("cpu", 0)._replace(shared=True)
-    test_data.grouped = lambda loaders, max_tokens: grouped(loaders, 10 * max_tokens)
+    grouped, size = shared_passes.grouped, batch_order.scoring_size("cpu", 0)._replace(shared=True)
+    shared_passes.grouped = lambda loaders, max_tokens: grouped(loaders, 10 * max_tokens)
     stage_data.scoring_size = lambda *_: size
 
 def start(rank, port, argv, dies, together):

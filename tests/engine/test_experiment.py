@@ -9,7 +9,9 @@ import pytest
 import yaml
 from peft import LoraConfig
 
+from continual.compat.jsonargparse import keys_of
 from continual.config import experiment
+from continual.config.overrides import KEYS
 from continual.errors import ConfigError
 
 Tree = dict[str, Any]
@@ -180,6 +182,11 @@ BAD: dict[str, tuple[Callable[[Tree], None], list[str]]] = {
     ),
     "no class for the adapter": (without("model", "adapter", "class_path"), ["model.adapter needs a class_path"]),
     "no class for a task": (without(*TASK, "class_path"), ["stages.colours.task", "class_path", "Task"]),
+    "unknown key in the place of stages": (
+        lambda tree: tree.update(stagse=tree.pop("stages")),
+        ["unknown key 'stagse' in the configuration; did you mean stages?"],
+    ),
+    "unknown key like no other": (set_in(qwxz=1), ["unknown key 'qwxz' in the configuration; there are name, seed"]),
     "no stages": (without("stages"), ["stages has to list at least one stage"]),
     "empty stages": (set_in(stages=[]), ["stages has to list at least one stage"]),
     "stages as a mapping": (set_in(stages={"animals": {}}), ["stages has to list at least one stage"]),
@@ -221,6 +228,10 @@ def test_bad_input_is_named_on_one_line(tree: Tree, name: str) -> None:
 def test_a_text_that_is_no_mapping_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="has to be a mapping"):
         experiment.parse(text, "tiny")
+
+
+def test_the_keys_that_are_known_are_those_of_the_parser() -> None:
+    assert {*KEYS} == {key.split(".")[0] for key in keys_of(experiment.make_parser())} - {"help"}
 
 
 def test_malformed_yaml_is_placed() -> None:

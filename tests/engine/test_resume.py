@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 
-from continual.engine.stage_loop import StageLoop
+from continual.config.experiment import Experiment
 from continual.training.module import ContinualModule
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,7 +70,7 @@ def arm(point):
         before(ContinualModule, "training_step",
                lambda self, batch, index: self.trainer.datamodule.name == task and index == 2)
     elif point == "between two tables":
-        before(records, "append", lambda folder, table, rows: table == "routing" and rows[0]["stage"] == 1)
+        before(records, "append", lambda folder, table, rows, *schema: table == "routing" and rows[0]["stage"] == 1)
     elif point == "inside a table":
         seen = []
         before(records.os, "replace", lambda source, target: str(target).endswith("answers.parquet")
@@ -192,9 +192,12 @@ def test_a_nan_loss_drops_its_stage_and_keeps_the_others(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    callbacks: Any = StageLoop._callbacks.fget  # type: ignore[attr-defined]
-    poison = PoisonOnce()
-    monkeypatch.setattr(StageLoop, "_callbacks", property(lambda self: [*callbacks(self), poison]))
+    make, poison = Experiment.make_trainer, PoisonOnce()
+
+    def poisoned(self: Experiment, stage: Any, run_dir: Path, callbacks: Any) -> Any:
+        return make(self, stage, run_dir, [poison, *callbacks])
+
+    monkeypatch.setattr(Experiment, "make_trainer", poisoned)
     result = engine(write(tree), "--out", tmp_path / "run")
     assert result.code == 1
     error = result.err.splitlines()[-1]

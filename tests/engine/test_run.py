@@ -74,7 +74,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_does_not(
     assert engine(write(tree), "--out", tmp_path / "again").code == 0
     assert engine(write(tree), "seed=1", "--out", tmp_path / "other").code == 0
     first, again, other = contents(finished), contents(tmp_path / "again"), contents(tmp_path / "other")
-    assert set(first) == set(again) == set(other) and len(first) == 7 + 3 * 2
+    assert set(first) == set(again) == set(other) and len(first) == 6 + 3 * 2
     assert [name for name in first if first[name] != again[name]] == []
     assert [name for name in first if name.endswith(("parquet", "safetensors")) and first[name] == other[name]] == []
     weights = [

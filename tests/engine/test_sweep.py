@@ -369,6 +369,7 @@ TUNE = {"stages": ["animals"], "validation_rows": 2, "grid": {"*": {LR: [0.1]}}}
 
 REFUSED: dict[str, tuple[Tree, list[str]]] = {
     "unknown key": ({"method": {}}, ["'method'", "did you mean methods"]),
+    "unknown key of the base": ({"set": {"stagse": []}}, ["tiny.yaml", "'stagse'", "did you mean stages"]),
     "no base": ({"base": None}, ["has no base"]),
     "base missing": ({"base": "gone.yaml"}, ["gone.yaml"]),
     "no methods": ({"methods": {}}, ["methods is empty", "no cells"]),

@@ -364,6 +364,7 @@ def test_pruning_keeps_the_loss_within_the_limit(sequence: Callable[..., StageLo
 def test_a_copy_starts_as_the_source_is(sequence: Callable[..., StageLoop]) -> None:
     run = sequence("GrowingBank", "queryable", num_stages=2, **BANK, reuse_margin=0.0)
     run.manifest.finished_stage = 0
+    run.begin(1, run.data)
     run._fit(1)
     module, strategy, bank = run.module, strategy_of(run.module), bank_of(run.module)
     # A stage like the first one: its loss under the first one's slice is below the backbone's.

@@ -65,6 +65,7 @@ def computed(module: ContinualModule, batch: dict[str, Any]) -> tuple[Tensor, Te
 def second_stage(sequence: Callable[..., StageLoop]) -> tuple[ContinualModule, list[StageData]]:
     """A growing bank that has learnt one stage and is about to learn the next, whose slice reads the first one's."""
     made = sequence("GrowingBank", "queryable", **BANK)
+    made.begin(1, made.data)
     made._fit(1)
     made.module.strategy.start(made.module, made.data[1], 2)
     bank_of(made.module).in_use = ["default", "stage02"]

@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from peft.utils.peft_types import PeftType, register_peft_method
 from torch import Tensor, nn
 
-from continual.adapters.base_config import extend_peft_types
 from continual.adapters.config import AtomStart
 from continual.adapters.experts.experts import ExpertConfig, ExpertLinear, ExpertTuner, start_as_linear
 from continual.adapters.queryable.router import initial_atoms, top_k_softmax
+from continual.compat.peft import cast_input, extend_peft_types
 
 PEFT_NAME = "COMOL"
 extend_peft_types(PEFT_NAME)
@@ -79,7 +79,7 @@ class CoMoLLinear(ExpertLinear):
 
     def _update(self, name: str, x: Tensor) -> Tensor:
         down = self.expert_A[name]
-        x = self._cast_input_dtype(x, down.dtype)
+        x = cast_input(self, x, down.dtype)
         u = F.linear(self.expert_dropout[name](x), down)
         logits = F.linear(u if self.core_routing[name] else x, self.expert_router[name])
         routes = top_k_softmax(logits, self.top_k[name])

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from continual.adapters.base_config import RoutedLoraConfig
 from continual.adapters.routed_linear import RoutedLinear
 from continual.adapters.tuner import RoutedTuner
+from continual.compat.peft import move_to_base_layer
 
 
 @dataclass
@@ -95,7 +96,7 @@ class ExpertLinear(RoutedLinear):
         dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout > 0 else nn.Identity()
         self.expert_dropout[adapter_name] = dropout
         self._add_experts(adapter_name, config)
-        self._move_adapter_to_device_of_base_layer(adapter_name)
+        move_to_base_layer(self, adapter_name)
         self.set_adapter(self.active_adapters)
 
     def _add_experts(self, name: str, config: Any) -> None:

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from peft.utils.peft_types import PeftType, register_peft_method
 from torch import Tensor, nn
 
-from continual.adapters.base_config import extend_peft_types
 from continual.adapters.experts.experts import ExpertConfig, ExpertLinear, ExpertTuner, start_as_linear
 from continual.adapters.queryable.router import top_k_softmax
+from continual.compat.peft import cast_input, extend_peft_types
 
 PEFT_NAME = "MOE_LORA"
 extend_peft_types(PEFT_NAME)
@@ -64,7 +64,7 @@ class MoeLoraLinear(ExpertLinear):
 
     def _update(self, name: str, x: Tensor) -> Tensor:
         down, up = self.expert_A[name], self.expert_B[name]
-        x = self._cast_input_dtype(x, down.dtype)
+        x = cast_input(self, x, down.dtype)
         logits = F.linear(x, self.expert_router[name])
         routes = top_k_softmax(logits, self.top_k[name])
         self._keep(name, logits, routes)

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from continual.adapters.growing.factored import Factored
 from continual.adapters.growing.gate import StageGate
 from continual.adapters.queryable.row_slices import RowSlices
+from continual.compat.torch import live_buffers, live_parameters
 
 if TYPE_CHECKING:
     from continual.adapters.queryable.layer import QueryableLinear
@@ -208,7 +209,8 @@ class SlicedBank:
     def _places(self, name: str) -> list[tuple[Any, str]]:
         """Return where each tensor of a slice is registered: a mapping, and the tensor's key there."""
         bank = self.tuner.queryable_bank[name]
-        own: list[tuple[Any, str]] = [(kept, key) for kept in (bank._parameters, bank._buffers) for key in kept]
+        registered = live_parameters(bank), live_buffers(bank)
+        own: list[tuple[Any, str]] = [(kept, key) for kept in registered for key in kept]
         layers = self.layers(name).values()
         return own + [(kept, name) for layer in layers for kept in (layer.queryable_A, layer.queryable_B)]
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from continual.adapters.queryable.layer import LayerUse, QueryableLinear, SharedInput
 from continual.adapters.queryable.row_slices import States
+from continual.compat.transformers import attention_of, checkpointing_of
 
 ROW_KEYWORDS = ("text_ids", "row_features", "gate_instruction")
 """Keywords that the gate reads: token ids of each row's own text, (B, L), negative where padded; or its features as
@@ -83,7 +84,7 @@ def carriers_of(model: nn.Module, layers: Iterable[QueryableLinear]) -> list[Rou
     adapted = set(layers)
     carriers: list[RouteCarrier] = []
     for module in model.modules():
-        attention = next((c for c in module.children() if type(c).__name__.endswith("Attention")), None)
+        attention = attention_of(module)
         if attention is None or not _takes_keywords(module):
             continue
         inside = [child for child in module.modules() if isinstance(child, QueryableLinear) and child in adapted]
@@ -131,7 +132,7 @@ def refuse_inexact_checkpointing(model: nn.Module, checkpointable: list[nn.Modul
             "so that routes could not follow a recomputed layer: turn gradient checkpointing off"
         )
     for module in active:
-        function = getattr(module, "_gradient_checkpointing_func", None)
+        function = checkpointing_of(module)
         if getattr(function, "keywords", {}).get("use_reentrant", False):
             raise ValueError(
                 "reentrant activation checkpointing recomputes with the wrong routes: call "

@@ -16,6 +16,8 @@ from continual.adapters.config import QueryableLoraConfig
 from continual.adapters.queryable.router import AtomBank, BlockState, RoutingState, recomputed
 from continual.adapters.queryable.row_slices import RowBlock, RowRouting, States
 from continual.adapters.routed_linear import RoutedLinear
+from continual.compat.peft import cast_input, move_to_base_layer
+from continual.compat.torch import live_modules, live_parameters
 
 _READS = dict.fromkeys(["q_proj", "k_proj", "v_proj", "query", "key", "value"], "attention input")
 _READS |= dict.fromkeys(["gate_proj", "up_proj"], "mlp input")
@@ -111,7 +113,8 @@ class QueryableLinear(RoutedLinear):
         self.frozen_A: set[str] = set()
         self.reads = ""
         # What those hold, found without nn.Module's search, of which a pass would make hundreds.
-        self._entries: Any = self.queryable_A._parameters, self.queryable_B._parameters, self.queryable_dropout._modules
+        weights = live_parameters(self.queryable_A), live_parameters(self.queryable_B)
+        self._entries: Any = *weights, live_modules(self.queryable_dropout)
         # A reference, not a submodule: the tuner owns the banks, so that each is saved once.
         self._banks: dict[str, AtomBank] = {}
 
@@ -135,7 +138,7 @@ class QueryableLinear(RoutedLinear):
             generator = torch.Generator().manual_seed(config.frozen_A_seed + zlib.crc32(place.encode()))
         nn.init.kaiming_uniform_(self.queryable_A[adapter_name], a=math.sqrt(5), generator=generator)
         self._banks[adapter_name] = bank
-        self._move_adapter_to_device_of_base_layer(adapter_name)
+        move_to_base_layer(self, adapter_name)
         self.set_adapter(self.active_adapters)
 
     def in_use(self, states: States, inputs: dict[tuple[str, str], SharedInput]) -> list[LayerUse]:
@@ -202,7 +205,7 @@ class QueryableLinear(RoutedLinear):
         """Return u and what B is applied to, both (..., r), having computed them for all that read ``x`` as well."""
         bank: Any = use.bank  # of the block's own kind
         block, shared = use.block, use.shared
-        h = self._cast_input_dtype(x, use.weight_A.dtype)
+        h = cast_input(self, x, use.weight_A.dtype)
         h = h if use.dropout is None else use.dropout(h)
         together = shared.x is None and len(shared.weights_A) > 1  # else others wait for parts of another tensor
         weights_A = shared.weights_A if together else [use.weight_A]

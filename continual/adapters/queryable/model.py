@@ -57,7 +57,7 @@ class QueryableLoraModel(RoutedTuner):
         Raises:
             ValueError: A target module matches nothing, even if others match; or num_blocks exceeds the layers.
         """
-        if "queryable_bank" not in self._modules:
+        if "queryable_bank" not in dict(self.named_children()):
             self.queryable_bank = nn.ModuleDict()
         config = cast(QueryableLoraConfig, self.peft_config[adapter_name])
         bank = AtomBank(config, self._instruction_dim(model, config))
