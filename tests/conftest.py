@@ -31,7 +31,7 @@ def asked_once() -> Iterator[None]:
     from lightning.fabric.utilities import registry
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(registry, "entry_points", functools.cache(registry.entry_points))
+        patch.setattr(registry, "entry_points", functools.cache(registry.entry_points))  # type: ignore[attr-defined]
         patch.setattr(jinja2.Environment, "compile", functools.cache(jinja2.Environment.compile))
         yield
 

@@ -182,7 +182,7 @@ class AnswerCache(Recorder):
         if not (path := _path(run_dir, stage)).exists():
             return
         try:
-            table = pq.read_table(path, schema=_SCHEMA, partitioning=None).to_pylist()
+            table = pq.read_table(path, schema=_SCHEMA, partitioning=None).to_pylist()  # type: ignore[arg-type]
         except (OSError, pa.ArrowException) as error:
             raise RunError(f"cannot read the cached answers {path}: {one_line(error)}") from error
         for row in table:

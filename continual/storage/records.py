@@ -191,7 +191,8 @@ def _table(path: Path, schema: pa.Schema, rows: Iterable[Mapping[str, Any]]) -> 
 
 def _read(path: Path, schema: pa.Schema | None) -> pa.Table:
     try:
-        table = pq.read_table(path, partitioning=None)  # a folder named seed=1 is no column
+        # Not partitioned: a folder named seed=1 is no column.
+        table = pq.read_table(path, partitioning=None)  # type: ignore[arg-type]
     except (pa.ArrowException, OSError) as error:
         raise RecordError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from error
     if schema is not None and not table.schema.equals(

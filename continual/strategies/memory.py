@@ -124,7 +124,7 @@ class RowMemory:
 
     def read(self, folder: Path) -> None:
         """Take up what ``write`` wrote."""
-        table = pq.read_table(folder / "rows.parquet", partitioning=None)
+        table = pq.read_table(folder / "rows.parquet", partitioning=None)  # type: ignore[arg-type]
         state = json.loads(table.schema.metadata[b"memory"])
         self.seen, self.full = Counter(state["seen"]), set(state["full"])
         self.items = []

@@ -327,7 +327,7 @@ def test_a_fit_leaves_torchs_switches_as_they_were(monkeypatch: pytest.MonkeyPat
     before, watch = switches(), Watch()
     trainer = L.Trainer(accelerator="cpu", max_epochs=1, callbacks=[watch], **quiet)
     with pytest.raises(Exception, match="no code for this") if fails else nullcontext():
-        trainer.fit(module, DataLoader([batch] * 2, batch_size=None))
+        trainer.fit(module, DataLoader([batch] * 2, batch_size=None))  # type: ignore[arg-type]
     assert inside == {(128, True, False)}
     assert switches() == before not in inside
     assert watch.seen == (set() if fails else {before})

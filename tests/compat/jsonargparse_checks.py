@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import pytest
 from behaviour import checks
 from jsonargparse import ArgumentParser
 
@@ -97,6 +98,17 @@ def an_unknown_key_is_named() -> None:
     assert compat.unknown_option(said(numbre=1)) == (None, "numbre")
     assert compat.unknown_option(said(wheel={"sise": 1})) == ("wheel", "sise")
     assert compat.unknown_option(said(number="x")) is None
+
+
+@checks(compat.unknown_option_of_subcommand)
+def an_unknown_key_of_a_subcommand_is_named() -> None:
+    parser, inner = (ArgumentParser(exit_on_error=False) for _ in range(2))
+    inner.add_argument("--number", type=int)
+    parser.add_subcommands().add_subcommand("count", inner)
+    with pytest.raises(Exception) as caught:
+        parser.parse_object({"subcommand": "count", "count": {"numbre": 1}})
+    assert compat.unknown_option_of_subcommand(str(caught.value)) == ("count", "numbre")
+    assert compat.unknown_option_of_subcommand(said(numbre=1)) is None
 
 
 @checks(compat.missing_name)
