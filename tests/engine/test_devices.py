@@ -4,9 +4,10 @@ import copy
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from forking import Forks
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.autograd.graph import get_gradient_edge
@@ -63,97 +65,22 @@ SCENARIOS: dict[str, Tree] = {
 }
 QUICK = ("plain", "growing", "recorded")
 
-# Imports once, then forks two processes for each run, as torchrun would start them; the second may write nothing.
-FORKER = """
-import json, os, signal, socket, sys, time
-import torch, torchmetrics
-torch.set_num_threads(1)
-from recording import Recorder
-from continual import run
-from continual.data import batch_order, stage_data
-from continual.scoring import shared_passes
-from continual.storage import manifest, records
-from continual.training import cuda_graphs
-from continual.training.module import ContinualModule
-from continual.strategies import Strategy
-
-def refuse(*arguments, **keywords):
-    os._exit(97)
-
-# Lightning's metrics and ours would gather tensors on the CPU, which NCCL, the GPUs' backend, does not take.
-torchmetrics.metric.gather_all_tensors = refuse
-
-def share_passes():
-    grouped, size = shared_passes.grouped, batch_order.scoring_size("cpu", 0)._replace(shared=True)
-    shared_passes.grouped = lambda loaders, max_tokens: grouped(loaders, 10 * max_tokens)
-    stage_data.scoring_size = lambda *_: size
-
-def start(rank, port, argv, dies, together):
-    child = os.fork()
-    if child:
-        return child
-    os.environ.update(LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    ContinualModule._records = property(lambda module: module.cuda_graphs)  # as on a GPU, but from the first pass on
-    cuda_graphs._on_cuda, cuda_graphs._SIGHTINGS = Recorder, 1
-    if together:
-        share_passes()
-    if rank:
-        records.append = records.truncate = manifest.create = manifest.Manifest.commit = Strategy.save = refuse
-        ContinualModule.save_adapter = refuse
-    elif dies:
-        step = ContinualModule.training_step
-        def die(self, batch, index):
-            if self.trainer.datamodule.name == "colours" and index == 1:
-                os.kill(os.getpid(), dies)
-            return step(self, batch, index)
-        ContinualModule.training_step = die
-    code = 98
-    try:
-        code = run.main(argv)
-    finally:
-        os._exit(code)
-
-def wait(children, seconds=100):
-    codes, end = {}, time.monotonic() + seconds
-    while len(codes) < len(children):
-        for child in set(children) - set(codes):
-            done, status = os.waitpid(child, os.WNOHANG)
-            if done:
-                codes[child] = os.waitstatus_to_exitcode(status)
-            elif time.monotonic() > end:
-                os.kill(child, signal.SIGKILL)
-        time.sleep(0.02)
-    return [codes[child] for child in children]
-
-for line in sys.stdin:
-    argv, *how = json.loads(line)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    print(json.dumps(wait([start(rank, port, argv, *how) for rank in (0, 1)])), flush=True)
-"""
-
 
 @pytest.fixture(scope="module")
-def forked() -> Iterator[Callable[..., list[int]]]:
+def forked(forks: Forks) -> Callable[..., list[int]]:
     """Runs a command line of ``continual.run`` in two processes and returns their exit codes."""
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "strategies")])  # recording.py is there
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-c", FORKER]
-    with subprocess.Popen(
-        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdin is not None and process.stdout is not None
-        stdin, stdout = process.stdin, process.stdout
 
-        def forked(*argv: object, dies: int = 0, together: bool = False) -> list[int]:
-            stdin.write(json.dumps([[*map(str, argv), "--no-report"], dies, together]) + "\n")
-            stdin.flush()
-            lines = iter(stdout.readline, "")
-            return next(json.loads(line) for line in lines if line.startswith("["))
+    def forked(*argv: object, dies: int = 0, together: bool = False) -> list[int]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        words = [*map(str, argv), "--no-report"]
+        ranks = [
+            forks.start("ranks:run_rank", rank, words, dies, together, LOCAL_RANK=str(rank), **place) for rank in (0, 1)
+        ]
+        return [forks.wait(rank) for rank in ranks]
 
-        yield forked
-        process.kill()
+    return forked
 
 
 @pytest.fixture(scope="module")

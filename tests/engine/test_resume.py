@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,95 +12,25 @@ import lightning as L
 import pytest
 import torch
 import yaml
+from dying import POINTS
+from forking import Forks
 
 from continual.config.experiment import Experiment
 from continual.training.module import ContinualModule
 
-ROOT = Path(__file__).resolve().parents[2]
 Tree = dict[str, Any]
-
-# Where a run is killed, and the last stage that its manifest then holds.
-POINTS = {
-    "before stage 0 is scored": -1,
-    "before stage 0 is committed": -1,
-    "between stages": 1,
-    "while stage 1 trains": 0,
-    "while stage 2 trains": 1,
-    "between two tables": 0,
-    "inside a table": 0,
-    "before the adapter is in place": 1,
-    "inside the manifest": 1,
-}
-
-# Imports once, then forks a process for each point; each kills itself there, as kill -9 would.
-KILLER = '''
-import os, signal, sys
-import torch
-torch.set_num_threads(1)
-from continual import run
-from continual.engine import stage_loop
-from continual.storage import manifest, records
-from continual.training.module import ContinualModule
-import analysis.report
-
-def die(*arguments, **keywords):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-def before(owner, name, when):
-    """Die where owner.name is about to be called with arguments that fit."""
-    call = getattr(owner, name)
-    def wrapped(*arguments, **keywords):
-        if when(*arguments):
-            die()
-        return call(*arguments, **keywords)
-    setattr(owner, name, wrapped)
-
-def arm(point):
-    stage = lambda n: lambda self, *rest: self.manifest.finished_stage == n - 1
-    if point == "before stage 0 is scored":
-        before(stage_loop.StageLoop, "_score", stage(0))
-    elif point == "before stage 0 is committed":
-        before(manifest.Manifest, "commit", lambda self, folder: self.finished_stage == 0)
-    elif point == "between stages":
-        before(stage_loop.StageLoop, "_fit", stage(2))
-    elif point in ("while stage 1 trains", "while stage 2 trains"):
-        task = "animals" if "1" in point else "colours"
-        before(ContinualModule, "training_step",
-               lambda self, batch, index: self.trainer.datamodule.name == task and index == 2)
-    elif point == "between two tables":
-        before(records, "append", lambda folder, table, rows, *schema: table == "routing" and rows[0]["stage"] == 1)
-    elif point == "inside a table":
-        seen = []
-        before(records.os, "replace", lambda source, target: str(target).endswith("answers.parquet")
-               and (seen.append(1) or len(seen) == 2))
-    elif point == "before the adapter is in place":
-        before(os, "replace", lambda source, target: str(target).endswith("stage-02"))
-    elif point == "inside the manifest":
-        before(os, "replace", lambda source, target: str(target).endswith("manifest.json")
-               and '"finished_stage": 2' in open(source).read())
-
-config, folder, *points = sys.argv[1:]
-for index, point in enumerate(points):
-    child = os.fork()
-    if child == 0:
-        arm(point)
-        run.main([config, "--out", f"{folder}/{index}"])
-        os._exit(99)
-    print(point, -os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), sep="=", file=sys.stderr)
-'''
 
 
 @pytest.fixture(scope="module")
-def killed(base_tree: Tree, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def killed(base_tree: Tree, forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A run directory for every point that a run was killed at."""
     folder = tmp_path_factory.mktemp("killed")
     (folder / "tiny.yaml").write_text(yaml.safe_dump(base_tree))
-    command = [sys.executable, "-c", KILLER, str(folder / "tiny.yaml"), str(folder), *POINTS]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    for point in POINTS:
-        assert f"{point}={int(signal.SIGKILL)}" in done.stderr, done.stderr[-2000:]
-    return {point: folder / str(index) for index, point in enumerate(POINTS)}
+    run_dirs = {point: folder / str(index) for index, point in enumerate(POINTS)}
+    for point, run_dir in run_dirs.items():
+        process = forks.start("dying:run_until", point, str(folder / "tiny.yaml"), "--out", str(run_dir))
+        assert forks.wait(process) == -signal.SIGKILL, point
+    return run_dirs
 
 
 @pytest.mark.parametrize("point", POINTS)

@@ -6,7 +6,6 @@ import io
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from forking import Forks
 
 from continual import run, sweep
 from continual.errors import DIVERGED
@@ -27,7 +27,6 @@ from continual.sweeps import plan as sweep_plan
 from continual.sweeps.cells import CellOutcome, CellRun
 from continual.sweeps.loop import SweepLoop, _at_edge
 
-ROOT = Path(__file__).resolve().parents[2]
 Tree = dict[str, Any]
 
 LORA = {"class_path": "peft.LoraConfig", "init_args": {"r": 2, "target_modules": ["q_proj", "v_proj"]}}
@@ -477,31 +476,25 @@ def test_jobs_by_default(monkeypatch: pytest.MonkeyPatch, visible: str, cores: i
 # -- processes of their own -------------------------------------------------------------------------------------------
 
 
-def start(*argv: object) -> subprocess.Popen[bytes]:
-    """Start the command in a process group of its own."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "continual.sweep", *map(str, argv)]
-    return subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.PIPE)
-
-
 @pytest.mark.slow
 def test_a_killed_sweep_goes_on_without_repeating_a_finished_cell(
-    planned: Callable, swept: Path, contents: Callable, cells: InProcess, command: Callable, tmp_path: Path
+    planned: Callable,
+    swept: Path,
+    forks: Forks,
+    contents: Callable,
+    cells: InProcess,
+    command: Callable,
+    tmp_path: Path,
 ) -> None:
     out = tmp_path / "out"
-    process = start(planned(), "--out", out, "--jobs", 2)
+    process = forks.start("continual.sweep:main", [planned(), "--out", str(out), "--jobs", "2"])
     deadline = time.monotonic() + 300
-    while time.monotonic() < deadline and process.poll() is None:
-        done = (
-            [place for place, status in statuses(out).items() if status == "done"]
-            if (out / "sweep.json").exists()
-            else []
-        )
-        if done:
+    while time.monotonic() < deadline:
+        if (out / "sweep.json").exists() and "done" in statuses(out).values():
             break
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    os.killpg(process, signal.SIGKILL)
+    assert forks.wait(process) == -signal.SIGKILL
     finished = {place: every_byte(out / place) for place in statuses(out) if complete(out / place)}
     assert 1 <= len(finished) < 6
 
@@ -521,17 +514,19 @@ def complete(run_dir: Path) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number, status", [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 143)])
-def test_the_cells_of_a_sweep_end_with_it(planned: Callable, tmp_path: Path, number: int, status: int) -> None:
-    process = start(planned(), "--out", tmp_path / "out", "--jobs", 2)
+def test_the_cells_of_a_sweep_end_with_it(
+    planned: Callable, forks: Forks, tmp_path: Path, number: int, status: int
+) -> None:
+    process = forks.start("continual.sweep:main", [planned(), "--out", str(tmp_path / "out"), "--jobs", "2"])
     log = tmp_path / "out" / "logs" / "cells" / "lora" / "forth-seed0.log"
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and not log.exists():
         time.sleep(0.05)
-    process.send_signal(number)  # to the sweep alone, not its group
-    assert process.wait() == status
+    os.kill(process, number)  # the sweep alone, not its group
+    assert forks.wait(process) == status
     while time.monotonic() < deadline:
         try:
-            os.killpg(process.pid, 0)
+            os.killpg(process, 0)
         except ProcessLookupError:
             return
         time.sleep(0.2)
@@ -539,13 +534,16 @@ def test_the_cells_of_a_sweep_end_with_it(planned: Callable, tmp_path: Path, num
 
 
 @pytest.mark.slow
-def test_a_ray_cluster_runs_the_same_cells(planned: Callable, swept: Path, contents: Callable, tmp_path: Path) -> None:
+def test_a_ray_cluster_runs_the_same_cells(
+    planned: Callable, swept: Path, forks: Forks, contents: Callable, tmp_path: Path
+) -> None:
     pytest.importorskip("ray")
     out = tmp_path / "out"
     path = planned(orders={"back": {"stages": ["colours"], "seeds": [3]}})
-    process = start(path, "--out", out, "--engine", "ray", "--jobs", 2)  # by default half the machine's cores
-    printed = process.communicate(timeout=500)[0].decode()
-    assert process.returncode == 0 and "2 at a time on ray" in printed
+    words = [path, "--out", str(out), "--engine", "ray", "--jobs", "2"]  # by default half the machine's cores
+    process = forks.start("continual.sweep:main", words, output=tmp_path / "printed")
+    status, printed = forks.wait(process, seconds=500), (tmp_path / "printed").read_text()
+    assert status == 0 and "2 at a time on ray" in printed
     assert printed.splitlines()[-1] == str(out)
     assert set(statuses(out).values()) == {"done"}
     for place in statuses(out):
