@@ -56,6 +56,6 @@ def test_every_tensor_of_a_batch_moves_and_its_rows_stay(make_module, make_data,
         assert moved.keys() == batch.keys()
         assert moved["rows"] is batch["rows"] and moved["instructions"] is batch["instructions"]
         tensors = [*moved["forward"].values(), *([moved["labels"]] if "labels" in moved else [])]
-        if "candidates" in moved:
-            tensors += [value for value in vars(moved["candidates"]).values() if isinstance(value, torch.Tensor)]
+        if "label_tree" in moved:
+            tensors += [value for value in vars(moved["label_tree"]).values() if isinstance(value, torch.Tensor)]
         assert tensors and all(tensor.is_meta for tensor in tensors)
