@@ -76,7 +76,7 @@ def labels(setting: Setting, folder: Path, shape: str) -> Iterator[Result]:
     stages, batches = _scoring(setting, folder / "labels", shape, queryable(), task)
     model, rows = cast(Any, stages.module.model), stages.data[0]._encoded["test"].rows
     instruction = _instruction(stages.module, task)
-    candidates: LabelTree = batches[0]["candidates"]
+    candidates: LabelTree = batches[0]["label_tree"]
     answers = [candidates.ids_L[candidates.segment_L == index].tolist() for index in range(len(LABELS))]
 
     def tree() -> dict[int, Tensor]:
@@ -159,7 +159,7 @@ def _apart(setting: Setting, folder: Path, shape: str, task: Task) -> float:
         if "queryable_B" in name:
             parameter.normal_(std=0.02)
     instruction = _instruction(module, task)
-    candidates: LabelTree = batches[0]["candidates"]
+    candidates: LabelTree = batches[0]["label_tree"]
     answers = [candidates.ids_L[candidates.segment_L == index].tolist() for index in range(len(LABELS))]
     expected = _one_by_one(module.model, rows, answers, instruction, all_logits=False)
     apart = 0.0
@@ -257,7 +257,7 @@ def rows_of_ten_stages(setting: Setting, folder: Path, shape: str) -> Iterator[R
             with patch.object(bank.gate, "choose", choose):
                 for batch in batches:
                     features = torch.zeros(len(batch["rows"]), 1, device=setting.device)
-                    label_log_likelihoods(model, batch["forward"] | {"row_features": features}, batch["candidates"])
+                    label_log_likelihoods(model, batch["forward"] | {"row_features": features}, batch["label_tree"])
 
         return run
 
