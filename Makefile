@@ -23,14 +23,15 @@ help:  ## list these commands
 
 setup: $(INSTALLED)  ## set up .venv with the versions of requirements/, which are those that were tested
 
-demo: $(INSTALLED)  ## train configs/stages.yaml on SmolLM2 and write its report
-	@if [ -f $(DEMO)/manifest.json ]; then \
-		echo "==> Going on with the run in $(DEMO) (to start afresh, remove that folder)"; \
-		$(PY) -m continual.run --resume $(DEMO); \
+demo: $(INSTALLED)  ## two runs side by side on SmolLM2 (configs/sweep_demo.yaml), and one report of both
+	@if [ -f $(DEMO)/sweep.yaml ]; then \
+		echo "==> Going on with $(DEMO), where what is finished is not run again (to start afresh, remove that folder)"; \
+		$(PY) -m continual.sweep --resume $(DEMO) --jobs 2; \
 	else \
-		echo "==> Training configs/stages.yaml into $(DEMO)"; \
-		$(PY) -m continual.run configs/stages.yaml --out $(DEMO); \
+		echo "==> Two runs side by side, stage after stage and with replay; about five minutes; each run's own lines are in $(DEMO)/logs"; \
+		$(PY) -m continual.sweep configs/sweep_demo.yaml --out $(DEMO) --jobs 2; \
 	fi
+	@$(PY) -m analysis.report $(DEMO) >/dev/null
 	@echo "==> Report: $(DEMO)/report/report.html (also report.md, summary.json and figures/ beside it)"
 
 test: $(INSTALLED) browser-note  ## lint, check types and run the whole test suite; each runs whatever became of the others

@@ -45,8 +45,9 @@ def separation(routing: Frame, halves: Frame) -> Frame:
         A frame with the columns of ``records.SCHEMAS["separation"]``: metrics "js" and "kl" of task against other, and
         "js_split_half" and "kl_split_half" of a task's two halves, where other is the task.
     """
-    stages, parts = _stages(routing), {side: _stages(own) for side, own in halves.groupby("half")}
-    stages = stages if parts else {}  # the halves are lost: no null to set a distance beside
+    parts = {side: _stages(own) for side, own in halves.groupby("half")}
+    # Where a stage's halves are lost there is no null to set a distance beside.
+    stages = {stage: found for stage, found in _stages(routing).items() if stage in parts.get(0, {})}
     frames = []
     for stage, found in stages.items():
         first, second = (parts[side][stage].usage_TNM for side in (0, 1))

@@ -139,13 +139,22 @@ def load_run(directory: str | Path, only: Collection[str] | None = None) -> Run:
 
 
 def _read(directory: Path, name: str, stages: list[str]) -> Frame:
-    """Read a table; distances between usages, which earlier versions wrote down, are derived from those."""
-    if name not in _DERIVED or records.path_of(directory, name).exists():
-        return records.read(directory, name)
+    """Read a table; distances between usages are derived from those, but for stages of which a file has them.
+
+    Earlier versions wrote the distances down: a run that they began has the file, and no halves of those stages.
+    """
+    written = records.read(directory, name)
+    halves = records.path_of(directory, "usage_halves")
+    if name not in _DERIVED or (records.path_of(directory, name).exists() and not halves.exists()):
+        return written
     routing = records.read(directory, "routing")
-    if name == "drift":
-        return distances.drift(routing, stages)
-    return distances.separation(routing, records.read(directory, "usage_halves"))
+    derived = (
+        distances.drift(routing, stages)
+        if name == "drift"
+        else distances.separation(routing, records.read(directory, "usage_halves"))
+    )
+    new = derived[~derived["stage"].isin(written["stage"])]
+    return pd.concat([written, new], ignore_index=True) if len(written) else new
 
 
 def load(where: str | Path) -> Frames:

@@ -13,6 +13,7 @@ def test_the_collector_leaves_imports_alone_and_works_on(monkeypatch: pytest.Mon
     loop = __import__("continual.engine.stage_loop", fromlist=["StageLoop"])
     monkeypatch.setattr(continual.engine, "stage_loop", loop)  # put back with the module itself
     monkeypatch.delitem(sys.modules, "continual.engine.stage_loop")
+    gc.unfreeze()  # what the tests themselves have frozen
     before = gc.get_freeze_count()
     try:
         import_engine()
