@@ -51,6 +51,14 @@ def one_thread_fixed_seed() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def only_what_is_new() -> Iterator[None]:
+    """Leaves ``gc.get_objects`` what the test makes alone, and not the millions of objects of those before it."""
+    gc.collect()
+    gc.freeze()
+    yield
+
+
 @pytest.fixture(scope="session")
 def tiny_lm_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a Llama of random weights (hidden 32, 4 layers, float32) and a byte tokenizer, to read only."""

@@ -1,6 +1,7 @@
 """Every file in configs/ is a test case: it parses, it builds its objects, and what it resolves to says the same."""
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,15 @@ def test_a_study_is_a_sweep_that_parses_with_every_method_and_value(path: Path) 
     assert plan.baseline in plan.methods and len(plan.cells()) > 4
 
 
+@pytest.fixture
+def parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parses the same text once: it is right or wrong every time."""
+    parse = cache(experiment.parse)
+    monkeypatch.setattr(experiment, "parse", lambda text, stem, where: parse(text, stem))
+
+
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: str(path.relative_to(FOLDER).with_suffix("")))
-def test_a_sweep_parses_and_the_files_it_leaves_say_the_same(path: Path, tmp_path: Path) -> None:
+def test_a_sweep_parses_and_the_files_it_leaves_say_the_same(path: Path, tmp_path: Path, parsed_once: None) -> None:
     first = sweep_plan.load(path)
     for name, text in first.files().items():
         (tmp_path / name).write_text(text)

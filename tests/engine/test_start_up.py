@@ -24,3 +24,4 @@ def test_the_collector_leaves_imports_alone_and_works_on(monkeypatch: pytest.Mon
         assert kept and gc.get_freeze_count() == frozen
     finally:
         gc.unfreeze()
+        gc.freeze()  # as it was: later tests need not look at all of it

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -49,7 +51,8 @@ class Recorder:
 
     def __call__(self, callable: torch.nn.Module, own: tuple[Tensor, ...]) -> Recorded:
         self.shapes.append(tuple(tensor.shape for tensor in own))
-        with capturing():
+        # One mode for what a trace notes of its tensors: each would else make its own.
+        with capturing(), tracing(TracingContext(FakeTensorMode())):
             trace = make_fx(lambda *tensors: callable(*tensors))(*own)
 
         def replay(*tensors: Tensor) -> tuple[Tensor, ...]:

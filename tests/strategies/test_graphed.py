@@ -118,6 +118,7 @@ def test_nothing_in_a_pass_waits_for_the_device(
 
 @pytest.mark.parametrize("strategy", ["Sequential", "GrowingBank"])
 @pytest.mark.parametrize("adapter", ["lora", "queryable", "experts", "regressor"])
+@pytest.mark.usefixtures("only_what_is_new")
 def test_a_pass_leaves_no_graph_behind(
     prepared: Callable[..., tuple[ContinualModule, list[StageData]]], adapter: str, strategy: str
 ) -> None:

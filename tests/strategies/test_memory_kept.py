@@ -15,10 +15,7 @@ KINDS = (Trainer, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
 
 
 def alive() -> tuple[list[int], int, int]:
-    """Return how many of ``KINDS`` there are, how many tensors, and how many of those have a graph.
-
-    Other tests' are among them: what counts is the difference.
-    """
+    """Return how many of ``KINDS`` there are, how many tensors, and how many of those have a graph."""
     gc.collect()
     found = gc.get_objects()
     tensors = [item for item in found if isinstance(item, Tensor)]
@@ -30,6 +27,7 @@ def alive() -> tuple[list[int], int, int]:
     ("strategy", "adapter", "options"),
     [("Sequential", "lora", {}), ("GrowingBank", "queryable", {"background_rows": 0, "prune_tolerance": 0})],
 )
+@pytest.mark.usefixtures("only_what_is_new")
 @pytest.mark.filterwarnings("ignore:.*is deprecated")
 def test_stages_leave_nothing_but_slices(
     sequence: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, strategy: str, adapter: str, options: dict[str, Any]
