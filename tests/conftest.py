@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import forking
 import pytest
 
 if TYPE_CHECKING:  # pytest-xdist's first process reads this file and runs no test: it need not wait for torch
@@ -79,6 +80,13 @@ def smollm2() -> CausalLM:
     from continual.backbones import CausalLM
 
     return CausalLM()
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[forking.Forks]:
+    """Starts processes that have imported everything, for tests that are not about how a process starts."""
+    with forking.forks() as made:
+        yield made
 
 
 @pytest.fixture(scope="session")

@@ -2,14 +2,13 @@
 
 import os
 import stat
-import subprocess
-import sys
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 import torch
+from forking import Forks
 
 from continual.backbones import CausalLM, TinyCausalLM
 from continual.backbones.model_files import cache_root, find_packaged
@@ -100,15 +99,12 @@ def test_the_cache_is_used_again_and_a_changed_file_unpacked_anew(
         assert stat.S_IMODE((folder / "model.safetensors").stat().st_mode) == 0o644
 
 
-def test_two_processes_unpack_once(tiny_gguf: Path, tmp_path: Path) -> None:
-    code = "import sys; from continual.backbones import CausalLM; CausalLM(sys.argv[1], cache_dir=sys.argv[2]).build()"
-    processes = [
-        subprocess.Popen([sys.executable, "-c", code, tiny_gguf, tmp_path], stderr=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    errors = [process.communicate(timeout=120)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
-    assert "".join(errors).count("Unpacking tiny.f32.gguf") == 1
+def test_two_processes_unpack_once(tiny_gguf: Path, forks: Forks, tmp_path: Path) -> None:
+    code = f"from continual.backbones import CausalLM; CausalLM({str(tiny_gguf)!r}, cache_dir={str(tmp_path)!r}).build()"
+    errors = [tmp_path / "one", tmp_path / "other"]
+    processes = [forks.start("forking:execute", code, errors=path) for path in errors]
+    assert [forks.wait(process) for process in processes] == [0, 0]
+    assert "".join(path.read_text() for path in errors).count("Unpacking tiny.f32.gguf") == 1
     assert [entry.suffix for entry in sorted((tmp_path / "models").iterdir()) if entry.is_dir()].count(".partial") == 0
 
 

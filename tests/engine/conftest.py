@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import forking
 import pytest
 import yaml
 
@@ -124,13 +123,6 @@ def finished(base_tree: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
         patch.setattr(analysis.report, "write_report", lambda run_dir: run_dir / "report.html")
         assert run.main([str(folder / "tiny.yaml"), "--out", str(folder / "run")]) == 0
     yield folder / "run"
-
-
-@pytest.fixture(scope="session")
-def forks() -> Iterator[forking.Forks]:
-    """Starts processes that have imported everything, for tests that are not about how a process starts."""
-    with forking.forks() as made:
-        yield made
 
 
 @pytest.fixture

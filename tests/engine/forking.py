@@ -2,8 +2,10 @@
 
 As a script it reads a request a line, and writes an answer a line:
 
-    {"call": "module:function", "arguments": [...], "environment": {...}, "output": PATH}    -> the process's id
-    {"wait": PID, "seconds": N}    -> its exit status, -N for signal N; it is killed once the seconds have passed
+    {"call": "module:function", "arguments": [...], "environment": {...}, "streams": [PATH or null, PATH or null]}
+        -> the process's id
+    {"wait": PID, "seconds": N}
+        -> its exit status, -N for signal N; it is killed once the seconds have passed
 """
 
 from __future__ import annotations
@@ -35,17 +37,20 @@ class Forks:
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self.process = process
 
-    def start(self, call: str, *arguments: Any, output: Path | None = None, **environment: str) -> int:
+    def start(
+        self, call: str, *arguments: Any, output: Path | None = None, errors: Path | None = None, **environment: str
+    ) -> int:
         """Call "module:function" in a process group of its own and return the process's id.
 
         Args:
             call: The function; the process's exit status is what it returns.
             arguments: Its arguments, of types that JSON has.
             output: Where standard output goes; nowhere unless given.
+            errors: Where standard error goes; to this process's unless given.
             environment: Further environment variables.
         """
-        request = {"call": call, "arguments": arguments, "environment": environment}
-        return self._ask(request | {"output": str(output or os.devnull)})
+        streams = [str(output or os.devnull), errors and str(errors)]
+        return self._ask({"call": call, "arguments": arguments, "environment": environment, "streams": streams})
 
     def wait(self, pid: int, seconds: float = 100) -> int:
         """Return a process's exit status, -N for signal N; kill it once the seconds have passed."""
@@ -71,6 +76,12 @@ def forks() -> Iterator[Forks]:
         process.kill()
 
 
+def execute(code: str) -> int:
+    """Execute Python, which is what a process may be started for."""
+    exec(code, {})
+    return 0
+
+
 def _serve() -> None:
     import torch
 
@@ -94,10 +105,12 @@ def _serve() -> None:
             sys.exit(_call(**request))
 
 
-def _call(call: str, arguments: list[Any], environment: dict[str, str], output: str) -> int:
+def _call(call: str, arguments: list[Any], environment: dict[str, str], streams: list[str | None]) -> int:
     os.setsid()
-    for stream, path, mode in ((0, os.devnull, os.O_RDONLY), (1, output, os.O_WRONLY | os.O_CREAT)):
-        os.dup2(os.open(path, mode, 0o644), stream)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for number, path in enumerate(streams, start=1):
+        if path is not None:
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT, 0o644), number)
     os.environ.update(environment)
     module, _, function = call.partition(":")
     return getattr(importlib.import_module(module), function)(*arguments)
