@@ -26,13 +26,11 @@ setup: $(INSTALLED)  ## set up .venv with the versions of requirements/, which a
 demo: $(INSTALLED)  ## two runs side by side on SmolLM2 (configs/sweep_demo.yaml), and one report of both
 	@if [ -f $(DEMO)/sweep.yaml ]; then \
 		echo "==> Going on with $(DEMO), where what is finished is not run again (to start afresh, remove that folder)"; \
-		$(PY) -m continual.sweep --resume $(DEMO) --jobs 2; \
+		$(PY) -m continual.sweep --resume $(DEMO) --jobs 2 --report; \
 	else \
-		echo "==> Two runs side by side, stage after stage and with replay; about five minutes; each run's own lines are in $(DEMO)/logs"; \
-		$(PY) -m continual.sweep configs/sweep_demo.yaml --out $(DEMO) --jobs 2; \
+		echo "==> Two runs side by side, stage after stage and with replay: about five minutes on two cores"; \
+		$(PY) -m continual.sweep configs/sweep_demo.yaml --out $(DEMO) --jobs 2 --report; \
 	fi
-	@$(PY) -m analysis.report $(DEMO) >/dev/null
-	@echo "==> Report: $(DEMO)/report/report.html (also report.md, summary.json and figures/ beside it)"
 
 test: $(INSTALLED) browser-note  ## lint, check types and run the whole test suite; each runs whatever became of the others
 	@lint=0; types=0; tests=0; \

@@ -1,10 +1,11 @@
-"""Run methods x task orders x seeds, tuned alike, and keep every run: a table of them is analysis.report's.
+"""Run methods x task orders x seeds, tuned alike, and keep every run: analysis.report sets them side by side.
 
     python -m continual.sweep sweep.yaml [--out DIR] [--tuning FILE] [--jobs N] [--engine ray] [dotted.key=value ...]
     python -m continual.sweep --resume DIR [--jobs N] [--engine loky|ray]
 
 ``sweeps.plan`` says what a sweep file holds, ``sweeps.loop`` what its directory does. A sweep that was killed goes on
 with --resume, or with the same --out again: finished cells are kept, interrupted ones go on after their last stage.
+With --report the sweep's report is written at the end, as ``python -m analysis.report DIR`` does at any time.
 The last line on standard output is the sweep's directory. Exit status: 0 done; 2 the sweep or an input is wrong and
 nothing was run; 1 cells failed, each named with the reason, and the others are done.
 """
@@ -17,6 +18,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
+from continual.commands.finish import write_report
 from continual.commands.terminal import OneLineParser, guarded
 from continual.errors import ConfigError
 from continual.sweeps.cells import Engine, choose_jobs, start_engine
@@ -43,6 +45,7 @@ def _work(argv: Sequence[str], failed: dict[str, str]) -> Path:
     parser.add_argument("--tuning", type=Path, metavar="FILE", help="take what another sweep's tuning.json chose")
     parser.add_argument("--jobs", type=int, metavar="N", help="cells at a time (default: one a GPU, or half the cores)")
     parser.add_argument("--engine", choices=get_args(Engine), default="loky", help="what spreads the cells")
+    parser.add_argument("--report", action="store_true", help="write the sweep's report once its cells have run")
     arguments = parser.parse_intermixed_args(argv)
     if arguments.resume and arguments.out:
         parser.error("--resume names the sweep's directory already: leave --out away")
@@ -63,7 +66,8 @@ def _work(argv: Sequence[str], failed: dict[str, str]) -> Path:
     config = Path(arguments.config) if arguments.config else saved
     assert config is not None
     sweep_dir = arguments.resume or arguments.out or Path("runs") / f"{config.stem}-{datetime.now():%Y%m%d-%H%M%S}"
-    failed.update(run(config, sweep_dir, arguments.overrides, arguments.engine, arguments.jobs, arguments.tuning))
+    options = (arguments.engine, arguments.jobs, arguments.tuning, arguments.report)
+    failed.update(run(config, sweep_dir, arguments.overrides, *options))
     return sweep_dir
 
 
@@ -74,6 +78,7 @@ def run(
     engine: Engine = "loky",
     jobs: int | None = None,
     tuning: Path | None = None,
+    report: bool = False,
 ) -> dict[str, str]:
     """Run a sweep, or go on with it; return why cells failed, by their directories within the sweep's.
 
@@ -84,6 +89,7 @@ def run(
         engine: What joblib spreads the cells with.
         jobs: Cells at a time; see ``sweeps.cells.choose_jobs`` for the default.
         tuning: Another sweep's tuning.json, whose choices are taken in the place of tuning.
+        report: Whether to write the sweep's report; one that is there stays where no cell had to run.
 
     Raises:
         ConfigError: The sweep or an input is wrong; nothing was run.
@@ -99,6 +105,12 @@ def run(
         _say_plan(sweep)
         failed = sweep.run()
     _say_end(sweep, failed)
+    if report:
+        page = sweep_dir / "report" / "report.html"
+        if sweep.num_run or not page.is_file():
+            write_report(sweep_dir)
+        else:
+            print(f"Report: {page}")
     return failed
 
 

@@ -8,7 +8,7 @@ apart by colour; where there may be many tasks, each has a panel of its own inst
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -184,6 +184,7 @@ def heat(
     limits: tuple[float, float],
     text: Array | None = None,
     logarithmic: bool = False,
+    write: Callable[[float], str] = number,
 ) -> Any:
     """Draw a heat map without a colour bar and return what a colour bar is made from.
 
@@ -194,11 +195,12 @@ def heat(
         limits: The values of the first and the last colour.
         text: What to write into the cells, as numbers of the same shape; nothing is written for None.
         logarithmic: Whether colours go by the values' logarithm; values and limits are then above 0.
+        write: How a number is written.
     """
     written: dict[str, Any] = {"norm": LogNorm(*limits)} if logarithmic else {}
     if text is not None and text.size:
         size = 8.5 if values.shape[1] <= 12 else 7
-        written |= {"annot": np.vectorize(number, otypes=[object])(text), "fmt": "", "annot_kws": {"size": size}}
+        written |= {"annot": np.vectorize(write, otypes=[object])(text), "fmt": "", "annot_kws": {"size": size}}
     sns.heatmap(
         values,
         ax=ax,

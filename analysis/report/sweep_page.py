@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from analysis.measures.hierarchy import FEW_CELLS
-from analysis.report import preflight, sweep_content
+from analysis.report import preflight, sweep_content, sweep_story
 from analysis.report.content import ReportTable, cell, spanned
-from analysis.report.page import KeyNumber, Page
+from analysis.report.page import OPENING, KeyNumber, Page
 from analysis.report.study_content import study_parts
 from analysis.report.study_parts import Studies
 from analysis.report.sweep_content import DEFINITIONS, Comparison, compare
@@ -34,7 +35,8 @@ def sweep_page(sweep: Sweep) -> Page:
     tables = _tables(compared, checks)
     for place, more in parts.tables.items():
         tables[place] = [*tables.get(place, []), *more]
-    return Page(
+    story = sweep_story.story_of(compared)
+    page = Page(
         kind="Sweep",
         title=sweep.name,
         verdict=verdict(compared),
@@ -44,11 +46,32 @@ def sweep_page(sweep: Sweep) -> Page:
         tables=tables,
         facts=_facts(sweep),
         key_numbers=_key_numbers(compared),
-        notices=[*_notices(compared), *parts.problems],
+        notices=[*_notices(compared, is_rough=story is None), *parts.problems],
         points={"preflight": preflight.points(checks, "They are shown, and kept out of the headline mean.")}
         if checks
         else {},
         summary=to_json(compared),
+    )
+    return page if story is None else _with_story(page, story)
+
+
+def _with_story(page: Page, story: sweep_story.Story) -> Page:
+    """Return a page that opens with the story of its runs; what the methods reach side by side follows below."""
+    below = [
+        replace(figure, section="methods") if figure.section == OPENING else figure for figure in page.report_figures
+    ]
+    key = sweep_story.SECTION[0]
+    return replace(
+        page,
+        verdict=sweep_story.verdict(story),
+        gloss=sweep_story.gloss(story),
+        sections=[sweep_story.SECTION, *page.sections],
+        key_numbers=_numbers_of_two(story) or page.key_numbers,
+        notices=[*page.notices, *story.problems],
+        report_figures=[*sweep_story.figures(story), *below],
+        tables={**page.tables, key: [sweep_story.table(story)]},
+        points={**page.points, key: sweep_story.points(story)},
+        summary={**page.summary, "changes": sweep_story.to_json(story)},
     )
 
 
@@ -170,6 +193,24 @@ def _key_numbers(compared: Comparison) -> list[KeyNumber]:
     return [own[0], pairs[0], own[1], pairs[1], own[2], _to_bound(compared, leader)]
 
 
+def _numbers_of_two(story: sweep_story.Story) -> list[KeyNumber]:
+    """Return the six numbers of two runs side by side: each one's own, their difference, and the bytes kept."""
+    compared, methods = story.compared, [one.method for one in story.cells]
+    rival = next((method for method in methods if compared.difference(compared.differences, method)), None)
+    if len(methods) != 2 or rival is None:
+        return []
+    own = [_number(compared, method, key) for key in (compared.key, "backward_transfer") for method in methods]
+    apart = compared.difference(compared.differences, rival)
+    difference = _paired(apart, 1, f"final score, {rival} minus {compared.sweep.baseline}", "")
+    kept = Measure(f"bytes kept, {rival}", "lower", "What the method keeps on disk for later stages, after the last.")
+    return [
+        *own[:2],
+        difference,
+        *own[2:],
+        KeyNumber(kept, sweep_story.kept_bytes(story, rival).removesuffix(" bytes")),
+    ]
+
+
 def _to_bound(compared: Comparison, leader: str) -> KeyNumber:
     """Return what a bound has more than the leader or, without a bound to pair it with, the leader's way there."""
     for bound in (JOINT, PER_TASK):
@@ -212,8 +253,11 @@ def _facts(sweep: Sweep) -> list[str]:
     ]
 
 
-def _notices(compared: Comparison) -> list[str]:
-    """Return what a reader must know before the numbers: what failed, waits or cannot be read, and what is rough."""
+def _notices(compared: Comparison, is_rough: bool) -> list[str]:
+    """Return what a reader must know before the numbers: what failed, waits or cannot be read, and what is rough.
+
+    ``is_rough`` is False where the page's opening says already that there is one cell a method.
+    """
     sweep = compared.sweep
     found = []
     waiting = [one for one in sweep.cells if one.status == "waiting"]
@@ -222,7 +266,7 @@ def _notices(compared: Comparison) -> list[str]:
         found.append(f"This sweep is not finished: {len(waiting)} of {of} cells {be} still to come.")
     found += [f"Failed: {one.place} ({one.directory}): {one.error}" for one in sweep.cells if one.status == "failed"]
     found += [f"{problem}. What needs it is left out." for problem in sweep.problems]
-    if len(compared.methods) and compared.methods["rough"].any():
+    if is_rough and len(compared.methods) and compared.methods["rough"].any():
         few = int(compared.methods["cells"].min())
         found.append(
             f"Intervals are rough: the method with the fewest cells has {few}, and {FEW_CELLS} or fewer say little."

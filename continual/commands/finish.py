@@ -21,15 +21,15 @@ def finish(run_dir: Path, report: bool = True) -> Path:
         run_bounds(run_dir)
     finally:
         if report and distributed.is_first():
-            _report(run_dir)
+            write_report(run_dir)
     return run_dir
 
 
-def _report(run_dir: Path) -> None:
-    """Write the run's report; a report that fails does not undo the run."""
-    from analysis.report import write_report
+def write_report(directory: Path) -> None:
+    """Write the report of a run or a sweep; a report that fails does not undo what it would have told of."""
+    from analysis import report
 
     try:
-        print(f"Report: {write_report(run_dir)}")
-    except Exception as error:  # the run is done and on disk; say so, and let the report be drawn again
-        print(f"the report failed: {one_line(error)}; try python -m analysis.report {run_dir}", file=sys.stderr)
+        print(f"Report: {report.write_report(directory)}")
+    except Exception as error:  # the runs are done and on disk; say so, and let the report be drawn again
+        print(f"the report failed: {one_line(error)}; try python -m analysis.report {directory}", file=sys.stderr)

@@ -16,14 +16,18 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 import joblib
 from joblib.externals.loky.process_executor import BrokenProcessPool
 
 from continual.errors import ConfigError, RunError, one_line
 from continual.storage import manifest, records
+from continual.storage.manifest import Manifest
 from continual.storage.records import RecordError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Engine = Literal["loky", "ray"]
 
@@ -136,10 +140,18 @@ def outcome_of(cell: CellRun) -> CellOutcome:
         scores = records.read(cell.run_dir, "scores")
     except (ConfigError, RunError, RecordError) as error:
         return CellOutcome(cell.place, one_line(error))
-    last = scores[scores["stage"] == state.finished_stage]
-    values = dict(zip(zip(last["task"], last["metric"], strict=True), last["value"], strict=True))
-    final = {task: float(values[task, facts["metric"]]) for task, facts in state.tasks.items()}
+    final = scores_after(state, scores, state.finished_stage)
+    if lacking := [task for task in state.tasks if task not in final]:
+        return CellOutcome(cell.place, f"the final score of {lacking[0]} is missing", seconds)
     return CellOutcome(cell.place, None, seconds, final)
+
+
+def scores_after(state: Manifest, scores: pd.DataFrame, stage: int) -> dict[str, float]:
+    """Return the headline score of every task that a run scored after a stage, from its table of scores."""
+    rows = scores[scores["stage"] == stage]
+    values = dict(zip(zip(rows["task"], rows["metric"], strict=True), rows["value"], strict=True))
+    headline = {task: (task, facts["metric"]) for task, facts in state.tasks.items()}
+    return {task: float(values[key]) for task, key in headline.items() if key in values}
 
 
 def _run(cell: CellRun, log: IO[bytes]) -> str | None:

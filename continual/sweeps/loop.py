@@ -32,13 +32,14 @@ from continual.storage import manifest
 from continual.storage.files import atomic_directory, write_json
 from continual.sweeps.cells import CellOutcome, CellRun, Engine, outcome_of, run_cells, visible_devices
 from continual.sweeps.plan import BASE_NAME, SWEEP_NAME, Plan, Settings
+from continual.sweeps.progress import SweepProgress
 
 STATE_NAME = "sweep.json"
 TUNING_NAME = "tuning.json"
 
 
 class SweepLoop:
-    """One sweep, ready to go on after the cells that are finished.
+    """One sweep, ready to go on after the cells that are finished; ``num_run`` counts those that were still to run.
 
     Args:
         plan: The checked sweep.
@@ -51,6 +52,7 @@ class SweepLoop:
         self.plan, self.sweep_dir, self.num_jobs = plan, sweep_dir, num_jobs
         self.engine: Engine = engine
         self.devices = visible_devices() if engine == "loky" else []
+        self.num_run = 0
         self.outcomes: dict[str, CellOutcome] = {}
         self.settings = plan.methods
         self.tuning: dict[str, Any] = {}
@@ -147,14 +149,19 @@ class SweepLoop:
         finished = {outcome.place: outcome for outcome in found if outcome.error is None}
         self.outcomes |= finished
         self._commit()
-        if finished:
-            print(f"{len(finished)} of {len(cells)} {what} are finished already", flush=True)
         rest = [cell for cell in cells if cell.place not in finished]
-        for number, outcome in enumerate(run_cells(rest, self.engine, self.num_jobs), start=len(finished) + 1):
-            self.outcomes[outcome.place] = outcome
-            self._commit()
-            scored = f"final average {outcome.average:.3f}, {outcome.seconds} s"
-            print(f"[{number}/{len(cells)}] {outcome.place}: {outcome.error or scored}", flush=True)
+        if finished:
+            nothing = "" if rest else ": nothing to do"
+            print(f"{len(finished)} of {len(cells)} {what} are finished already{nothing}", flush=True)
+        if not rest:
+            return
+        self.num_run += len(rest)
+        with SweepProgress(rest, self.num_jobs) as progress:
+            for number, outcome in enumerate(run_cells(rest, self.engine, self.num_jobs), start=len(finished) + 1):
+                self.outcomes[outcome.place] = outcome
+                self._commit()
+                scored = f"final average {outcome.average:.3f}, {outcome.seconds} s"
+                progress.end(outcome.place, f"[{number}/{len(cells)}] {outcome.place}: {outcome.error or scored}")
 
     def _commit(self) -> None:
         plan = self.plan

@@ -100,7 +100,9 @@ def test_the_cache_is_used_again_and_a_changed_file_unpacked_anew(
 
 
 def test_two_processes_unpack_once(tiny_gguf: Path, forks: Forks, tmp_path: Path) -> None:
-    code = f"from continual.backbones import CausalLM; CausalLM({str(tiny_gguf)!r}, cache_dir={str(tmp_path)!r}).build()"
+    code = (
+        f"from continual.backbones import CausalLM; CausalLM({str(tiny_gguf)!r}, cache_dir={str(tmp_path)!r}).build()"
+    )
     errors = [tmp_path / "one", tmp_path / "other"]
     processes = [forks.start("forking:execute", code, errors=path) for path in errors]
     assert [forks.wait(process) for process in processes] == [0, 0]

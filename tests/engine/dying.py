@@ -42,7 +42,7 @@ def _arm(point: str) -> None:
         _before(StageLoop, "_fit", lambda loop, *_: loop.manifest.finished_stage == 1)
     elif point.startswith("while stage"):
         task = "animals" if "1" in point else "colours"
-        _before(ContinualModule, "training_step", lambda module, _, i: module.trainer.datamodule.name == task and i == 2)
+        _before(ContinualModule, "training_step", lambda own, _, i: own.trainer.datamodule.name == task and i == 2)
     elif point == "between two tables":
         _before(records, "append", lambda _, table, rows, *__: table == "routing" and rows[0]["stage"] == 1)
     elif point == "inside a table":

@@ -85,12 +85,6 @@ def execute(code: str) -> int:
 def _serve() -> None:
     import torch
 
-    import continual.adapters
-    import continual.backbones
-    import continual.commands.run
-    import continual.engine.stage_loop
-    import continual.strategies
-    import continual.sweeps.plan
     import tasks  # noqa: F401
 
     torch.set_num_threads(1)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
-import torchmetrics
 from recording import Recorder
 
 from continual import run
@@ -27,7 +27,7 @@ def run_rank(rank: int, argv: list[str], dies: int, together: bool) -> None:
         together: Whether tasks share passes, as on GPUs.
     """
     # Lightning's metrics and ours would gather tensors on the CPU, which NCCL, the GPUs' backend, does not take.
-    torchmetrics.metric.gather_all_tensors = _refuse
+    sys.modules["torchmetrics.metric"].gather_all_tensors = _refuse  # type: ignore[attr-defined]
     # As on a GPU, but from the first pass on.
     ContinualModule._records = property(lambda module: module.cuda_graphs)  # type: ignore[assignment, method-assign]
     cuda_graphs._on_cuda, cuda_graphs._SIGHTINGS = Recorder, 1  # type: ignore[assignment]

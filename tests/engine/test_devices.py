@@ -73,10 +73,14 @@ def forked(forks: Forks) -> Callable[..., list[int]]:
     def forked(*argv: object, dies: int = 0, together: bool = False) -> list[int]:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+            port = str(free.getsockname()[1])
         words = [*map(str, argv), "--no-report"]
+        arguments = (words, dies, together)
         ranks = [
-            forks.start("ranks:run_rank", rank, words, dies, together, LOCAL_RANK=str(rank), **place) for rank in (0, 1)
+            forks.start(
+                "ranks:run_rank", rank, *arguments, LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=port
+            )
+            for rank in (0, 1)
         ]
         return [forks.wait(rank) for rank in ranks]
 
