@@ -1,9 +1,4 @@
-"""Rows as a model takes them: tokenised once, and a batch of them padded, or laid into one sequence.
-
-Training rows are padded on the right and need no attention mask; their labels cover the columns from the first answer
-of the batch on, so that the head of the language model runs on those alone. Packed, they lie one after the other in a
-single row without padding, and the labels are those of the answers' tokens alone. Prompts to be scored are padded on
-the left, so that the last column predicts the first token of any answer.
+"""Rows as a model takes them, and the tensors of a batch of them.
 
 Shapes: B rows of a batch, P prompt columns, S prompt and answer columns, L tokens of a text.
 """
@@ -15,10 +10,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
 IGNORED = -100  # the label that cross-entropy passes over
+PADDING = {
+    "input_ids": 0,
+    "position_ids": 0,
+    "row_of_token": 0,
+    "token_mask": 0,
+    "logits_to_keep": 0,
+    "instruction_ids": -1,
+    "text_ids": -1,
+}
+"""What stands in columns that are added to a batch's tensors, by their name."""
 
 
 @dataclass
@@ -39,11 +45,6 @@ class Row:
         return len(self.prompt_ids) + len(self.answer_ids)
 
 
-def is_packed(batch: dict[str, Any]) -> bool:
-    """Say whether a training batch's rows are packed into one: only then does it name the columns that get logits."""
-    return "logits_to_keep" in batch["forward"]
-
-
 def moved(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Return a batch with its tensors on a device; its rows' texts and numbers are not searched for any."""
     texts = {name: batch[name] for name in ("rows", "instructions") if name in batch}
@@ -55,3 +56,8 @@ def padded(ids: Sequence[list[int]]) -> Tensor:
     """Return token ids of several texts, (B, L), padded with -1."""
     width = max(1, *map(len, ids))
     return torch.tensor([tokens + [-1] * (width - len(tokens)) for tokens in ids])
+
+
+def widen(tensor: Tensor, value: int, multiple: int) -> Tensor:
+    """Return a tensor with columns of a value added at its end, until their number is a multiple of one given."""
+    return F.pad(tensor, (0, -tensor.shape[-1] % multiple), value=value)

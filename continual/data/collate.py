@@ -1,9 +1,8 @@
-"""Rows to a batch: padded, or laid into one sequence.
+"""Rows to a batch, padded; ``packing`` lays them into one sequence instead.
 
 Training rows are padded on the right and need no attention mask; their labels cover the columns from the first answer
-of the batch on, so that the head of the language model runs on those alone. Packed, they lie one after the other in a
-single row without padding, and the labels are those of the answers' tokens alone. Prompts to be scored are padded on
-the left, so that the last column predicts the first token of any answer.
+of the batch on, so that the head of the language model runs on those alone. Prompts to be scored are padded on the
+left, so that the last column predicts the first token of any answer.
 
 Shapes: B rows of a batch, P prompt columns, S prompt and answer columns, L tokens of a text.
 """
@@ -11,11 +10,9 @@ Shapes: B rows of a batch, P prompt columns, S prompt and answer columns, L toke
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import accumulate
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from continual.backbones import Backbone
@@ -35,8 +32,6 @@ class Collator:
         row_inputs: What a gate reads of the rows, where there is one.
         share: Which of a batch's rows are this process's; all of them by default.
         task_id: What to tell an adapter that has to be told the task of its rows; None for any other.
-        pack_to: 0 where rows with answers are padded; otherwise they are laid into one sequence, of a length that is a
-            multiple of this.
         masks_padding: Whether a batch with answers tells tokens from padding, as "token_mask".
     """
 
@@ -50,10 +45,9 @@ class Collator:
         row_inputs: Callable[[Sequence[Row]], dict[str, Tensor]] | None = None,
         share: slice = slice(None),
         task_id: int | None = None,
-        pack_to: int = 0,
         masks_padding: bool = False,
     ) -> None:
-        self.task_id, self.pack_to, self.masks_padding = task_id, pack_to, masks_padding
+        self.task_id, self.masks_padding = task_id, masks_padding
         self.backbone: Any = backbone
         self.with_instructions, self.answers = with_instructions, answers
         self.label_tree, self.encoder, self.row_inputs, self.share = label_tree, encoder, row_inputs, share
@@ -82,12 +76,13 @@ class Collator:
         return sum(len(row.answer_ids) for row in rows) if self.backbone.kind == "causal_lm" else len(rows)
 
     def _text(self, rows: Sequence[Row]) -> dict[str, Any]:
-        if not self.answers:
-            return self._prompts(rows)
-        return self._packed(rows) if self.pack_to else self._with_answers(rows)
+        return self.with_answers(rows) if self.answers else self._prompts(rows)
 
-    def _with_answers(self, rows: Sequence[Row]) -> dict[str, Any]:
-        """Pad on the right: a causal model never sees it, so that no attention mask is needed."""
+    def with_answers(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """Return the model's arguments, "forward", and the "labels": rows of a language model to be trained on.
+
+        Padding is on the right: a causal model never sees it, so that no attention mask is needed.
+        """
         width, pad = max(row.length for row in rows), self.backbone.tokenizer.pad_token_id
         first = min(len(row.prompt_ids) for row in rows)  # the first column that is an answer's in any row
         ids, labels = [], []
@@ -99,24 +94,6 @@ class Collator:
         if self.masks_padding:
             forward["token_mask"] = (torch.arange(width) < torch.tensor([[row.length] for row in rows])).long()
         return {"forward": forward, "labels": torch.tensor(labels)}
-
-    def _packed(self, rows: Sequence[Row]) -> dict[str, Any]:
-        """Lay rows end to end: where positions begin again, so does what a token attends to.
-
-        Only the columns before the answers' tokens get logits; where keywords of the adapter are by the row, a token's
-        row is told too. A token of padding is a row by itself.
-        """
-        lengths = [row.length for row in rows]
-        ids = torch.tensor([token for row in rows for token in row.prompt_ids + row.answer_ids])
-        ends = zip(rows, accumulate(lengths), strict=True)
-        answers = torch.tensor([column for row, end in ends for column in range(end - len(row.answer_ids), end)])
-        of_tokens = {"input_ids": ids, "position_ids": torch.cat([torch.arange(length) for length in lengths])}
-        if self.with_instructions or self.row_inputs is not None:
-            of_tokens["row_of_token"] = torch.arange(len(rows)).repeat_interleave(torch.tensor(lengths))
-        if self.masks_padding:
-            of_tokens["token_mask"] = torch.ones_like(ids)
-        forward = {name: F.pad(each, (0, -len(ids) % self.pack_to)).unsqueeze(0) for name, each in of_tokens.items()}
-        return {"forward": forward | {"logits_to_keep": answers - 1}, "labels": ids[answers].unsqueeze(0)}
 
     def _prompts(self, rows: Sequence[Row]) -> dict[str, Any]:
         """Pad on the left: the last column of every row predicts the first token of its answer."""

@@ -1,26 +1,82 @@
-"""Whether rows can be packed: laid into one sequence, does a model compute of each what it computes of it alone?
+"""Packing: the rows of a training batch laid end to end into one sequence, without padding.
 
-Packed rows are told apart by their positions, which begin again with each row (``batches.Collator``). The attention
-masks of transformers heed that, but not every model has such a mask: a convolution or a recurrence runs on from row to
-row, virtual tokens stand before the first row alone, and an adapter may average over all tokens. No list could name
-them all, so that the model at hand is asked.
+Packed rows are told apart by their positions, which begin again with each row. The attention masks of transformers heed
+that, but not every model has such a mask: a convolution or a recurrence runs on from row to row, virtual tokens stand
+before the first row alone, and an adapter may average over all tokens. No list could name them all, so that the model
+at hand is asked (``check_packing``).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+import torch.nn.functional as F
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
-from continual.data.batch import Row
+from continual.data.batch import IGNORED, PADDING, Row, widen
 from continual.data.collate import Collator
 from continual.errors import ConfigError, one_line
 from continual.runtime.parameters import evaluating
 
 if TYPE_CHECKING:
     from continual.interfaces import AdaptedModule
+
+
+_COLUMNS, _TOKENS = 64, 256
+"""``widened`` rounds the width of a tensor up to a multiple of the one; that of a tensor of tokens, of the other."""
+_OF_TOKENS = ("input_ids", "position_ids", "row_of_token", "token_mask")
+
+
+class PackedCollator(Collator):
+    """Lays rows with their answers end to end, (1, S); the labels are those of the answers' tokens alone, (1, L).
+
+    Args:
+        multiple: The sequence's length is a multiple of it.
+        arguments: ``Collator``'s.
+    """
+
+    def __init__(self, *arguments: Any, multiple: int = 1, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self.multiple = multiple
+
+    def with_answers(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """Return the model's arguments and the labels; where positions begin again, so does what a token attends to.
+
+        Only the columns before the answers' tokens get logits; where keywords of the adapter are by the row, a token's
+        row is told too. A token of padding is a row by itself.
+        """
+        lengths = [row.length for row in rows]
+        ids = torch.tensor([token for row in rows for token in row.prompt_ids + row.answer_ids])
+        ends = zip(rows, accumulate(lengths), strict=True)
+        answers = torch.tensor([column for row, end in ends for column in range(end - len(row.answer_ids), end)])
+        of_tokens = {"input_ids": ids, "position_ids": torch.cat([torch.arange(length) for length in lengths])}
+        if self.with_instructions or self.row_inputs is not None:
+            of_tokens["row_of_token"] = torch.arange(len(rows)).repeat_interleave(torch.tensor(lengths))
+        if self.masks_padding:
+            of_tokens["token_mask"] = torch.ones_like(ids)
+        forward = {name: F.pad(each, (0, -len(ids) % self.multiple)).unsqueeze(0) for name, each in of_tokens.items()}
+        return {"forward": forward | {"logits_to_keep": answers - 1}, "labels": ids[answers].unsqueeze(0)}
+
+
+def is_packed(batch: dict[str, Any]) -> bool:
+    """Say whether a training batch's rows are packed into one: only then does it name the columns that get logits."""
+    return "logits_to_keep" in batch["forward"]
+
+
+def widened(batch: dict[str, Any]) -> dict[str, Any]:
+    """Return a packed training batch with its widths rounded up, so that an epoch has few shapes.
+
+    Each token of padding behind the rows is a row by itself, and no label asks for it.
+    """
+    forward = {
+        name: widen(value, PADDING[name], _TOKENS if name in _OF_TOKENS else _COLUMNS) if name in PADDING else value
+        for name, value in batch["forward"].items()
+    }
+    return {"forward": forward, "labels": widen(batch["labels"], IGNORED, _COLUMNS)}
 
 
 def check_packing(module: AdaptedModule, padded: Collator, packed: Collator) -> None:

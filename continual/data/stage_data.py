@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import lightning as L
@@ -18,7 +19,7 @@ from continual.data.batch_order import LengthBatches, ScoringSize, scoring_size,
 from continual.data.collate import Collator
 from continual.data.encoding import EncodedTask
 from continual.data.label_tree import LabelTree
-from continual.data.packing import check_packing
+from continual.data.packing import PackedCollator, check_packing
 from continual.data.prompt_variants import TRAINING, Wording, opening, varied
 from continual.errors import ConfigError
 from continual.runtime import distributed
@@ -107,7 +108,7 @@ class StageData(RowsDataModule):
         self.module = module
         if not self._encoded:
             if self.packing and self.index == 0:  # all stages have the same model
-                check_packing(module, self._collator(answers=True), self._collator(answers=True, pack_to=self._pack_to))
+                check_packing(module, self._collator(answers=True), self._packed_collator())
             self._encoded["train"] = self._encode("train", self._varied())
             if self.score_rows == "test":
                 self._encoded["test"] = self._encode("test", TRAINING)
@@ -181,10 +182,12 @@ class StageData(RowsDataModule):
         rows = self.train_rows
         batches = LengthBatches([row.length for row in rows], self.batch_size, self.seed)
         rows, batches = self.module.strategy.mix(rows, batches)
+        share = distributed.own_rows()
+        collator = self._packed_collator(share) if self.packing else self._collator(answers=True, share=share)
         return DataLoader(
             rows,  # type: ignore[arg-type]
             batch_sampler=batches,
-            collate_fn=self._collator(answers=True, share=distributed.own_rows(), pack_to=self._pack_to),
+            collate_fn=collator,
             num_workers=self.num_workers,
         )
 
@@ -200,12 +203,6 @@ class StageData(RowsDataModule):
             skip: Rows to leave out, by their index.
         """
         return self._scoring_loader([row for row in self.scored_rows if row.source["row"] not in skip], share)
-
-    @property
-    def _pack_to(self) -> int:
-        if not self.packing:
-            return 0
-        return 8 if self.module.compiles else 1  # attention that is compiled has another code for masks not aligned
 
     def collate(self, rows: Sequence[Row]) -> dict[str, Any]:
         """Return rows, of any stage, as one training batch; padded, also where those of an epoch are packed."""
@@ -251,12 +248,12 @@ class StageData(RowsDataModule):
         answers: bool,
         label_tree: LabelTree | None = None,
         share: slice = slice(None),
-        pack_to: int = 0,
+        kind: Callable[..., Collator] = Collator,
     ) -> Collator:
         module = self.module
         # More stages than the adapter has tasks: the last ones share its last.
         task_id = min(self.index, module.adapter.n_tasks - 1) if module.takes_task_ids else None
-        return Collator(
+        return kind(
             module.backbone,
             module.uses_instructions,
             answers,
@@ -265,6 +262,9 @@ class StageData(RowsDataModule):
             module.row_inputs,
             share,
             task_id,
-            pack_to,
             module.balances_experts,
         )
+
+    def _packed_collator(self, share: slice = slice(None), multiple: int = 0) -> Collator:
+        multiple = multiple or (8 if self.module.compiles else 1)  # compiled attention has other code where it is 1
+        return self._collator(answers=True, share=share, kind=partial(PackedCollator, multiple=multiple))

@@ -83,7 +83,7 @@ class StageLoop:
         distributed.check_module(self.module, trainer)
         self.module.strategy.check(self.module, self.data)
         self.module.strategy.prepare(self.module)
-        if self.module.strategy.answered_by(self.module) is not None:
+        if self.module.strategy.answering_parts(self.module) is not None:
             self.recorders.insert(0, AnswerCache())  # it hands cached answers to those behind it
         for recorder in self.recorders:
             recorder.check(self.module, self.data)

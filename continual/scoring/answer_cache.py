@@ -81,7 +81,7 @@ Batch = tuple[Outcome, list[dict[str, Any]]]
 class AnswerCache(Recorder):
     """What the rows of a run's tasks came to, each as it was last computed.
 
-    For a strategy whose ``answered_by`` says which parts answer a row and never change again.
+    For a strategy whose ``answering_parts`` says which parts answer a row and never change again.
     """
 
     def __init__(self) -> None:
@@ -133,7 +133,7 @@ class AnswerCache(Recorder):
                     outcome, rows = self._cached[data.name]
                     for recorder in others:
                         recorder.on_test_batch_end(trainer, pl_module, outcome, {"rows": rows}, -1, index)  # type: ignore[arg-type]
-        parts = self._context.module.strategy.answered_by(self._context.module)
+        parts = self._context.module.strategy.answering_parts(self._context.module)
         for computed in distributed.of_batches(self._computed, self._context.module):
             for task, batches in computed.items():
                 for batch in batches:
@@ -143,14 +143,14 @@ class AnswerCache(Recorder):
     def _lookup(self) -> dict[str, Batch]:
         """Return the outcomes that still hold, by task; a row for each process stays to be computed."""
         module = self._context.module
-        parts = module.strategy.answered_by(module)
+        parts = module.strategy.answering_parts(module)
         found: dict[str, Batch] = {}
         for data in self._context.scored:
             before = self._rows.get(data.name, {})
             needed = set[int]().union(*(recorder.needed_rows(data) for recorder in self._context.recorders))
             rows = [row for row in data.scored_rows if row.source["row"] in before.keys() - needed]
             # The first process's word for all: on a tie theirs may differ.
-            sent = distributed.gathered(module.strategy.sent_to(module, rows))[0]
+            sent = distributed.gathered(module.strategy.answering_stages(module, rows))[0]
             answered = [(row, before[row.source["row"]], stage) for row, stage in zip(rows, sent, strict=True)]
             seen = set(data.seen_labels)
             holds = [each for each in answered if each[1].parts == parts[each[2]] and not seen & {*each[1].rivals}]

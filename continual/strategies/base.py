@@ -11,7 +11,8 @@
     on_before_optimizer_step   each step (Lightning's own): the gradients may be changed
     on_train_end    (Lightning's own) calls ``end_stage``
     end_stage       the stage is trained, the model is still on its device
-    answered_by, sent_to   before the stage is scored: which parts answer a row for good, so that answers are cached
+    answering_parts, answering_stages   before the stage is scored: which parts answer a row for good, so that answers
+                    are cached
     on_test_start, on_test_batch_start, on_test_end   around scoring (Lightning's own): put in what answers a task;
                     ``scores_by_task`` says whether that differs from task to task
     begin_untasked  text of no task is scored next
@@ -100,15 +101,15 @@ class Strategy(L.Callback):
     def end_stage(self, module: AdaptedModule, data: StageData, stage: int) -> None:
         """Keep what later stages need of this one."""
 
-    def answered_by(self, module: AdaptedModule) -> dict[str, tuple[str, ...]] | None:
+    def answering_parts(self, module: AdaptedModule) -> dict[str, tuple[str, ...]] | None:
         """Return the parts that answer the rows sent to each stage, if they never change after it; "" for no stage.
 
         None where training may change any answer.
         """
         return None
 
-    def sent_to(self, module: AdaptedModule, rows: list[Row]) -> list[str]:
-        """Return the stage that answers each row, of those that ``answered_by`` names."""
+    def answering_stages(self, module: AdaptedModule, rows: list[Row]) -> list[str]:
+        """Return the stage that answers each row, of those that ``answering_parts`` names."""
         raise NotImplementedError
 
     @property

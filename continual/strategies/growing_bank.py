@@ -318,12 +318,12 @@ class GrowingBank(Strategy):
         """Let the gate decide."""
         bank_of(cast(Any, pl_module)).in_use = None
 
-    def answered_by(self, module: AdaptedModule) -> dict[str, tuple[str, ...]]:
+    def answering_parts(self, module: AdaptedModule) -> dict[str, tuple[str, ...]]:
         """Return each stage's slices: frozen once the stage is over."""
         return {"": ()} | {name: tuple(anchors.adapters) for name, anchors in bank_of(module).gate.stages.items()}
 
     @torch.no_grad()
-    def sent_to(self, module: AdaptedModule, rows: list[Row]) -> list[str]:
+    def answering_stages(self, module: AdaptedModule, rows: list[Row]) -> list[str]:
         """Return the stage that the gate chooses for each row."""
         bank, found = bank_of(module), list[str]()
         with evaluating(module), forward_context(module):

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from continual.data.batch import IGNORED, is_packed
+from continual.data.batch import IGNORED, PADDING, widen
+from continual.data.packing import is_packed, widened
 from continual.errors import RunError
 from continual.runtime.parameters import trainable
 
@@ -28,12 +29,8 @@ Capture = Callable[..., Callable[..., tuple[Tensor, ...]]]
 
 _COLUMNS = 64
 """Widths are padded to a multiple of it, so that a stage has a handful of shapes."""
-_PACKED_COLUMNS = 256
-"""The same for the tokens of packed rows, which are a batch in one row."""
 _SIGHTINGS = 3
 """How often a shape has to come before recording it pays: that costs as much as a few passes."""
-_OF_TOKENS = {"input_ids": 0, "position_ids": 0, "row_of_token": 0, "token_mask": 0}
-_PADDING = {"logits_to_keep": 0, "instruction_ids": -1, "text_ids": -1} | _OF_TOKENS
 
 
 class GraphedPasses:
@@ -126,13 +123,11 @@ def _read_by(module: AdaptedModule) -> list[tuple[int, int, bool]]:
 
 def _padded(batch: dict[str, Any]) -> tuple[dict[str, Any], int]:
     """Return a batch with its widths rounded up, and the label column that was the first."""
-    packed = is_packed(batch)
+    if is_packed(batch):
+        return widened(batch), 0
     forward, labels = dict(batch["forward"]), batch["labels"]
-    for name in forward.keys() & _PADDING.keys():
-        multiple = _PACKED_COLUMNS if packed and name in _OF_TOKENS else _COLUMNS
-        forward[name] = _wider(forward[name], _PADDING[name], multiple)
-    if packed:  # a label for each of the columns that are kept
-        return {"forward": forward, "labels": _wider(labels, IGNORED, _COLUMNS)}, 0
+    for name in forward.keys() & PADDING.keys():
+        forward[name] = widen(forward[name], PADDING[name], _COLUMNS)
     if "input_ids" not in forward:
         return {"forward": forward, "labels": labels}, 0
     width = forward["input_ids"].shape[1]
@@ -140,10 +135,6 @@ def _padded(batch: dict[str, Any]) -> tuple[dict[str, Any], int]:
     columns = labels.shape[1] + right
     left = min(-columns % _COLUMNS, width - 1 - columns)
     return {"forward": forward, "labels": F.pad(labels, (left, right), value=IGNORED)}, left
-
-
-def _wider(tensor: Tensor, value: int, multiple: int) -> Tensor:
-    return F.pad(tensor, (0, -tensor.shape[-1] % multiple), value=value)
 
 
 def _on_cuda() -> Capture:

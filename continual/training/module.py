@@ -26,7 +26,8 @@ from continual.backbones import Backbone, CausalLM, SentenceEncoder
 from continual.backbones.base import decoder_of
 from continual.backbones.quantized import num_weights
 from continual.compat.transformers import nothing_packed
-from continual.data.batch import IGNORED, is_packed
+from continual.data.batch import IGNORED
+from continual.data.packing import is_packed
 from continual.errors import ConfigError, RunError, one_line
 from continual.interfaces import AdaptedModule
 from continual.runtime import distributed

@@ -65,7 +65,7 @@ def both_ways(write: Callable, engine: Callable, tmp_path: Path) -> Callable[[Tr
         config = write(tree)
         assert engine(config, "--out", tmp_path / "known").code == 0
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(GrowingBank, "answered_by", lambda self, module: None)
+            patch.setattr(GrowingBank, "answering_parts", lambda self, module: None)
             assert engine(config, "--out", tmp_path / "computed").code == 0
 
     return run

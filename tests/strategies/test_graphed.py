@@ -53,7 +53,10 @@ def agree_and_step(
 
 
 def batches(data: StageData, sizes: list[int], packing: bool = False) -> list[dict[str, Any]]:
-    starts, collate = [sum(sizes[:index]) for index in range(len(sizes))], data._collator(True, pack_to=int(packing))
+    starts, collate = (
+        [sum(sizes[:index]) for index in range(len(sizes))],
+        data._packed_collator() if packing else data._collator(True),
+    )
     return [collate(data.train_rows[start : start + size]) for start, size in zip(starts, sizes, strict=True)]
 
 

@@ -18,7 +18,7 @@ from continual.backbones import TinyCausalLM
 from continual.config import experiment
 from continual.data.batch import Row
 from continual.data.collate import Collator
-from continual.data.packing import check_packing
+from continual.data.packing import PackedCollator, check_packing
 from continual.data.stage_data import StageData
 from continual.engine.stage_loop import StageLoop
 from continual.errors import ConfigError
@@ -30,8 +30,8 @@ BANK: dict[str, Any] = {"instruction_encoder": "backbone", "depth": 0.5, "probe_
 Prepared = Callable[..., tuple[ContinualModule, list[StageData]]]
 
 
-def packed(data: StageData, rows: list[Row], pack_to: int = 1) -> dict[str, Any]:
-    return data._collator(answers=True, pack_to=pack_to)(rows)
+def packed(data: StageData, rows: list[Row], multiple: int = 1) -> dict[str, Any]:
+    return data._packed_collator(multiple=multiple)(rows)
 
 
 def mixed(stages: list[StageData]) -> list[Row]:
@@ -115,7 +115,7 @@ def test_padding_behind_packed_rows_changes_nothing(prepared: Prepared) -> None:
     module, stages = prepared("Sequential", "queryable")
     spread(module, 0.3)
     rows = mixed(stages)
-    batch = packed(stages[0], rows, pack_to=64)
+    batch = packed(stages[0], rows, multiple=64)
     assert batch["forward"]["input_ids"].shape[1] % 64 == 0 != sum(row.length for row in rows) % 64
     torch.testing.assert_close(computed(module, batch)[:3], computed(module, packed(stages[0], rows))[:3])
     module.compiles = stages[0].packing = True
@@ -131,7 +131,7 @@ def test_the_experts_loss_counts_no_padding(prepared: Prepared) -> None:
     rows = mixed(stages)
     padded = stages[0].collate(rows)
     assert padded["forward"]["token_mask"].sum(dim=1).tolist() == [row.length for row in rows]
-    layouts = [padded, cuda_graphs._padded(padded)[0], packed(stages[0], rows), packed(stages[0], rows, pack_to=64)]
+    layouts = [padded, cuda_graphs._padded(padded)[0], packed(stages[0], rows), packed(stages[0], rows, multiple=64)]
     losses = [module.training_pass(batch)[0] for batch in layouts]
     torch.testing.assert_close(losses, losses[:1] * 4, rtol=1e-5, atol=1e-6)
     del padded["forward"]["token_mask"]
@@ -143,7 +143,7 @@ def test_every_process_packs_its_own_rows(prepared: Prepared) -> None:
     spread(module, 0.3)
     rows = mixed(stages)
     whole = computed(module, packed(stages[0], rows))[0]
-    parts = [stages[0]._collator(True, share=slice(rank, None, 3), pack_to=1)(rows) for rank in range(3)]
+    parts = [stages[0]._packed_collator(slice(rank, None, 3))(rows) for rank in range(3)]
     mean = sum(computed(module, part)[0] * part["weight"] for part in parts) / 3
     torch.testing.assert_close(mean, whole)
 
@@ -197,9 +197,10 @@ def check(backbone: TinyCausalLM, adapter: Any) -> None:
     module = ContinualModule(backbone, adapter)
     module.configure_model()
     task_id = 0 if module.takes_task_ids else None
-    collators = [Collator(backbone, False, answers=True, task_id=task_id, pack_to=each) for each in (0, 1)]
+    plain = Collator(backbone, False, answers=True, task_id=task_id)
+    packed = PackedCollator(backbone, False, answers=True, task_id=task_id)
     state = torch.get_rng_state()
-    check_packing(module, *collators)
+    check_packing(module, plain, packed)
     assert torch.equal(torch.get_rng_state(), state)  # a run's randomness does not depend on the layout of its batches
 
 
