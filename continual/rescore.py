@@ -1,4 +1,4 @@
-"""Score a finished run's tasks in other words, add the rows to its tables, and draw its report again.
+"""Score a finished run's tasks under reworded prompts, add the rows to its tables, and draw its report again.
 
     python -m continual.rescore RUN --wordings FILE [--key KEY] [--options kept ...] [--where gate both]
                                     [--no-none] [--no-wrong]

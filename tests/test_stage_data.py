@@ -410,7 +410,7 @@ def test_held_out_rows_can_be_scored_in_the_place_of_test_rows() -> None:
     assert sorted(sources(tested.test_dataloader())) == [0, 1, 2, 3]
 
 
-def test_held_out_rows_are_put_into_other_words_too() -> None:
+def test_held_out_rows_are_reworded_too() -> None:
     data = prepared(MemoryTask(text(10), text(4)), validation_rows=3, score_rows="held_out")
     other = data.worded(Wording("other", "Say something else entirely."))
     assert sorted(sources(other.test_dataloader())) == [7, 8, 9] and list(other._encoded) == ["train"]

@@ -209,7 +209,7 @@ def contributions(earned: Frame) -> Axes:
         color = {"above": style.ACCENT, "below": style.WARM}.get(row.verdict, style.MUTED)
         ax.plot((row.low, row.high), (place, place), color=color, linewidth=2.4)
         ax.plot(row.difference, place, "o", color=color, markersize=6)
-        style.beside(ax, place, style.signed(row.difference), color)
+        style.label_next_to(ax, place, style.signed(row.difference), color)
     ax.set_yticks(range(len(earned)), [style.short(without, 44) for without in earned["without"]])
     ax.set_ylim(len(earned) - 0.4, -0.6)
     ax.tick_params(axis="y", length=0)

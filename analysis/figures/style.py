@@ -152,7 +152,7 @@ def signed(value: float) -> str:
     return text.replace("-", "−") if float(text) else text.lstrip("+-")
 
 
-def beside(ax: Axes, place: float, text: str, color: str) -> None:
+def label_next_to(ax: Axes, place: float, text: str, color: str) -> None:
     """Write a row's number at the right edge of the axes, ``place`` its height."""
     ax.annotate(text, (1.01, place), xycoords=("axes fraction", "data"), va="center", fontsize=8.5, color=color)
 

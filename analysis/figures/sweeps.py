@@ -37,7 +37,7 @@ def differences_forest(differences: Frame) -> Figure:
             row.difference, place, "o" if headline else "D", color=color, markerfacecolor=face, markersize=6, zorder=3
         )
         if headline or "headline" not in set(differences.loc[differences["method"] == row.method, "tasks"]):
-            style.beside(ax, place, style.signed(row.difference), color)
+            style.label_next_to(ax, place, style.signed(row.difference), color)
     ax.set_yticks(range(len(methods)), [style.short(method, 30) for method in methods])
     ax.set_ylim(len(methods) - 0.4, -0.6)
     ax.tick_params(axis="y", length=0)
@@ -199,11 +199,11 @@ def _dot(ax: Axes, place: int, span: tuple[float, float, float], text: str, **sp
     if not np.isnan(low):
         ax.plot((low, high), (place, place), color=spot["color"], linewidth=2.2, zorder=2)
     ax.plot(value, place, "o", markersize=6, zorder=3, **spot)
-    style.beside(ax, place, text, spot["color"])
+    style.label_next_to(ax, place, text, spot["color"])
 
 
 def words_by_method(words: Frame, methods: Sequence[str]) -> Figure:
-    """Draw what each method loses in other words, with its interval: a panel a kind of words, a row a method.
+    """Draw what each method loses under reworded prompts, with its interval: a panel a kind of words, a row a method.
 
     Each panel has a scale of its own, for a wrong instruction may cost twenty times what a paraphrase does.
 

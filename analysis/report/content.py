@@ -239,7 +239,7 @@ def information_table(summary: Summary) -> ReportTable | None:
 
 
 def words_table(run: Run) -> ReportTable | None:
-    """Scores in other words, against the trained ones."""
+    """Scores under reworded prompts, against the trained ones."""
     places = {"gate": "gate alone", "prompt": "prompt alone", "both": "prompt and gate"}
     rows = []
     for line in wording_table(run).itertuples():
@@ -254,7 +254,7 @@ def words_table(run: Run) -> ReportTable | None:
     columns = ["words", "given to", "options", "tasks", "score", "trained words", "difference", "95 % interval"]
     note = "After the last stage, means over tasks; paraphrases of one file together. The interval of the difference "
     note += "redraws test rows, the same ones for both wordings."
-    return make_table("other_words", "Scores in other words", columns, rows, note) if rows else None
+    return make_table("reworded", "Scores under reworded prompts", columns, rows, note) if rows else None
 
 
 def general_table(run: Run) -> ReportTable | None:

@@ -120,7 +120,7 @@ def _orders(orders: tuple[int, ...]) -> TableCell:
     return TableCell(text if whole else ", ".join(map(str, orders)))
 
 
-def beside_run(summary: Summary) -> ReportTable | None:
+def published_table(summary: Summary) -> ReportTable | None:
     """Return the published table for one run, or None where the run is of no published order."""
     run, order = summary.run, order_number(summary.run.name, summary.run.stages)
     if order is None:

@@ -20,7 +20,7 @@ _SECTIONS = (
     ("use", "What routing uses", "The atoms of the shared bank in detail: usage, its change, entropy, specialists."),
     ("distance", "How tasks stand apart", "Distances between tasks' routes, stage by stage, and their drift."),
     ("training", "Training", "The loss, and where in the network the adapter's gradient lies."),
-    ("words", "Other words", "The finished model under instructions and lists that it was not trained on."),
+    ("words", "Reworded prompts", "The finished model under instructions and lists that it was not trained on."),
     ("general", "General ability", "What stages cost the model on English that no stage trains on."),
     ("details", "Details", "Every number with its definition, and what the run was."),
 )
@@ -92,7 +92,7 @@ def _tables(
             content.matrix_table(summary),
             content.bound_table(summary),
             content.stage_table(run),
-            published.beside_run(summary),
+            published.published_table(summary),
             content.fact_table(run),
         ],
     }

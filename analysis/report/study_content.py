@@ -12,7 +12,7 @@ from analysis.figures.style import figure_of, number
 from analysis.measures.pareto import SIZES, on_front
 from analysis.report.content import TableCell, cell, make_table
 from analysis.report.page import ReportFigure
-from analysis.report.study_beside import add_routes, add_words
+from analysis.report.study_extras import add_routes, add_words
 from analysis.report.study_parts import Studies
 from analysis.report.study_training import add_bounds, add_gradients, add_stability
 from analysis.report.sweep_content import spanned

@@ -8,7 +8,7 @@ from analysis.report.content import ReportTable
 from analysis.report.page import ReportFigure
 
 SECTIONS = {
-    "words": ("Other words", "What each method keeps where a task is put in words that it was not trained on."),
+    "words": ("Reworded prompts", "What each method keeps where a task is put in words that it was not trained on."),
     "routes": ("Routes and untouched text", "What stands beside the scores: where rows go, and what moves."),
     "ablations": ("What each part earns", "The whole adapter against itself with one part taken away or changed."),
     "reuse": ("Few rows", "What a task reaches by how many rows it is trained on."),

@@ -119,7 +119,7 @@ def summarise(run: Run, joint: Sequence[float] | None = None) -> Summary:
     return summary
 
 
-def beside_scores(run: Run) -> dict[str, float | int | None]:
+def other_measures(run: Run) -> dict[str, float | int | None]:
     """Return what stands beside a run's scores, by the keys of ``ROUTE_MEASURES`` and two more groups.
 
     general_ability_change; and moved_since_trained with moved_since_trained_null, in nats: the JS distance between a

@@ -1,4 +1,4 @@
-"""A sweep's methods in other words than those they were trained on: what each loses, and who stands above whom."""
+"""A sweep's methods under reworded prompts: what each loses, and who stands above whom."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Values = dict[Key, dict[str, Array]]
 
 
 def wording_differences(sweep: Sweep, answers: Frame, recorded: Frame) -> Frame:
-    """Return how each method scores in each kind of other words; all paraphrases of a file are one kind.
+    """Return how each method scores in each kind of rewording; all paraphrases of a file are one kind.
 
     Draws are those of ``differences.paired_differences``: orders, then seeds within them, then test rows within tasks.
 

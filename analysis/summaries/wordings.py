@@ -1,4 +1,4 @@
-"""How a finished model scores in other words than those it was trained on, beside its scores in the trained ones."""
+"""How a finished model scores under reworded prompts, beside its scores in the trained ones."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def wording_table(run: Run, num_draws: int = NUM_DRAWS) -> Frame:
     Returns:
         One line a kind: ``words`` (the file's name, "none" or "wrong"), ``where``, ``options``, ``num_tasks`` that it
         was scored on, ``score`` and ``trained`` (means over those tasks, of the rows' values), their ``difference``
-        and its 95 % interval ``low`` to ``high``. No lines for a run that has not been scored in other words.
+        and its 95 % interval ``low`` to ``high``. No lines for a run that has not been scored under reworded prompts.
     """
     rows = run.tables["wording_answers"]
     answers = run.tables["answers"]

@@ -31,6 +31,6 @@ class RewordingRecorder(Recorder):
         self._context = context
 
     def tables(self) -> dict[str, Rows]:
-        """Score the tasks in other words, if the stage is the last."""
+        """Score the tasks under reworded prompts, if the stage is the last."""
         context = self._context
         return score_slots(self.slots, context.stages, context.score) if context.is_last else {}

@@ -1,1 +1,1 @@
-"""What the commands on a finished run do: its bank, its atoms, its scores in other words."""
+"""What the commands on a finished run do: its bank, its atoms, its scores under reworded prompts."""

@@ -84,7 +84,7 @@ class AtomScores(StageLoop):
 
     def _scored(self, tasks: list[StageData], title: str) -> ScoreRecorder:
         self.progress.title = title
-        return self.score_beside(self.manifest.finished_stage, tasks)
+        return self.score_tasks(self.manifest.finished_stage, tasks)
 
 
 def _rows_of(recorder: ScoreRecorder, tasks: list[StageData], whole: Answers) -> Rows:

@@ -35,6 +35,6 @@ class BankScores(StageLoop):
         index = state.finished_stage
         self._see_labels(index)
         self.progress.title = "bank"
-        found = self.score_beside(index, self.data)
+        found = self.score_tasks(index, self.data)
         ScoreTable([data.name for data in self.data]).show("(bank)", found.headline())
         return found

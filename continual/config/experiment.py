@@ -97,7 +97,7 @@ class Experiment:
         general_ability: Whether the log-likelihood of untouched text is measured after every stage.
         best_checkpoint: Whether a stage's task is scored under the epoch of best training accuracy too.
         theory: Whether the ratios of the theory's bounds are measured in training.
-        wordings: Other words to score the finished model's tasks in, if any.
+        wordings: Reworded prompts to score the finished model's tasks under, if any.
         recorders: Recorders of the user's own.
         bounds: Names of the bounds to run beside it.
         resolved: The whole configuration with every default filled in, as YAML; running it gives the same run.
@@ -165,7 +165,7 @@ def make_parser(parser: ArgumentParser | None = None) -> ArgumentParser:
     parser.add_argument("--general_ability", type=bool, default=False, help="Score untouched text after every stage.")
     parser.add_argument("--best_checkpoint", type=bool, default=False, help="Score the best epoch in training too.")
     parser.add_argument("--theory", type=bool, default=False, help="Measure the theory's bounds in training.")
-    parser.add_argument("--wordings", type=Rewording | None, default=None, help="Other words to score tasks in.")
+    parser.add_argument("--wordings", type=Rewording | None, default=None, help="Reworded prompts to score.")
     parser.add_argument("--recorders", type=list[Recorder], default=[], help="What else is written down.")
     parser.add_argument("--stages", type=list[Stage], help="The stages, in training order.")
     parser.set_defaults({f"trainer.{name}": value for name, value in TRAINER_DEFAULTS.items()})

@@ -50,7 +50,7 @@ class StageData(RowsDataModule):
         score_seen_labels: Score label tasks among all labels seen so far as well as among their own.
         generate_labels: Score label tasks by the text that is generated as well (exact match); takes as long again.
         options: Whether a label task's prompt carries a line of its labels, after the instruction; it is never cut.
-        vary_prompt: Share of the training rows that are put into other words, drawn by ``seed``: options shuffled,
+        vary_prompt: Share of the training rows that are reworded, drawn by ``seed``: options shuffled,
             options dropped or the instruction left out, in equal shares as far as they apply.
         score_rows: Whether the task is scored on its test rows or, to choose settings by, on the training rows held
             out by ``validation_rows``; test rows are not even encoded then.
@@ -129,13 +129,13 @@ class StageData(RowsDataModule):
         return wordings + [TRAINING] * (num_rows - num_trained)
 
     def worded(self, wording: Wording) -> StageData:
-        """Return the same data with the rows that it is scored on in other words."""
+        """Return the same data with the rows that it is scored on reworded."""
         other, split = copy.copy(self), "test" if self.score_rows == "test" else "train"
         other._encoded = self._encoded | {split: self._encode(split, wording)}
         return other
 
     def opening_tokens(self, wording: Wording) -> int:
-        """Return the length, in tokens, of what prompts open with in other words."""
+        """Return the length, in tokens, of what reworded prompts open with."""
         listed = (self.task.labels or []) if self.options == "listed" else []
         text = opening(wording.in_prompt(self.task.instruction), wording.order(listed, row=0))
         return len(self.module.backbone.encode_instruction(text))

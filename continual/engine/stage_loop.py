@@ -146,7 +146,7 @@ class StageLoop:
             stages=self.data,
             scored=scored,
             recorders=self.recorders,
-            score=lambda tasks: self.score_beside(index, tasks).found,
+            score=lambda tasks: self.score_tasks(index, tasks).found,
         )
 
     def _trainer(self, callbacks: Sequence[L.Callback]) -> L.Trainer:
@@ -186,7 +186,7 @@ class StageLoop:
         for data in self.data:
             data.trainer = None
 
-    def score_beside(self, index: int, tasks: Sequence[StageData]) -> ScoreRecorder:
+    def score_tasks(self, index: int, tasks: Sequence[StageData]) -> ScoreRecorder:
         """Score tasks after stage ``index`` beside the stage's own scores, and leave those as they are."""
         recorder = ScoreRecorder()
         recorder.begin(self.context(index, tasks))
@@ -201,10 +201,10 @@ class StageLoop:
         return self.data[:index] if self.experiment.scoring == "seen" else self.data[index - 1 : index]
 
     def score_reworded(self) -> dict[str, Rows]:
-        """Return the rows of the tables wordings and wording_answers: a finished run's tasks in other words."""
+        """Return the rows of the tables wordings and wording_answers: a finished run's tasks under reworded prompts."""
         index = len(self.data)
         self._see_labels(index)
-        self.progress.title = f"stage {index}/{index} in other words"
+        self.progress.title = f"stage {index}/{index} under reworded prompts"
         recorder = next(recorder for recorder in self.recorders if isinstance(recorder, RewordingRecorder))
         recorder.begin(self.context(index, self.data))
         return recorder.tables()

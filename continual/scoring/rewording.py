@@ -1,4 +1,4 @@
-"""A finished model's tasks in other words than those it was trained on: paraphrased, unsaid or wrong instructions.
+"""A finished model's prompts reworded: paraphrased, unsaid or wrong instructions.
 
 The file of paraphrases is a JSON object, a task's name to the list of its paraphrases:
 
@@ -27,7 +27,7 @@ Score = Callable[[list[StageData]], tuple[Rows, Rows]]
 
 @dataclass
 class Rewording:
-    """Which other words to score a finished model's tasks in.
+    """Which reworded prompts to score a finished model under.
 
     Args:
         file: JSON file of paraphrases, by task name; null for none. Its stem is what tables call them.
@@ -96,7 +96,7 @@ class Rewording:
 
 
 def check_fit(slots: Sequence[Slot], stages: Sequence[StageData]) -> None:
-    """Raise ConfigError where a prompt would not fit in other words, before anything is trained.
+    """Raise ConfigError where a prompt would not fit under reworded prompts, before anything is trained.
 
     Only the opening of a prompt changes, so that each task is tried under the wording whose opening is longest.
     """

@@ -64,9 +64,9 @@ SCHEMAS: dict[str, pa.Schema] = {
     "drift": pa.schema(
         [*_KEYS, ("reference", pa.string()), ("reference_stage", pa.int64()), ("block", pa.int64()), *_VALUE]
     ),
-    # Scores of the finished model's tasks in other words; where "prompt", "gate" or "both" got them, options "kept" ...
+    # Scores of the finished model under reworded prompts; where "prompt", "gate" or "both" got them, options "kept" ...
     "wordings": pa.schema([*_KEYS, *_WORDING, *_VALUE]),
-    # What the answer to each test row earned in other words.
+    # What the answer to each test row earned under reworded prompts.
     "wording_answers": pa.schema([*_KEYS, *_WORDING, ("row", pa.int64()), ("value", pa.float64())]),
     # metric "log_likelihood_nats": the mean a token of untouched text, task "general" (count = tokens).
     "general": pa.schema([*_KEYS, *_VALUE]),

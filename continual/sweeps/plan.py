@@ -133,8 +133,8 @@ class Plan:
     def tuning_configuration(self, method: str, settings: Settings) -> str:
         """Return the configuration of a tuning cell: test rows are neither trained on nor scored.
 
-        What stands beside a run's own scores (bounds, other words, untouched text, tokens) chooses no setting and is
-        left out.
+        What stands beside a run's own scores (bounds, reworded prompts, untouched text, tokens) chooses no setting and
+        is left out.
         """
         assert self.tune is not None
         held_out = {"data.validation_rows": self.tune.validation_rows, "data.score_rows": "held_out"}

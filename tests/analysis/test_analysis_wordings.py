@@ -1,4 +1,4 @@
-"""Other words and general ability in the analysis: hand-worked tables, intervals, and when the report shows them."""
+"""Reworded prompts and general ability in the analysis: tables by hand, intervals, and when the report shows them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def run_dir(small_run: Path, tmp_path: Path) -> Path:
 
 
 def add_words(run_dir: Path, wording: str, earned: Callable[[np.ndarray, int], np.ndarray], tasks: int = 3) -> None:
-    """Add answers in other words: ``earned`` gives them from a task's answers in the trained ones."""
+    """Add answers under reworded prompts: ``earned`` gives them from a task's answers in the trained ones."""
     place = {"wording": wording, "where": "both", "options": "kept"}
     rows: list[dict[str, Any]] = []
     answers: Frame = records.read(run_dir, "answers")
@@ -80,7 +80,7 @@ def test_general_ability_is_a_change_against_stage_0(run_dir: Path) -> None:
 def test_the_report_shows_both_where_there_are_any_and_no_empty_section(run_dir: Path) -> None:
     text = write_report(run_dir).with_suffix(".md").read_text()
     summary = json.loads((run_dir / "report" / "summary.json").read_text())
-    assert "## Other words" not in text and "## General ability" not in text
+    assert "## Reworded prompts" not in text and "## General ability" not in text
     assert (
         summary["general_ability_change"] is None and "did not record" in summary["reasons"]["general_ability_change"]
     )

@@ -40,7 +40,7 @@ NEEDS = {
     "docs/howto/atoms.md": ["kernel"],
     "docs/howto/four-bits.md": ["network", "minutes"],
     "docs/howto/growing-bank.md": ["data, gpu"],
-    "docs/howto/other-words.md": ["data, gpu"],
+    "docs/howto/reworded-prompts.md": ["data, gpu"],
     "docs/howto/own-data.md": ["hub", "hub"],
     "docs/howto/resume.md": ["minutes"],
     "docs/howto/several-gpus.md": ["gpus, data", "gpus, slurm, data", "gpus, data"],

@@ -1,4 +1,4 @@
-"""A sweep's methods in other words and their routes: by hand, against brute force, and where data are missing."""
+"""A sweep's methods under reworded prompts and their routes: by hand, by brute force, and where data are missing."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 from sweep_files import place, write_cell, write_sweep
 
 from analysis.figures import sweeps as plots
-from analysis.report.study_beside import beside, kind_name
 from analysis.report.study_content import study_parts
+from analysis.report.study_extras import kind_name, measures_by_method
 from analysis.summaries import studies
 from analysis.summaries.sweep_wordings import wording_differences
 from analysis.summaries.sweeps import Sweep, load_sweep
@@ -27,7 +27,7 @@ def earned(seed: int, level: float) -> np.ndarray:
 
 
 def put_in_words(cell: Path, seed: int, level: float, kinds: list[tuple[str, str, str]]) -> dict[Any, np.ndarray]:
-    """Add scores in other words to a cell; returns what each row earned, by wording and task."""
+    """Add scores under reworded prompts to a cell; returns what each row earned, by wording and task."""
     found, rows, scores = {}, [], []
     for number, (name, where, options) in enumerate(kinds):
         for task in TASKS:
@@ -108,7 +108,7 @@ def test_a_pair_in_the_same_words_cancels_what_both_lose(tmp_path: Path) -> None
     assert (frame["high"].to_numpy() < 0).all()
 
 
-def test_a_report_shows_other_words_where_there_are_any(worded: tuple) -> None:
+def test_a_report_shows_rewordings_where_there_are_any(worded: tuple) -> None:
     sweep, _, _ = worded
     parts = study_parts(sweep)
     assert "words" in [key for key, *_ in parts.sections]
@@ -123,7 +123,7 @@ def test_a_report_shows_other_words_where_there_are_any(worded: tuple) -> None:
     assert lines[0][9].text == "15.0%" and lines[0][7].text == "baseline" and lines[1][8].text == "below"
 
 
-def test_a_sweep_without_other_words_or_routes_has_no_such_sections(tmp_path: Path) -> None:
+def test_a_sweep_without_rewordings_or_routes_has_no_such_sections(tmp_path: Path) -> None:
     entry = place("lora", "a", 0)
     write_cell(tmp_path / entry["dir"], TASKS, earned(0, 0.9))
     sweep = load_sweep(write_sweep(tmp_path, [entry]))
@@ -151,7 +151,7 @@ def test_gates_and_untouched_text_are_means_over_cells(tmp_path: Path) -> None:
                 records.append(folder, "scores", rows)
     sweep = load_sweep(write_sweep(tmp_path, cells))
     scores, _ = studies.load_cells(sweep, ("scores",))
-    frame = beside(sweep, scores["scores"], problems := []).set_index("method")
+    frame = measures_by_method(sweep, scores["scores"], problems := []).set_index("method")
     assert problems == [] and frame["cells"].to_dict() == {"bank": 2, "lora": 1}
     assert frame.loc["bank", "routed_home"] == pytest.approx((0.8 + 0.85) / 2)  # of the last stage alone
     assert frame["general_ability_change"].to_dict() == pytest.approx({"bank": 0.0, "lora": -0.1})

@@ -1,4 +1,4 @@
-"""A finished model in other words: the tables, what is refused before training, and a run scored again later."""
+"""A finished model under reworded prompts: tables, what is refused before training, a run scored again later."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def file(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def worded(base_tree: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run with listed options, scored in all the other words."""
+    """A finished run with listed options, scored in every rewording."""
     folder = tmp_path_factory.mktemp("worded")
     (folder / "others.json").write_text(json.dumps(OTHERS))
     words = {"file": str(folder / "others.json"), "where": ["prompt", "gate", "both"]}

@@ -1,4 +1,4 @@
-"""A sweep's report beside the scores: its methods in other words, their routes, and what untouched text lost."""
+"""A sweep's report beyond scores: its methods under reworded prompts, their routes, and what untouched text lost."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from analysis.report.page import ReportFigure
 from analysis.report.study_parts import Studies
 from analysis.runs.frames import Frame
 from analysis.runs.load import RunReadError, load_run
-from analysis.summaries.summary import beside_scores
+from analysis.summaries.summary import other_measures
 from analysis.summaries.sweep_wordings import KIND, wording_differences
 from analysis.summaries.sweeps import Sweep, cell_measures
 
@@ -34,14 +34,14 @@ _BESIDE = {
 
 
 def kind_name(words: str, where: str, options: str) -> str:
-    """Return what a kind of other words is called."""
+    """Return what a kind of rewording is called."""
     if words in _NAMES:
         return _NAMES[words]
     return f"{words}, {_PLACES[where]}" + ("" if options == "kept" else f", options {options}")
 
 
 def add_words(sweep: Sweep, cells: Mapping[str, Frame], found: Studies) -> None:
-    """Add what each method loses in other words, and how it then stands to the baseline."""
+    """Add what each method loses under reworded prompts, and how it then stands to the baseline."""
     frame = wording_differences(sweep, cells["wording_answers"], cells["wordings"])
     if not len(frame):
         return
@@ -51,10 +51,10 @@ def add_words(sweep: Sweep, cells: Mapping[str, Frame], found: Studies) -> None:
         ReportFigure(
             "words_by_method",
             "words",
-            "Lost in other words",
-            "Mean final score in other words minus that in the words trained on, with its 95 % interval: paired by "
-            "test row. The dashed line stands at a loss of 0.02. Scales differ. Where the gate alone reads "
-            "other words, a method without one has no row.",
+            "Lost under reworded prompts",
+            "Mean final score under reworded prompts minus that in the words trained on, with its 95 % interval: paired "
+            "by test row. The dashed line stands at a loss of 0.02. Scales differ. Where the gate alone reads "
+            "reworded prompts, a method without one has no row.",
             f"Dot plots of what each method loses, a panel a kind of words. {told}.",
             lambda: plots.words_by_method(frame, sweep.measured),
         )
@@ -76,12 +76,12 @@ def _words_table(sweep: Sweep, frame: Frame) -> ReportTable:
     note = "Paraphrases of one file together. Differences are paired: from the words trained on by cell and test row, "
     note += "from the baseline, in the same words, over the cells that both have. Intervals redraw orders, seeds and "
     note += "test rows. Left to the backbone: rows that a gate gave to no stage."
-    return make_table("words_by_method", "Scores in other words", columns, rows, note)
+    return make_table("words_by_method", "Scores under reworded prompts", columns, rows, note)
 
 
 def add_routes(sweep: Sweep, scores: Frame, found: Studies) -> None:
     """Add a table of routes, gates and untouched text, a mean over each method's cells, where anything is recorded."""
-    frame = beside(sweep, scores, found.problems)
+    frame = measures_by_method(sweep, scores, found.problems)
     shown = [name for name in _BESIDE if name != "learning_accuracy" and name in frame and frame[name].notna().any()]
     if not shown:
         return
@@ -110,7 +110,7 @@ def add_routes(sweep: Sweep, scores: Frame, found: Studies) -> None:
     found.tables["routes"] = [make_table("routes", "Beside the scores", columns, rows, note)]
 
 
-def beside(sweep: Sweep, scores: Frame, problems: list[str]) -> Frame:
+def measures_by_method(sweep: Sweep, scores: Frame, problems: list[str]) -> Frame:
     """Return what stands beside each method's scores, means over its cells: columns method, cells, and by measure.
 
     A mean is over the cells that have the measure; routed_home and abstained are those of the last stage, means over
@@ -124,7 +124,7 @@ def beside(sweep: Sweep, scores: Frame, problems: list[str]) -> Frame:
         values: dict[str, float | int | None] = {}
         try:
             run = load_run(sweep.directory / one.directory, ("routing", "separation", "drift", "general"))
-            values = beside_scores(run)
+            values = other_measures(run)
         except RunReadError as error:
             problems.append(str(error))
         own = cell_measures(sweep, one).get("learning_accuracy")
