@@ -52,8 +52,8 @@ def add_words(sweep: Sweep, cells: Mapping[str, Frame], found: Studies) -> None:
             "words_by_method",
             "words",
             "Lost under reworded prompts",
-            "Mean final score under reworded prompts minus that in the words trained on, with its 95 % interval: paired "
-            "by test row. The dashed line stands at a loss of 0.02. Scales differ. Where the gate alone reads "
+            "Mean final score under reworded prompts minus that in the words trained on, with its 95 % interval, "
+            "paired by test row. The dashed line stands at a loss of 0.02. Scales differ. Where the gate alone reads "
             "reworded prompts, a method without one has no row.",
             f"Dot plots of what each method loses, a panel a kind of words. {told}.",
             lambda: plots.words_by_method(frame, sweep.measured),

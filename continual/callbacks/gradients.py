@@ -78,14 +78,14 @@ class GradientRecorder(Recorder):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Keep the loss; look at what is kept once in a while. A step may take several batches: their mean counts.
+        """Keep the loss; look at what is kept once in a while. A step may take several batches: their sum counts.
 
         Of several processes each has the loss of its share of a batch, scaled so that their mean is the batch's.
         """
-        self._losses.append(outputs["loss"].detach() * trainer.accumulate_grad_batches)  # Lightning divided it
+        self._losses.append(outputs["loss"].detach())  # its share of the step's
         if self._norms is None:
             return
-        loss = torch.stack(self._losses).mean()
+        loss = torch.stack(self._losses).sum()
         self._pending.append((trainer.global_step, trainer.current_epoch, loss, self._norms))
         self._losses, self._norms = [], None
         if loss.device.type == "cpu" or len(self._pending) >= 16:

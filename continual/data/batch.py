@@ -40,6 +40,11 @@ class Row:
     answer_ids: list[int] = field(default_factory=list)
 
     @property
+    def size(self) -> int:
+        """What the row counts in a mean loss: the tokens of its answer, or 1 without any (a regressor's row)."""
+        return len(self.answer_ids) or 1
+
+    @property
     def length(self) -> int:
         """Tokens of prompt and answer."""
         return len(self.prompt_ids) + len(self.answer_ids)

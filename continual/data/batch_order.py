@@ -40,6 +40,40 @@ class LengthBatches(Sampler[list[int]]):
             yield batches[index]
 
 
+class SizedBatches(Sampler[list[int]]):
+    """Batches in the order of others, whose sizes are known for a whole epoch before its first batch comes.
+
+    Args:
+        batches: The batches.
+        row_sizes: What every row counts: answer tokens, or 1 for a regressor's.
+    """
+
+    def __init__(self, batches: Sampler[list[int]], row_sizes: Sequence[int]) -> None:
+        self.batches, self.row_sizes = batches, row_sizes
+        self.sizes: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self.batches)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        epoch = list(self.batches)
+        self.sizes = [sum(self.row_sizes[row] for row in batch) for batch in epoch]
+        yield from epoch
+
+    def weight_in_step(self, index: int, num_accumulated: int, num_batches: int) -> float:
+        """Return what a batch's mean loss is multiplied by so that the mean over a step's batches is that over rows.
+
+        Args:
+            index: The batch's place in the epoch under way, from 0.
+            num_accumulated: Batches whose gradients are added up before a step, by whose number losses are divided;
+                at an epoch's end there may be fewer.
+            num_batches: Batches that are trained on in an epoch.
+        """
+        first = index - index % num_accumulated
+        step = self.sizes[first : min(first + num_accumulated, num_batches)]
+        return num_accumulated * self.sizes[index] / sum(step)
+
+
 class ScoringSize(NamedTuple):
     """How large batches to score are.
 

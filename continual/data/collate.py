@@ -62,7 +62,7 @@ class Collator:
         rows = own or whole[:1]  # a process without a row computes one as the others do, for nothing
         batch = self._text(rows) if self.backbone.kind == "causal_lm" else self._numbers(rows)
         if self.answers:
-            batch["weight"] = (self.share.step or 1) * self._size(own) / self._size(whole)
+            batch["weight"] = (self.share.step or 1) * sum(row.size for row in own) / sum(row.size for row in whole)
         batch["rows"] = [row.source for row in rows]
         batch["instructions"] = [row.instruction for row in rows]
         batch["forward"] |= self._instructions(batch["instructions"])
@@ -71,9 +71,6 @@ class Collator:
         if self.task_id is not None:
             batch["forward"]["task_ids"] = torch.full((len(batch["forward"]["input_ids"]),), self.task_id)
         return batch
-
-    def _size(self, rows: Sequence[Row]) -> int:
-        return sum(len(row.answer_ids) for row in rows) if self.backbone.kind == "causal_lm" else len(rows)
 
     def _text(self, rows: Sequence[Row]) -> dict[str, Any]:
         return self.with_answers(rows) if self.answers else self._prompts(rows)

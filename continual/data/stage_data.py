@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from continual.data.batch import Row, moved
-from continual.data.batch_order import LengthBatches, ScoringSize, scoring_size, token_batches
+from continual.data.batch_order import LengthBatches, ScoringSize, SizedBatches, scoring_size, token_batches
 from continual.data.collate import Collator
 from continual.data.encoding import EncodedTask
 from continual.data.label_tree import LabelTree
@@ -182,13 +182,21 @@ class StageData(RowsDataModule):
         rows = self.train_rows
         batches = LengthBatches([row.length for row in rows], self.batch_size, self.seed)
         rows, batches = self.module.strategy.mix(rows, batches)
+        self._batches = SizedBatches(batches, [row.size for row in rows])
         share = distributed.own_rows()
         collator = self._packed_collator(share) if self.packing else self._collator(answers=True, share=share)
         return DataLoader(
             rows,  # type: ignore[arg-type]
-            batch_sampler=batches,
+            batch_sampler=self._batches,
             collate_fn=collator,
             num_workers=self.num_workers,
+        )
+
+    def weight_in_step(self, batch_idx: int) -> float:
+        """Return what the loss of a training batch, of the epoch under way, counts in its step's; 1 without others."""
+        assert self.trainer is not None
+        return self._batches.weight_in_step(
+            batch_idx, self.trainer.accumulate_grad_batches, int(self.trainer.num_training_batches)
         )
 
     def val_dataloader(self) -> list[DataLoader]:

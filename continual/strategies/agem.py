@@ -14,6 +14,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from continual.runtime import distributed
 from continual.runtime.parameters import flat, flat_gradient, forward_context, trainable
 from continual.strategies.base import require_at_least
 from continual.strategies.replay import MemoryStrategy
@@ -59,6 +60,7 @@ class AGEM(MemoryStrategy):
         with torch.enable_grad(), forward_context(module):
             batch = self.collate(module, [item.row for item in items])
             reference = flat_gradient(module.loss(batch, module.outputs(batch)), parameters)
+        reference = distributed.mean(reference)  # each process drops other places
         gradient = flat([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
         projected = project(gradient, reference).split([p.numel() for p in parameters])
         for parameter, part in zip(parameters, projected, strict=True):

@@ -86,6 +86,10 @@ class Strategy(L.Callback):
     def penalty(self, module: AdaptedModule, batch: dict[str, Any], outputs: Tensor) -> Tensor | None:
         """Return what to add to a batch's loss; None for nothing.
 
+        Where a step takes several batches, or processes, the sum counts for each by its share of the step's answer
+        tokens: what does not depend on the batch is added once in all, and a mean over the batch's tokens becomes that
+        over the step's.
+
         Args:
             module: The adapted model, in training.
             batch: The training batch.

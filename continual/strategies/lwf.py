@@ -54,11 +54,10 @@ class LwF(Strategy):
         if not self.teacher or not self.weight:
             return None
         before, now = (module.answer_outputs(batch, each) for each in (self._before(module, batch), outputs))
-        weight = self.weight * batch["weight"]
         if module.backbone.kind == "regressor":
-            return weight * F.mse_loss(now, before)
+            return self.weight * F.mse_loss(now, before)
         log_p, log_q = ((logits / self.temperature).log_softmax(dim=-1) for logits in (before, now))
-        return weight * self.temperature**2 * F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+        return self.weight * self.temperature**2 * F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
 
     @torch.no_grad()
     def _before(self, module: AdaptedModule, batch: dict[str, Any]) -> Tensor:

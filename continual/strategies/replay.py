@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -138,18 +139,32 @@ class DERPlusPlus(MemoryStrategy):
         self.alpha, self.beta, self.memory_batch_size = alpha, beta, memory_batch_size
         self.logits: dict[Kept, Tensor] = {}
 
+    def begin_stage(self, module: AdaptedModule, data: StageData, stage: int) -> None:
+        """Start drawing from the memory."""
+        super().begin_stage(module, data, stage)
+        self._drawn: list[list[Kept]] = []
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Draw other rows for the next step."""
+        self._drawn = []
+
     def penalty(self, module: AdaptedModule, batch: dict[str, Any], outputs: Tensor) -> Tensor | None:
-        """Return the two terms on rows of the memory."""
+        """Return the two terms on rows of the memory: the same rows for all batches of a step."""
         if not self.stage or not self.memory.items:
             return None
+        if not self._drawn:
+            self._drawn = [self.draw(self.memory_batch_size) for weight in (self.alpha, self.beta) if weight]
+        drawn = iter(self._drawn)
         total = outputs.new_zeros(())
         if self.alpha:
-            items = self.draw(self.memory_batch_size)
+            items = next(drawn)
             old = self.collate(module, [item.row for item in items])
             stored = torch.cat([self.logits[item].float() for item in items]).to(module.device)
             total = total + self.alpha * F.mse_loss(module.answer_outputs(old, module.outputs(old)), stored)
         if self.beta:
-            old = self.collate(module, [item.row for item in self.draw(self.memory_batch_size)])
+            old = self.collate(module, [item.row for item in next(drawn)])
             total = total + self.beta * module.loss(old, module.outputs(old))
         return total
 

@@ -132,7 +132,7 @@ def outcome_of(cell: CellRun) -> CellOutcome:
     """Return what a cell's directory holds."""
     try:
         state, _ = manifest.read(cell.run_dir)
-        seconds = round(sum(state.stage_seconds.values()), 1) if state.stage_seconds else None
+        seconds = round(sum(state.stage_seconds.values()), 3) if state.stage_seconds else None
         if not state.complete:
             return CellOutcome(
                 cell.place, f"stopped after stage {state.finished_stage} of {len(state.stages)}", seconds

@@ -160,7 +160,7 @@ class SweepLoop:
             for number, outcome in enumerate(run_cells(rest, self.engine, self.num_jobs), start=len(finished) + 1):
                 self.outcomes[outcome.place] = outcome
                 self._commit()
-                scored = f"final average {outcome.average:.3f}, {outcome.seconds} s"
+                scored = f"final average {outcome.average:.3f}, {outcome.seconds:.1f} s"
                 progress.end(outcome.place, f"[{number}/{len(cells)}] {outcome.place}: {outcome.error or scored}")
 
     def _commit(self) -> None:

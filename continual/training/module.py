@@ -265,14 +265,18 @@ class ContinualModule(AdaptedModule):
             self._graphed = None
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Lightning's hook."""
+        """Lightning's hook: batches of one step, and processes, count by their answer tokens (a regressor's rows)."""
         loss, outputs = (self._graphed or self.training_pass)(batch)
-        loss = loss * batch["weight"]
         penalty = None if outputs is None else self.strategy.penalty(self, batch, outputs)
         loss = loss if penalty is None else loss + penalty
+        loss = loss * (batch["weight"] * self._weight_in_step(batch_idx))
         if self._logs_loss:
             self.log("loss", loss, prog_bar=True, logger=False, batch_size=len(batch["rows"]))
         return loss
+
+    def _weight_in_step(self, batch_idx: int) -> float:
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        return data.weight_in_step(batch_idx) if hasattr(data, "weight_in_step") else 1.0  # batches of one's own
 
     def on_after_backward(self) -> None:
         """Lightning's hook: DDP averages gradients by itself."""

@@ -115,7 +115,7 @@ def test_one_cells_interval_redraws_its_rows(tmp_path: Path) -> None:
 
 def test_methods_that_tie_share_the_lead_and_nothing_is_less_than_none(tmp_path: Path) -> None:
     half = ones([0.2, 0.2], [0.5, 0.2], [0.5, 0.5])
-    cells = [files.place(method, "x", 0) for method in ("m", "n")]
+    cells = [files.place(method, "x", seed) for method in ("m", "n") for seed in (0, 1)]
     for one in cells:
         files.write_cell(tmp_path / one["dir"], ["one", "two"], half)
     page = sweep_page(load_sweep(files.write_sweep(tmp_path, cells, baseline="m")))

@@ -333,7 +333,7 @@ def test_the_same_sweep_gives_the_same_bytes(report: Path, trial: Path) -> None:
 @pytest.mark.usefixtures("sketched")
 def test_a_difference_is_not_called_that_its_interval_does_not_call(tmp_path: Path) -> None:
     near = earned([0.2] * 2, [0.8, 0.2], [0.7, 0.9])
-    cells = {("base", "x", 0): A, ("more", "x", 0): near}
+    cells = {(method, "x", seed): rows for seed in (0, 1) for method, rows in (("base", A), ("more", near))}
     page = write_report(by_hand(tmp_path, cells, ["one", "two"], baseline="base"))
     text = page.with_name("report.md").read_text(encoding="utf-8")
     assert "more is not told apart from it" in text and "but it is not told apart from base" in text

@@ -86,7 +86,9 @@ def _serve() -> None:
     import torch
 
     import tasks  # noqa: F401
+    from continual.commands.run import import_engine
 
+    import_engine()
     torch.set_num_threads(1)
     gc.freeze()
     for line in sys.stdin:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 from typing import Any
@@ -10,6 +11,8 @@ from recording import Recorder
 
 from continual import run
 from continual.data import batch_order, stage_data
+from continual.engine.stage_loop import StageLoop
+from continual.runtime import distributed
 from continual.scoring import shared_passes
 from continual.storage import manifest, records
 from continual.strategies import Strategy
@@ -17,7 +20,7 @@ from continual.training import cuda_graphs
 from continual.training.module import ContinualModule
 
 
-def run_rank(rank: int, argv: list[str], dies: int, together: bool) -> None:
+def run_rank(rank: int, argv: list[str], dies: int = 0, together: bool = False, alike: bool = False) -> None:
     """Run a command line of ``continual.run`` as process ``rank``; ends this process.
 
     Args:
@@ -25,6 +28,8 @@ def run_rank(rank: int, argv: list[str], dies: int, together: bool) -> None:
         argv: The command line.
         dies: The signal that the first process sends itself in the second stage's second step; 0 for none.
         together: Whether tasks share passes, as on GPUs.
+        alike: Whether to end with 96 where the processes' adapters are not the same, to the bit, after a stage, and
+            with 0 after the last.
     """
     # Lightning's metrics and ours would gather tensors on the CPU, which NCCL, the GPUs' backend, does not take.
     sys.modules["torchmetrics.metric"].gather_all_tensors = _refuse  # type: ignore[attr-defined]
@@ -33,6 +38,8 @@ def run_rank(rank: int, argv: list[str], dies: int, together: bool) -> None:
     cuda_graphs._on_cuda, cuda_graphs._SIGHTINGS = Recorder, 1  # type: ignore[assignment]
     if together:
         _share_passes()
+    if alike:
+        _compare_replicas()
     if rank:
         for owner, names in (
             (records, ["append", "truncate"]),
@@ -54,6 +61,22 @@ def run_rank(rank: int, argv: list[str], dies: int, together: bool) -> None:
 
 def _refuse(*_: Any, **__: Any) -> None:
     os._exit(97)
+
+
+def _compare_replicas() -> None:
+    fit = StageLoop._fit
+
+    def compared(self: StageLoop, index: int) -> Any:
+        trainer = fit(self, index)
+        named = self.module.named_parameters()
+        own = {name: hashlib.sha256(p.detach().numpy().tobytes()).hexdigest() for name, p in named if p.requires_grad}
+        if any(other != own for other in distributed.gathered(own)):
+            os._exit(96)
+        if index == len(self.data):
+            os._exit(0)
+        return trainer
+
+    StageLoop._fit = compared  # type: ignore[method-assign]
 
 
 def _share_passes() -> None:

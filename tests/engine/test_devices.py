@@ -22,7 +22,7 @@ from torch import nn
 from torch.autograd.graph import get_gradient_edge
 
 import analysis.report
-from continual import run
+from continual import run, strategies
 from continual.config import experiment
 from continual.data.batch import Row
 from continual.data.batch_order import token_batches
@@ -58,7 +58,11 @@ SCENARIOS: dict[str, Tree] = {
         "token_sample": 0,  # so that rows of the first task need not be computed again; nor for a label seen since
         "data.score_seen_labels": False,
     },
-    "fisher": {"model.strategy": strategy("EWC", weight=100.0, estimator="empirical", fisher_rows=5)},
+    "fisher": {
+        "model.strategy": strategy("EWC", weight=100.0, estimator="empirical", fisher_rows=5),
+        "data.batch_size": 5,  # of 12 rows: three batches, and so a step of two and one of one
+        "trainer.accumulate_grad_batches": 2,
+    },
     "distilled": {"model.strategy": strategy("LwF")},
     "joint": {"model.strategy": strategy("Joint"), "bounds": ["per_task"]},
     "recorded": {"model.cuda_graphs": True},
@@ -70,12 +74,12 @@ QUICK = ("plain", "growing", "recorded")
 def forked(forks: Forks) -> Callable[..., list[int]]:
     """Runs a command line of ``continual.run`` in two processes and returns their exit codes."""
 
-    def forked(*argv: object, dies: int = 0, together: bool = False) -> list[int]:
+    def forked(*argv: object, **behaviour: Any) -> list[int]:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
         words = [*map(str, argv), "--no-report"]
-        arguments = (words, dies, together)
+        arguments = (words, *(behaviour.get(key, 0) for key in ("dies", "together", "alike")))
         ranks = [
             forks.start(
                 "ranks:run_rank", rank, *arguments, LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=port
@@ -184,6 +188,45 @@ def test_a_run_on_two_devices_that_was_killed_resumes_to_the_same_bytes(
     assert json.loads((run_dir / "manifest.json").read_text())["finished_stage"] == 1
     assert forked("--resume", run_dir) == [0, 0]
     assert contents(run_dir) == contents(of_two("plain"))
+
+
+ALIKE: dict[str, Tree] = {
+    "Sequential": {},
+    "ExperienceReplay": {"size": 5},
+    "DERPlusPlus": {"size": 5, "memory_batch_size": 3},
+    "AGEM": {"size": 5, "memory_batch_size": 3},
+    "EWC": {"weight": 100.0, "fisher_rows": 5},
+    "OnlineEWC": {"weight": 100.0, "fisher_rows": 5},
+    "LwF": {},
+    "OLoRA": {},
+    "NLoRA": {},
+    "CLoRA": {},
+    "SEQR": {},
+    "ReuseBank": {"source_stages": 1},
+    "GrowingBank": {"background_rows": 8, "probe_rows": 12},
+    "Joint": {},
+    "PerTask": {},
+    "PerInstructionLookup": {},
+}
+
+
+def test_every_strategy_is_tried() -> None:
+    assert set(ALIKE) == set(strategies.__all__) - {"Strategy"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ALIKE)
+def test_replicas_stay_alike_under_dropout(base_tree: Tree, forked: Callable, tmp_path: Path, name: str) -> None:
+    tree = copy.deepcopy(base_tree)
+    tree["trainer"] |= DDP | {"max_epochs": 2}
+    tree["scoring"] = "final"
+    if name in ("OLoRA", "NLoRA", "CLoRA", "SEQR"):
+        lora = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
+        tree["model"]["adapter"] = {"class_path": "peft.LoraConfig", "init_args": lora}
+    tree["model"]["adapter"]["init_args"]["lora_dropout"] = 0.3
+    tree["model"]["strategy"] = strategy(name, **ALIKE[name])
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tree))
+    assert forked(tmp_path / "tiny.yaml", "--out", tmp_path / "run", alike=True) == [0, 0]
 
 
 def test_a_finished_run_is_scored_again_on_one_device(of_two: Callable) -> None:

@@ -3,8 +3,10 @@
 import io
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,6 +36,12 @@ def advance(finished: Path, tmp_path: Path) -> Callable[..., CellRun]:
     return advance
 
 
+@pytest.fixture
+def stopped_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No time passes while a test tells of stages."""
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: 0.0, time=time.time))
+
+
 def looked(cells: list[CellRun], num_jobs: int = 1) -> SweepProgress:
     """Return a progress that looks only when it is told to."""
     shows = SweepProgress(cells, num_jobs)
@@ -41,6 +49,7 @@ def looked(cells: list[CellRun], num_jobs: int = 1) -> SweepProgress:
     return shows
 
 
+@pytest.mark.usefixtures("stopped_clock")
 def test_each_stage_is_told_once_with_its_scores_and_the_time_left(
     advance: Callable[..., CellRun], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -67,6 +76,7 @@ def test_each_stage_is_told_once_with_its_scores_and_the_time_left(
     assert "animals " in lines[4] and "colours [" in lines[4] and lines[4].endswith("; about 00:10 left")
 
 
+@pytest.mark.usefixtures("stopped_clock")
 def test_cells_at_a_time_share_the_time_left_but_none_is_shorter_than_its_own(
     advance: Callable[..., CellRun], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -76,6 +86,7 @@ def test_cells_at_a_time_share_the_time_left_but_none_is_shorter_than_its_own(
     assert capsys.readouterr().out.endswith("; about 00:20 left\n")  # two stages of ten seconds in the others
 
 
+@pytest.mark.usefixtures("stopped_clock")
 def test_stages_of_an_earlier_session_are_not_told_again(
     advance: Callable[..., CellRun], capsys: pytest.CaptureFixture[str]
 ) -> None:
