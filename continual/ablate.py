@@ -1,6 +1,6 @@
 """Take one atom at a time out of a finished run's bank and score its tasks again, into RUN/ablation.parquet.
 
-    python -m continual.ablate RUN
+    python -m continual.ablate RUN [--accept-data]
 
 The atom is missing from the routing of every block, and the others share its weight; nothing is trained again. Of a
 growing bank, an atom is one of one slice, and a task none of whose rows use the slice keeps its scores unscored. The
@@ -29,12 +29,14 @@ def _work(argv: Sequence[str]) -> Path:
         prog="python -m continual.ablate", description=str(__doc__).splitlines()[0], allow_abbrev=False
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="the directory of a finished run")
-    run_dir: Path = parser.parse_args(argv).run
+    parser.add_argument("--accept-data", action="store_true", help="take rows that have changed since the run began")
+    arguments = parser.parse_args(argv)
+    run_dir: Path = arguments.run
     manifest.read_finished(run_dir)  # what is wrong here need not wait for torch
     quieten()
     from continual.commands.ablate import ablate
 
-    ablate(run_dir)
+    ablate(run_dir, arguments.accept_data)
     return run_dir
 
 

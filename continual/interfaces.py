@@ -211,8 +211,12 @@ class Recorder(L.Callback):
         """Return the test rows of a scored task, by index, that have to pass through the model for this recorder."""
         return set()
 
-    def save(self, run_dir: Path) -> None:
-        """Write what the next stage needs of this one, in the first process, before the stage is committed."""
+    def save(self, run_dir: Path) -> Sequence[Path]:
+        """Write what the next stage needs of this one, in the first process, before the stage is committed.
+
+        Returns the files and folders that ``restore`` reads: they are compared before it does.
+        """
+        return ()
 
     def restore(self, run_dir: Path, stage: int) -> None:
         """Take up what ``save`` wrote after ``stage``, the last finished one; raise RunError where it cannot."""

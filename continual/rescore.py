@@ -1,7 +1,7 @@
 """Score a finished run's tasks under reworded prompts, add the rows to its tables, and draw its report again.
 
     python -m continual.rescore RUN --wordings FILE [--key KEY] [--options kept ...] [--where gate both]
-                                    [--no-none] [--no-wrong]
+                                    [--no-none] [--no-wrong] [--accept-data]
 
 Rows of the same wording from an earlier call are replaced. The last line on standard output is the run's directory.
 Exit status as for continual.run.
@@ -39,6 +39,7 @@ def _work(argv: Sequence[str]) -> Path:
     parser.add_argument("--where", nargs="+", choices=get_args(Where), default=["gate", "both"], help="who gets them")
     for name, what in (("none", "with no instruction"), ("wrong", "with another task's instruction")):
         parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=True, help=f"score {what}")
+    parser.add_argument("--accept-data", action="store_true", help="take rows that have changed since the run began")
     arguments = parser.parse_args(argv)
     if not (arguments.wordings or arguments.none or arguments.wrong):
         parser.error("nothing to score: give --wordings FILE, or leave --no-none or --no-wrong away")
@@ -47,7 +48,7 @@ def _work(argv: Sequence[str]) -> Path:
     from continual.commands.rescore import rescore
 
     words = (arguments.wordings, arguments.key, arguments.options, arguments.where, arguments.none, arguments.wrong)
-    rescore(arguments.run, *words)
+    rescore(arguments.run, *words, accept_data=arguments.accept_data)
     return finish(arguments.run)
 
 

@@ -1,7 +1,7 @@
 """Train one adapter across the stages of a configuration, and report what was learnt and what was forgotten.
 
     python -m continual.run configs/stages.yaml [--out DIR] [dotted.key=value ...]
-    python -m continual.run --resume DIR
+    python -m continual.run --resume DIR [--accept-data]
 
 The last line on standard output is the run's directory. Exit status: 0 done; 2 the configuration or an input is wrong;
 1 something failed during the run, and what was finished is kept; 130 it was interrupted, 143 terminated, likewise.
@@ -28,16 +28,20 @@ def _work(argv: Sequence[str]) -> Path:
     parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="changes to the configuration")
     parser.add_argument("--out", type=Path, metavar="DIR", help="the run's directory (default: runs/NAME-TIME)")
     parser.add_argument("--resume", type=Path, metavar="DIR", help="go on with the run in DIR")
+    parser.add_argument("--accept-data", action="store_true", help="take rows that have changed since the run began")
     parser.add_argument("--no-report", action="store_true", help="leave the report to python -m analysis.report")
     arguments = parser.parse_intermixed_args(argv)
     if arguments.resume and (arguments.config or arguments.out or arguments.overrides):
         parser.error("--resume takes no configuration, --out or override: the run goes on as it was configured")
+    if arguments.accept_data and not arguments.resume:
+        parser.error("--accept-data goes with --resume DIR: a new run takes its data as they are")
     if not arguments.resume and not arguments.config:
         parser.error("give a configuration file, or --resume DIR")
     from continual.runtime.quiet import quieten
 
     quieten()
-    return run(arguments.config, arguments.out, arguments.overrides, arguments.resume, not arguments.no_report)
+    started = (arguments.config, arguments.out, arguments.overrides, arguments.resume)
+    return run(*started, report=not arguments.no_report, accept_data=arguments.accept_data)
 
 
 if __name__ == "__main__":

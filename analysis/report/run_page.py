@@ -118,6 +118,8 @@ def _notices(run: Run) -> list[str]:
     why = why_not_averaged(run)
     found = [f"No averages: {why}."] if why else []
     found += [f"{problem}. What needs it is left out." for problem in run.problems.values()]
+    accepted = run.manifest.get("accepted_data") or []
+    found += [f"{line} Scores before and after are not of the same rows." for line in accepted]
     if not run.complete:
         done = max(run.finished_stage, 0)
         found.insert(

@@ -22,6 +22,10 @@ NO_SLICE = "no slice"
 """The name of what a growing bank's rows give to none of its atoms."""
 
 
+_ONCE = {"scores": ["stage", "task", "metric"], "answers": ["stage", "task", "row"]}
+"""Columns that no two rows of a table share."""
+
+
 class RunReadError(ValueError):
     """A directory that holds no readable run; the message is one line that names it."""
 
@@ -144,6 +148,12 @@ def _read(directory: Path, name: str, stages: list[str]) -> Frame:
     Earlier versions wrote the distances down: a run that they began has the file, and no halves of those stages.
     """
     written = records.read(directory, name)
+    if name in _ONCE and (twice := written.duplicated(_ONCE[name])).any():
+        row = written[twice].iloc[0]
+        raise records.RecordError(
+            f"{records.path_of(directory, name)}: {twice.sum()} rows are there twice, the first of "
+            f"stage {row['stage']}, task {row['task']}: two processes wrote this run at once"
+        )
     halves = records.path_of(directory, "usage_halves")
     if name not in _DERIVED or (records.path_of(directory, name).exists() and not halves.exists()):
         return written

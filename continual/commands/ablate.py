@@ -13,7 +13,7 @@ from continual.config.experiment import Experiment
 from continual.data.stage_data import StageData
 from continual.engine.stage_loop import StageLoop
 from continual.errors import ConfigError
-from continual.storage import manifest, records
+from continual.storage import digests, manifest, records
 from continual.storage.manifest import Manifest
 
 Rows = dict[str, list[dict[str, Any]]]
@@ -22,7 +22,7 @@ Answers = dict[tuple[str, int], str]
 """What was answered, by task and row."""
 
 
-def ablate(run_dir: Path) -> None:
+def ablate(run_dir: Path, accept_data: bool = False) -> None:
     """Write ``ablation.parquet`` into the directory of a finished run.
 
     Raises:
@@ -33,7 +33,10 @@ def ablate(run_dir: Path) -> None:
     made = experiment.parse(text, state.run, where=str(run_dir / manifest.CONFIG_NAME))
     _check(made, run_dir)
     made.wordings, made.general_ability, made.token_sample = None, False, 0
-    records.rewrite(run_dir, "ablation", AtomScores(made, run_dir).score(state))
+    loop = AtomScores(made, run_dir)
+    with loop.lock:
+        records.rewrite(run_dir, "ablation", loop.score(state, accept_data))
+        digests.note_tables(run_dir, state, ["ablation"])
 
 
 def _check(made: Experiment, run_dir: Path) -> None:
@@ -52,11 +55,11 @@ class AtomScores(StageLoop):
     def _take_up(self) -> None:
         index = self.manifest.finished_stage
         self.module.strategy.load(self.module, self._strategy_folder(index))
-        self.module.strategy.load_adapter(self.module, self.run_dir / "adapters" / f"stage-{index:02d}")
+        self.module.strategy.load_adapter(self.module, self._adapter_folder(index))
 
-    def score(self, state: Manifest) -> list[dict[str, Any]]:
+    def score(self, state: Manifest, accept_data: bool = False) -> list[dict[str, Any]]:
         """Return the rows of the table ``ablation``: all tasks' scores and answers without an atom, for each atom."""
-        self.prepare(state)
+        self.prepare(state, accept_data)
         self._see_labels(state.finished_stage)
         tuner = cast(QueryableLoraModel, self.module.tuner)
         growing = cast(SlicedBank | None, tuner.growing)

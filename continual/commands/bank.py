@@ -25,6 +25,7 @@ from continual.commands.terminal import OneLineParser
 from continual.errors import ConfigError
 from continual.storage import manifest
 from continual.storage.files import atomic_directory, write_json
+from continual.storage.lock import DirectoryLock
 from continual.storage.manifest import Manifest
 
 PROGRAM = "python -m continual.cli bank"
@@ -45,14 +46,17 @@ def main(argv: Sequence[str]) -> Path:
     if arguments.command == "list":
         print(table(folder))
         return folder
-    if arguments.command == "score":
-        return _dated(score(run_dir, folder, state, text), state)
-    if arguments.command == "rollback":
-        return _dated(rollback(run_dir, state, arguments.stage), state)
-    _require_stage(arguments.stage, list(_read(folder)["stages"]), folder)
     if arguments.command == "export":
+        _require_stage(arguments.stage, list(_read(folder)["stages"]), folder)
         return export(folder, arguments.stage, arguments.out, text)
-    return _dated(drop(folder, arguments.stage, run_dir / "bank"), state)
+    with DirectoryLock(run_dir) as lock:
+        lock.acquire()
+        if arguments.command == "score":
+            return _dated(score(lock, folder, state, text, arguments.accept_data), state)
+        if arguments.command == "rollback":
+            return _dated(rollback(run_dir, state, arguments.stage), state)
+        _require_stage(arguments.stage, list(_read(folder)["stages"]), folder)
+        return _dated(drop(folder, arguments.stage, run_dir / "bank"), state)
 
 
 def _dated(folder: Path, state: Manifest) -> Path:
@@ -76,6 +80,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         command = commands.add_parser(name, help=what, description=what, allow_abbrev=False)
         if name not in ("list", "score"):
             command.add_argument("stage", metavar="STAGE", help="the stage's name")
+        if name == "score":
+            changed = "take rows that have changed since the run began"
+            command.add_argument("--accept-data", action="store_true", help=changed)
         if name == "export":
             command.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to make")
     return parser.parse_args(argv)
@@ -179,7 +186,7 @@ def export(folder: Path, stage: str, out: Path, text: str) -> Path:
     return out
 
 
-def score(run_dir: Path, folder: Path, state: Manifest, text: str) -> Path:
+def score(lock: DirectoryLock, folder: Path, state: Manifest, text: str, accept_data: bool) -> Path:
     """Score the test rows of all tasks with a bank; write RUN/bank with the tables scores and answers.
 
     The labels seen (metric accuracy_seen) are those of all stages that the run has finished, whatever was dropped.
@@ -188,9 +195,12 @@ def score(run_dir: Path, folder: Path, state: Manifest, text: str) -> Path:
     from continual.config import experiment
     from continual.storage import records
 
+    run_dir = lock.directory
     made = experiment.parse(text, state.run, where=str(run_dir / manifest.CONFIG_NAME))
     made.wordings, made.general_ability = None, False
-    scores = BankScores(made, run_dir, folder).score(state)
+    loop = BankScores(made, run_dir, folder)
+    loop.lock = lock
+    scores = loop.score(state, accept_data)
     with atomic_directory(run_dir / "bank") as temporary:
         shutil.copytree(folder, temporary, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.parquet"))
         records.append(temporary, "scores", scores.rows)

@@ -28,10 +28,10 @@ class BankScores(StageLoop):
     def _take_up(self) -> None:
         self.module.strategy.load_adapter(self.module, self.bank)
 
-    def score(self, state: Manifest) -> ScoreRecorder:
+    def score(self, state: Manifest, accept_data: bool = False) -> ScoreRecorder:
         """Return the scores and answers of all tasks, as after the last stage that ``state`` has finished."""
         quieten()
-        self.prepare(state)
+        self.prepare(state, accept_data)
         index = state.finished_stage
         self._see_labels(index)
         self.progress.title = "bank"

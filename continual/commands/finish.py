@@ -8,7 +8,7 @@ from pathlib import Path
 from continual.errors import one_line
 
 
-def finish(run_dir: Path, report: bool = True) -> Path:
+def finish(run_dir: Path, report: bool = True, accept_data: bool = False) -> Path:
     """Run the bounds that the configuration asks for, then write the report where one is wanted.
 
     Raises:
@@ -18,7 +18,7 @@ def finish(run_dir: Path, report: bool = True) -> Path:
     from continual.runtime import distributed
 
     try:
-        run_bounds(run_dir)
+        run_bounds(run_dir, accept_data)
     finally:
         if report and distributed.is_first():
             write_report(run_dir)

@@ -21,6 +21,7 @@ def run(
     overrides: Sequence[str] = (),
     resume: Path | None = None,
     report: bool = True,
+    accept_data: bool = False,
 ) -> Path:
     """Run a configuration file, or go on with a run; return the run's directory.
 
@@ -30,13 +31,14 @@ def run(
         overrides: ``dotted.key=value`` changes to the configuration.
         resume: The directory of the run to go on with.
         report: Whether to draw the report at the end.
+        accept_data: Go on with rows that are others than when the run began.
 
     Raises:
         ConfigError, TaskError: The configuration or an input is wrong; nothing was written.
         RunError: A stage failed; the stages before it are kept.
     """
     if resume is not None:
-        return _go_on(resume, report)
+        return _go_on(resume, report, accept_data)
     assert config is not None
     import_engine()
     from continual.config import experiment
@@ -82,15 +84,17 @@ def _start(experiment: Experiment, run_dir: Path, report: bool = True) -> Path:
     from continual.engine.stage_loop import StageLoop
 
     loop = StageLoop(experiment, run_dir)
-    loop.prepare()
-    loop.run()
-    run_dir = loop.run_dir
-    del loop  # its model: the bounds load their own
-    return finish(run_dir, report)
+    with loop.lock as lock:
+        loop.prepare()
+        loop.run()
+        run_dir = lock.directory
+        del loop  # its model: the bounds load their own
+        return finish(run_dir, report)
 
 
-def _go_on(run_dir: Path, report: bool) -> Path:
+def _go_on(run_dir: Path, report: bool, accept_data: bool = False) -> Path:
     from continual.storage import manifest
+    from continual.storage.lock import DirectoryLock
 
     state, text = manifest.read(run_dir)
     if state.complete:
@@ -98,7 +102,9 @@ def _go_on(run_dir: Path, report: bool) -> Path:
 
         if left := unfinished(run_dir, state.bounds):
             print(f"Going on with the bounds of {run_dir}: {', '.join(left)}.")
-            return finish(run_dir, report)
+            with DirectoryLock(run_dir) as lock:
+                lock.acquire()
+                return finish(run_dir, report, accept_data)
         print(f"All {len(state.stages)} stages of {run_dir} are finished: nothing to do.")
         if report and not (run_dir / "report" / "report.html").is_file():
             print(f"There is no report yet: python -m analysis.report {run_dir}")
@@ -109,8 +115,11 @@ def _go_on(run_dir: Path, report: bool) -> Path:
     from continual.engine.stage_loop import StageLoop
 
     loop = StageLoop(experiment.parse(text, state.run, where=str(run_dir / manifest.CONFIG_NAME)), run_dir)
-    loop.prepare(state)
-    print(f"Going on with {run_dir} after stage {state.finished_stage} of {len(state.stages)}.", flush=True)
-    loop.run()
-    del loop
-    return finish(run_dir, report)
+    with loop.lock:
+        if state.format < manifest.FORMAT:
+            print(f"{run_dir} was begun by an older version, without digests: what it left is taken as it is.")
+        loop.prepare(state, accept_data)
+        print(f"Going on with {run_dir} after stage {state.finished_stage} of {len(state.stages)}.", flush=True)
+        loop.run()
+        del loop
+        return finish(run_dir, report, accept_data)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from typing import Any, Literal, cast
 
@@ -59,6 +61,13 @@ class EncodedTask:
             self._encode(cast(dict[str, Any], source), own, max_tokens)
             for source, own in zip(sources, wordings, strict=True)
         ]
+
+    def digest(self) -> str:
+        """Return the SHA-256 of the rows as the task gave them, with its instruction and labels."""
+        found = hashlib.sha256(json.dumps([self.task.instruction, self.task.labels]).encode())
+        for row in self.rows:
+            found.update(json.dumps(row.source, sort_keys=True, default=str).encode())
+        return found.hexdigest()
 
     def _encode(self, source: dict[str, Any], wording: Wording, max_prompt_tokens: int) -> Row:
         at_gate = wording.at_gate(self.task.instruction)

@@ -167,6 +167,10 @@ class StageData(RowsDataModule):
         """Training batches an epoch."""
         return -(-len(self.train_rows) // self.batch_size)
 
+    def digests(self) -> dict[str, str]:
+        """Return a digest of the rows of each split that is read: of their content and order, instruction included."""
+        return {split: encoded.digest() for split, encoded in self._encoded.items()}
+
     def facts(self) -> dict[str, Any]:
         """Return what a report says of the rows: the task's description and what was cut."""
         cut = {split: encoded.cut_rows for split, encoded in self._encoded.items()}

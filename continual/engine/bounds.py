@@ -14,8 +14,8 @@ from continual.config.bounds import BOUNDS, FOLDER, configuration
 from continual.storage import manifest
 
 
-def run_bounds(run_dir: Path) -> None:
-    """Run every bound of the run in ``run_dir`` that is not finished.
+def run_bounds(run_dir: Path, accept_data: bool = False) -> None:
+    """Run every bound of the run in ``run_dir`` that is not finished; with rows as they are now, if that is accepted.
 
     Raises:
         RunError: A stage of a bound failed; the run itself is finished.
@@ -23,7 +23,7 @@ def run_bounds(run_dir: Path) -> None:
     state, text = manifest.read(run_dir)
     for name in state.bounds:
         if BOUNDS[name] is not None:
-            _run(run_dir / FOLDER / name, configuration(text, name))
+            _run(run_dir / FOLDER / name, configuration(text, name), accept_data)
 
 
 def unfinished(run_dir: Path, names: list[str]) -> list[str]:
@@ -36,7 +36,7 @@ def _begun(folder: Path) -> bool:
     return (folder / manifest.MANIFEST_NAME).is_file()
 
 
-def _run(folder: Path, text: str) -> None:
+def _run(folder: Path, text: str, accept_data: bool) -> None:
     from continual.config import experiment
     from continual.engine.stage_loop import StageLoop
 
@@ -46,5 +46,6 @@ def _run(folder: Path, text: str) -> None:
         if state.complete:
             return
     loop = StageLoop(experiment.parse(text, folder.name, where=str(folder)), folder)
-    loop.prepare(state)
-    loop.run()
+    with loop.lock:
+        loop.prepare(state, accept_data)
+        loop.run()

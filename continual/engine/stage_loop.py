@@ -29,7 +29,8 @@ from continual.interfaces import Recorder, Rows, StageContext
 from continual.runtime import distributed
 from continual.scoring.answer_cache import AnswerCache
 from continual.scoring.shared_passes import scoring_data
-from continual.storage import manifest, records
+from continual.storage import digests, manifest, records
+from continual.storage.lock import DirectoryLock
 from continual.storage.manifest import Manifest
 
 _ROUTING_FACTS = ("num_atoms", "num_blocks", "top_k", "prior_weight")
@@ -53,12 +54,20 @@ class StageLoop:
         self.data: list[StageData] = []
         self.scores, self.progress = ScoreRecorder(), StageProgress()
         self.recorders: list[Recorder] = [self.scores, *_recorders(experiment)]
+        self.lock = DirectoryLock(run_dir)
 
-    def prepare(self, resumed: Manifest | None = None) -> None:
+    def prepare(self, resumed: Manifest | None = None, accept_data: bool = False) -> None:
         """Load the backbone, read every task, and make the run directory or take up the one at hand.
+
+        From then on no other process can take it up, until ``lock`` is released.
+
+        Args:
+            resumed: The manifest of the run to take up.
+            accept_data: Take rows that are others than when the run began, and note that in the manifest.
 
         Raises:
             ConfigError, TaskError: Something is wrong; nothing has been written yet.
+            RunError: What is on disk is not what the run wrote; nothing has been written yet.
         """
         experiment = self.experiment
         if resumed is not None and resumed.complete:  # whoever scores a finished run again does so alone
@@ -66,6 +75,10 @@ class StageLoop:
         trainer = experiment.make_trainer(None, self.run_dir, [])
         distributed.check(trainer)
         self.writes = trainer.is_global_zero
+        if resumed is not None:
+            if self.writes:
+                self.lock.acquire()
+            digests.check(self.run_dir, resumed)
         if experiment.threads is not None:
             torch.set_num_threads(experiment.threads)
         L.seed_everything(experiment.seed, workers=True, verbose=False)
@@ -89,12 +102,13 @@ class StageLoop:
             recorder.check(self.module, self.data)
         if resumed is not None:
             self.manifest = resumed
+            self._check_data(accept_data)
             self._take_up()
         self._join(trainer)
         if resumed is None:
             self.manifest = self._new_manifest(trainer)
             if self.writes:
-                manifest.create(self.run_dir, experiment.resolved, self.manifest)
+                manifest.create(self.run_dir, experiment.resolved, self.manifest, self.lock)
         stages = list(zip(experiment.stages, self.data, strict=True))
         print(plan(experiment, stages, self.module.parameter_counts(), self.run_dir), flush=True)
 
@@ -218,16 +232,20 @@ class StageLoop:
     # -- on disk ------------------------------------------------------------------------------------------------------
 
     def _write(self, index: int, tables: dict[str, Rows]) -> None:
-        for table, rows in tables.items():
-            if rows:
-                records.append(self.run_dir, table, rows, self._schema(table))
-        folder = self.run_dir / "adapters" / f"stage-{index:02d}"
+        written = {
+            table: records.append(self.run_dir, table, rows, self._schema(table))
+            for table, rows in tables.items()
+            if rows
+        }
+        folder = self._adapter_folder(index)
         folder.parent.mkdir(exist_ok=True)
         self.module.strategy.save_adapter(self.module, folder)
         if index:
             self.module.strategy.save(self._strategy_folder(index))
+        files = [folder, self._strategy_folder(index)]
         for recorder in self.recorders:
-            recorder.save(self.run_dir)
+            files += recorder.save(self.run_dir) or ()
+        digests.note(self.run_dir, self.manifest, index, written, files)
 
     def _schema(self, table: str) -> Any:
         """Return a table's columns as one of the recorders declares them; None for those of the project itself."""
@@ -248,26 +266,54 @@ class StageLoop:
         if self.writes:
             self.manifest.commit(self.run_dir)
             # Only now: until the commit, resuming would start from what the stage before left.
-            shutil.rmtree(self._strategy_folder(index - 1), ignore_errors=True)
-            for recorder in self.recorders:
-                recorder.discard(self.run_dir, index - 1)
+            self._discard(index - 1)
+
+    def _discard(self, index: int) -> None:
+        """Remove what only resuming after stage ``index`` would read."""
+        shutil.rmtree(self._strategy_folder(index), ignore_errors=True)
+        for recorder in self.recorders:
+            recorder.discard(self.run_dir, index)
+
+    def _check_data(self, accept: bool) -> None:
+        """Compare the rows of every task with those that the run began with.
+
+        Raises:
+            ConfigError: Some are others, and are not to be accepted.
+        """
+        state, found = self.manifest, {data.name: data.digests() for data in self.data}
+        for name, splits in found.items() if state.data else ():
+            for split, digest in splits.items():
+                if state.data.get(name, {}).get(split, digest) == digest:
+                    continue
+                if not accept:
+                    raise ConfigError(
+                        f"stages.{name}: its {split} rows are not those that the run began with: restore them, or take "
+                        "them as they are now with --accept-data"
+                    )
+                when = f"after stage {state.finished_stage} of {len(state.stages)}"
+                state.accepted_data.append(f"The {split} rows of {name} were replaced {when}.")
+        state.data = found
 
     def _take_up(self) -> None:
-        """Drop what an interrupted stage left behind and load what the last finished one did."""
+        """Load what the last finished stage left, and drop what an interrupted one did."""
         finished = self.manifest.finished_stage
-        if self.writes:
-            records.truncate(self.run_dir, finished)
         if finished >= 1:
             self.module.strategy.load(self.module, self._strategy_folder(finished))
         if finished >= 0:
-            self.module.strategy.load_adapter(self.module, self.run_dir / "adapters" / f"stage-{finished:02d}")
+            self.module.strategy.load_adapter(self.module, self._adapter_folder(finished))
             for recorder in self.recorders:
                 recorder.restore(self.run_dir, finished)
+        if self.writes:
+            records.truncate(self.run_dir, finished)
+            self._discard(finished - 1)  # a run that was killed between its commit and this has it still
 
     # -- what stands around it ----------------------------------------------------------------------------------------
 
     def _strategy_folder(self, index: int) -> Path:
         return self.run_dir / "strategy" / f"stage-{index:02d}"
+
+    def _adapter_folder(self, index: int) -> Path:
+        return self.run_dir / "adapters" / f"stage-{index:02d}"
 
     def _seed(self, index: int) -> int:
         return (self.experiment.seed * 1009 + index) % 2**32
@@ -278,7 +324,8 @@ class StageLoop:
     def _join(self, trainer: L.Trainer) -> None:
         """Let the other processes come in, now that nothing can be wrong with the configuration any more."""
         distributed.join(trainer, self.module)
-        self.run_dir = trainer.strategy.broadcast(self.run_dir)  # its name may be the time at which each was started
+        # Its name may be the time at which each was started.
+        self.run_dir = self.lock.directory = trainer.strategy.broadcast(self.run_dir)
         if self.experiment.threads is not None:  # Lightning divides a machine's cores among its processes
             torch.set_num_threads(self.experiment.threads)
 
@@ -301,6 +348,7 @@ class StageLoop:
                 "accounting": accounting() if (accounting := getattr(module.tuner, "accounting", None)) else None,
             },
             bounds=experiment.bounds,
+            data={data.name: data.digests() for data in self.data},
             environment=manifest.environment(str(trainer.strategy.root_device), trainer.world_size),
         )
 

@@ -160,10 +160,10 @@ class AnswerCache(Recorder):
 
     # -- on disk ------------------------------------------------------------------------------------------------------
 
-    def save(self, run_dir: Path) -> None:
+    def save(self, run_dir: Path) -> Sequence[Path]:
         """Write all of it, where there is any and a stage follows."""
         if not self._rows or self._context.is_last:
-            return
+            return ()
         table = [
             {"task": task, "row": row} | vars(cached)
             for task, rows in self._rows.items()
@@ -171,6 +171,7 @@ class AnswerCache(Recorder):
         ]
         path = _path(run_dir, self._context.stage)
         pq.write_table(pa.Table.from_pylist(table, schema=_SCHEMA), path, compression="zstd")
+        return [path]
 
     def restore(self, run_dir: Path, stage: int) -> None:
         """Take up what ``save`` wrote, if it wrote anything.

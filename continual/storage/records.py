@@ -94,8 +94,10 @@ def tables_of(run_dir: str | Path) -> list[str]:
     return sorted(name for name in names - set(SCHEMAS) if re.fullmatch(r"[a-z][a-z0-9_]*", name))
 
 
-def append(run_dir: str | Path, table: str, rows: Iterable[Mapping[str, Any]], schema: pa.Schema | None = None) -> None:
-    """Append ``rows`` to a table, atomically: a reader or a crash sees the old file or the new one.
+def append(
+    run_dir: str | Path, table: str, rows: Iterable[Mapping[str, Any]], schema: pa.Schema | None = None
+) -> pa.Table:
+    """Append ``rows`` to a table, atomically: a reader or a crash sees the old file or the new one; return them.
 
     Args:
         run_dir: The run's directory.
@@ -109,9 +111,8 @@ def append(run_dir: str | Path, table: str, rows: Iterable[Mapping[str, Any]], s
     path, rows = path_of(run_dir, table), list(rows)
     schema = SCHEMAS.get(table) or schema or (_schema_of(path) if path.exists() else _inferred(path, rows))
     new = _table(path, schema, rows)
-    if path.exists():
-        new = pa.concat_tables([_read(path, schema), new])
-    _replace(path, new)
+    _replace(path, pa.concat_tables([_read(path, schema), new]) if path.exists() else new)
+    return new
 
 
 def rewrite(run_dir: str | Path, table: str, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -140,6 +141,11 @@ def truncate(run_dir: str | Path, last_stage: int) -> None:
             kept = _read(path, SCHEMAS.get(table))
             kept = kept.filter(pc.field("stage") <= last_stage)
             _replace(path, kept)
+
+
+def read_arrow(run_dir: str | Path, table: str) -> pa.Table:
+    """Read a table that is there; raises RecordError as ``read`` does."""
+    return _read(path_of(run_dir, table), SCHEMAS.get(table))
 
 
 def read(run_dir: str | Path, table: str) -> pd.DataFrame:
@@ -192,7 +198,7 @@ def _table(path: Path, schema: pa.Schema, rows: Iterable[Mapping[str, Any]]) -> 
 def _read(path: Path, schema: pa.Schema | None) -> pa.Table:
     try:
         # Not partitioned: a folder named seed=1 is no column.
-        table = pq.read_table(path, partitioning=None)  # type: ignore[arg-type]
+        table = pq.read_table(path, partitioning=None, page_checksum_verification=True)  # type: ignore[arg-type]
     except (pa.ArrowException, OSError) as error:
         raise RecordError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from error
     if schema is not None and not table.schema.equals(
@@ -206,5 +212,5 @@ def _read(path: Path, schema: pa.Schema | None) -> pa.Table:
 def _replace(path: Path, table: pa.Table) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    pq.write_table(table, temporary, compression="zstd")
+    pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
     os.replace(temporary, path)

@@ -16,7 +16,6 @@ Only the manifest of a run says that it is finished. A choice that tuning.json h
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
@@ -29,7 +28,8 @@ import yaml
 
 from continual.errors import DIVERGED, ConfigError
 from continual.storage import manifest
-from continual.storage.files import atomic_directory, write_json
+from continual.storage.files import write_json, write_text
+from continual.storage.lock import DirectoryLock
 from continual.sweeps.cells import CellOutcome, CellRun, Engine, outcome_of, run_cells, visible_devices
 from continual.sweeps.plan import BASE_NAME, SWEEP_NAME, Plan, Settings
 from continual.sweeps.progress import SweepProgress
@@ -160,8 +160,8 @@ class SweepLoop:
             for number, outcome in enumerate(run_cells(rest, self.engine, self.num_jobs), start=len(finished) + 1):
                 self.outcomes[outcome.place] = outcome
                 self._commit()
-                scored = f"final average {outcome.average:.3f}, {outcome.seconds:.1f} s"
-                progress.end(outcome.place, f"[{number}/{len(cells)}] {outcome.place}: {outcome.error or scored}")
+                told = outcome.error or f"final average {outcome.average:.3f}, {outcome.seconds or 0:.1f} s"
+                progress.end(outcome.place, f"[{number}/{len(cells)}] {outcome.place}: {told}")
 
     def _commit(self) -> None:
         plan = self.plan
@@ -185,19 +185,18 @@ def taken_up(plan: Plan, sweep_dir: Path) -> Iterator[None]:
     Raises:
         ConfigError: The directory holds something else, another sweep, or one that a process is working on.
     """
+    files = plan.files()
     if not (sweep_dir / SWEEP_NAME).exists():
-        manifest.check_new(sweep_dir)
-        with atomic_directory(sweep_dir) as folder:
-            for name, text in plan.files().items():
-                (folder / name).write_text(text, encoding="utf-8")
-    differing = [name for name, text in plan.files().items() if _differs(sweep_dir / name, text)]
-    if differing:
-        raise ConfigError(f"{sweep_dir} holds another sweep ({' and '.join(differing)} differ): name another --out")
-    with open(sweep_dir / SWEEP_NAME, "r+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(f"another process is working on the sweep in {sweep_dir}") from error
+        manifest.check_new(sweep_dir, set(files))
+    with DirectoryLock(sweep_dir, "sweep") as lock:
+        manifest.make(sweep_dir, lock)
+        if not (sweep_dir / SWEEP_NAME).exists():
+            manifest.check_new(sweep_dir, set(files))
+            for name in sorted(files, key=SWEEP_NAME.__eq__):  # which comes last: without it there is no sweep
+                write_text(sweep_dir / name, files[name])
+        differing = [name for name, text in files.items() if _differs(sweep_dir / name, text)]
+        if differing:
+            raise ConfigError(f"{sweep_dir} holds another sweep ({' and '.join(differing)} differ): name another --out")
         yield
 
 

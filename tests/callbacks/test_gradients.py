@@ -14,6 +14,7 @@ from peft import LilyConfig, LoraConfig, VBLoRAConfig
 
 from continual.callbacks import GradientRecorder
 from continual.callbacks.gradients import layer_of
+from continual.data.batch import IGNORED
 from continual.errors import RunError
 from continual.storage.records import SCHEMAS
 
@@ -143,18 +144,27 @@ def test_the_loss_is_the_one_that_was_computed(make_module, make_data, make_trai
     assert values(recorder, "train_loss", 1)[""] == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_step_of_several_batches_has_one_loss_their_mean(make_module, make_data, make_trainer) -> None:
+def test_a_step_of_several_batches_has_the_mean_over_their_tokens(make_module, make_data, make_trainer) -> None:
     module = make_module(spread=0.0)
     data = make_data(module, num_rows=12, batch_size=2)
-    losses: list[float] = []
+    losses: list[tuple[float, int]] = []
     loss = module.loss
-    module.loss = lambda *given: (losses.append(loss(*given).item()), loss(*given))[1]
+
+    def noted(batch: dict[str, Any], outputs: torch.Tensor) -> torch.Tensor:
+        losses.append((loss(batch, outputs).item(), int((batch["labels"] != IGNORED).sum())))
+        return loss(batch, outputs)
+
+    module.loss = noted
     recorder = GradientRecorder()
     recorder.begin(context(seed=3))
     make_trainer(recorder, max_epochs=1, accumulate_grad_batches=3).fit(module, datamodule=data)
     rows = [row for row in recorder.rows if row["metric"] == "train_loss"]
     assert [row["step"] for row in rows] == [1, 2]
-    assert [row["value"] for row in rows] == pytest.approx([sum(losses[:3]) / 3, sum(losses[3:]) / 3], rel=1e-5)
+    assert len({count for _, count in losses}) > 1
+    means = [
+        sum(value * count for value, count in own) / sum(count for _, count in own) for own in (losses[:3], losses[3:])
+    ]
+    assert [row["value"] for row in rows] == pytest.approx(means, rel=1e-5)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -56,6 +56,11 @@ class Forks:
         """Return a process's exit status, -N for signal N; kill it once the seconds have passed."""
         return self._ask({"wait": pid, "seconds": seconds})
 
+    def kill(self, pid: int) -> int:
+        """Kill a process, as kill -9 does, and return its exit status."""
+        os.kill(pid, signal.SIGKILL)
+        return self.wait(pid)
+
     def _ask(self, request: dict[str, Any]) -> int:
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write(json.dumps(request) + "\n")

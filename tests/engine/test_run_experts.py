@@ -87,6 +87,7 @@ def test_the_auxiliary_loss_is_added_to_the_step_and_not_to_the_datas_loss(
     module.configure_model()
     assert module.model is not None and is_routed(module.model)
     monkeypatch.setattr(module, "log", lambda *args, **kwargs: None)
+    monkeypatch.setattr(module, "_weight_in_step", lambda index: 1.0)  # no trainer: a step of one batch
     ids = torch.randint(1, 90, (2, 6))
     labels = ids[:, 3:]
     batch = {"forward": {"input_ids": ids}, "labels": labels, "rows": [0, 1], "weight": 1.0}
