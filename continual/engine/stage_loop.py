@@ -124,6 +124,7 @@ class StageLoop:
             self._commit(index)
             table.show(self._title(index), self.scores.headline())
         self.module.forget_recordings()
+        self.lock.release()
 
     # -- one stage ----------------------------------------------------------------------------------------------------
 

@@ -9,10 +9,14 @@ import socket
 from datetime import datetime
 from pathlib import Path
 from typing import IO
+from weakref import WeakValueDictionary
 
 from continual.errors import ConfigError
 
 LOCK_NAME = ".lock"
+
+
+_held: WeakValueDictionary[Path, DirectoryLock] = WeakValueDictionary()
 
 
 class DirectoryLock:
@@ -30,7 +34,7 @@ class DirectoryLock:
         self._file: IO[str] | None = None
 
     def acquire(self) -> None:
-        """Take the lock; a second call does nothing.
+        """Take the lock; a second call does nothing. Within one process it passes to the last that asks for it.
 
         Raises:
             ConfigError: Another process holds it, or the directory cannot be written to.
@@ -38,6 +42,10 @@ class DirectoryLock:
         if self._file is not None:
             return
         path = self.directory / LOCK_NAME
+        own = path.absolute()
+        if (holder := _held.get(own)) is not None and holder._file is not None:
+            self._file, holder._file, _held[own] = holder._file, None, self
+            return
         while True:
             try:
                 file = open(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+", encoding="utf-8")  # noqa: SIM115
@@ -57,8 +65,7 @@ class DirectoryLock:
         file.truncate(0)
         json.dump({"pid": os.getpid(), "host": socket.gethostname(), "since": f"{datetime.now():%F %T}"}, file)
         file.flush()
-        self._file = file
-        os.register_at_fork(after_in_child=self._forget)
+        self._file, _held[own] = file, self
 
     def release(self) -> None:
         """Let others have it."""
@@ -77,6 +84,14 @@ class DirectoryLock:
 
     def __exit__(self, *_: object) -> None:
         self.release()
+
+
+def _forget_all() -> None:
+    for lock in list(_held.values()):
+        lock._forget()
+
+
+os.register_at_fork(after_in_child=_forget_all)
 
 
 def _is_at(file: IO[str], path: Path) -> bool:

@@ -10,6 +10,7 @@ from continual.storage.lock import DirectoryLock
 
 def hold(run_dir: str, held: str) -> None:
     """Take the lock of a run, write the file ``held`` and wait."""
-    DirectoryLock(Path(run_dir)).acquire()
-    Path(held).touch()
-    time.sleep(600)
+    with DirectoryLock(Path(run_dir)) as lock:
+        lock.acquire()
+        Path(held).touch()
+        time.sleep(600)

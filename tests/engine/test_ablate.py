@@ -39,6 +39,9 @@ def ablated(base_tree: dict[str, Any], tmp_path_factory: pytest.TempPathFactory)
     assert ablate.main([str(run_dir)]) == 0
     after = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
     assert after.keys() - before.keys() == {run_dir / "ablation.parquet"}
+    own = run_dir / "manifest.json"  # which gets the table's digest
+    then, now = (json.loads(files.pop(own)) for files in (before, after))
+    assert set(now["tables"].pop("ablation")) == {"2"} and now == then
     assert {path: after[path] for path in before} == before
     return run_dir
 

@@ -154,7 +154,16 @@ def assert_same_run(one: Path, two: Path) -> None:
     assert not answers.duplicated(["stage", "task", "row"]).any()
     state, other = (json.loads((run_dir / "manifest.json").read_text()) for run_dir in (one, two))
     assert other["complete"] and state.keys() == other.keys()
-    own = {"run", "config_sha256", "environment", "stage_seconds", "scoring_seconds", "milliseconds_a_row"}
+    own = {
+        "run",
+        "config_sha256",
+        "environment",
+        "stage_seconds",
+        "scoring_seconds",
+        "milliseconds_a_row",
+        "tables",
+        "files",
+    }
     assert {k: v for k, v in state.items() if k not in own} == {k: v for k, v in other.items() if k not in own}
     assert (state["environment"]["num_devices"], other["environment"]["num_devices"]) == (1, 2)
     files = [{str(p.relative_to(run_dir)) for p in run_dir.rglob("*") if p.is_file()} for run_dir in (one, two)]

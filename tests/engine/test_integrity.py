@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,7 @@ import analysis.report
 from analysis.report.run_page import run_page
 from continual import ablate, rescore, run
 from continual.engine.stage_loop import StageLoop
-from continual.errors import ConfigError, RunError
+from continual.errors import RunError
 from continual.storage import digests, manifest, records
 from continual.storage.lock import DirectoryLock
 
@@ -256,16 +259,25 @@ def test_of_two_new_runs_in_one_directory_one_goes_on(base_tree: Tree, forks: Fo
     assert "another process" in said or "holds a run already" in said
 
 
-def test_a_lock_ends_with_its_holder_or_when_it_is_released(tmp_path: Path) -> None:
-    one, other = DirectoryLock(tmp_path), DirectoryLock(tmp_path, "sweep")
-    with one, other:
-        one.acquire()
-        one.acquire()
-        with pytest.raises(ConfigError, match=r"another process \(\d+ on .*, since .*\) is working on the sweep"):
-            other.acquire()
-        one.release()
-        other.acquire()
-    assert not list(tmp_path.iterdir())
+def test_within_a_process_a_lock_passes_to_the_last_and_forked_ones_do_not_hold_it(tmp_path: Path) -> None:
+    one, other = DirectoryLock(tmp_path), DirectoryLock(tmp_path)
+    one.acquire()
+    one.acquire()
+    other.acquire()
+    one.release()  # holds it no more
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    child = os.fork()
+    if not child:
+        time.sleep(60)
+        os._exit(0)
+    try:
+        other.release()
+        assert not list(tmp_path.iterdir())
+        with DirectoryLock(tmp_path) as third:
+            third.acquire()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def test_rows_that_are_there_twice_are_told_of(finished: Path, tmp_path: Path) -> None:

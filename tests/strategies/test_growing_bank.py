@@ -192,14 +192,18 @@ def test_bad_input_ends_with_2_on_one_line(
     ):
         made[name] = folder = tmp_path / name
         stages, text = ["task0", "task1"], "seed: 0\n"
-        fields: dict[str, Any] = {"finished_stage": finished, "model": {"strategy": strategy}}
+        fields: dict[str, Any] = {
+            "finished_stage": finished,
+            "complete": finished == 2,
+            "model": {"strategy": strategy},
+        }
         manifest.create(folder, text, manifest.Manifest("r", 0, manifest.sha256(text), stages, **fields))
         if strategy == "GrowingBank":
             _write_state(folder / "adapters" / "stage-02", {"task0": ["default"], "task1": ["stage02"]})
     _write_state(made["older"] / "bank", {"task0": ["default"]}, after_stage=1)
     made["single"] = tmp_path / "single"
     manifest.create(
-        made["single"], "a: 1\n", manifest.Manifest("r", 0, manifest.sha256("a: 1\n"), ["task0"], finished_stage=1)
+        made["single"], "a: 1\n", manifest.Manifest("r", 0, manifest.sha256("a: 1\n"), ["task0"], 1, complete=True)
     )
     _write_state(made["single"] / "adapters" / "stage-01", {"task0": ["default"]})
     before = sorted(tmp_path.rglob("*"))
