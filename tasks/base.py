@@ -55,6 +55,7 @@ def text_rows(
     references: Sequence[list[str]] | None = None,
     units: Sequence[str] | None = None,
     num_choices: Sequence[int] | None = None,
+    groups: Sequence[str] | None = None,
 ) -> Dataset:
     """Make the rows of a text task, in memory.
 
@@ -63,10 +64,11 @@ def text_rows(
         references: What each row's answers are judged against, where that is not its one answer.
         units: The question that each row is a part of, where several rows make one.
         num_choices: How many of the task's labels each row may choose from, where not all.
+        groups: The group of each row, of which none stands on both sides of a split; "" for none.
 
     Returns:
         A table with the columns context, question, answer (strings), row (int64) and, where given, references (lists
-        of strings), unit (string) and num_choices (int64).
+        of strings), unit (string), num_choices (int64) and group (string).
     """
     from datasets import Dataset, Features, Value
 
@@ -79,6 +81,7 @@ def text_rows(
         ("references", references, [Value("string")]),
         ("unit", units, Value("string")),
         ("num_choices", num_choices, Value("int64")),
+        ("group", groups, Value("string")),
     ):
         if values is not None:
             columns[name], features[name] = list(values), feature
@@ -129,8 +132,9 @@ class Task(abc.ABC):
         Returns:
             Kinds "labels" and "free": columns context (str, may be cut when too long), question (str, never cut),
             answer (str) and row (int, the row's index within its source); where a task has them, also references
-            (list of str: what answers are judged against), unit (str: rows of one are one question) and num_choices
-            (int: the row chooses among so many of the first labels). Kind "regression": columns x (list of float32),
+            (list of str: what answers are judged against), unit (str: rows of one are one question), group (str: rows
+            of one never stand on both sides of a split; "" for none) and num_choices (int: the row chooses among so
+            many of the first labels). Kind "regression": columns x (list of float32),
             y (float32) and row.
         """
         self.prepare()

@@ -65,6 +65,7 @@ class Reading:
             [(c, q, self.answers[row], row) for c, q, row in zip(contexts, questions, rows, strict=True)],
             references=self.references(rows) if "references" in self.fields else None,
             units=self.texts("unit", rows) if "unit" in self.fields else None,
+            groups=self.texts("group", rows) if "group" in self.fields else None,
             num_choices=None if self.choices is None else [len(self.choices[row]) for row in rows],
         )
 

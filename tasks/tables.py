@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import string
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -256,12 +259,38 @@ def _parquet(path: Path) -> Dataset:
 
 
 def _csv(path: Path) -> Dataset:
-    import pandas
     from datasets import Dataset
 
-    separator = "\t" if path.suffix == ".tsv" else ","
-    frame = pandas.read_csv(path, sep=separator, dtype=str, keep_default_na=False)
-    return Dataset.from_dict({str(name): frame[name].tolist() for name in frame.columns})
+    with open(path, newline="", encoding="utf-8-sig") as file, _fields_of_any_length():
+        reader = csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
+        try:
+            names = next(reader)
+            if twice := [name for name, count in Counter(names).items() if count > 1]:
+                raise ValueError(f"line 1 names the column {twice[0]!r} twice")
+            columns: dict[str, list[str]] = {name: [] for name in names}
+            line = reader.line_num
+            for fields in reader:
+                first, line = line + 1, reader.line_num  # a quoted field may go over several lines
+                if len(fields) not in (0, len(names)):
+                    raise ValueError(
+                        f"line {first} has {len(fields)} fields and the header {len(names)}: put quotes around a "
+                        "field that holds the separator"
+                    )
+                for name, field in zip(names, fields, strict=False):
+                    columns[name].append(field)
+        except csv.Error as error:
+            raise ValueError(f"line {reader.line_num}: {error}") from None
+    return Dataset.from_dict(columns)
+
+
+@contextmanager
+def _fields_of_any_length() -> Iterator[None]:
+    """Lift the limit of Python's csv on a field's length, which is the process's, inside the ``with``."""
+    before = csv.field_size_limit(2**31 - 1)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
 
 
 def _json(path: Path) -> Dataset:

@@ -164,7 +164,7 @@ def test_varied_training_rows_keep_their_answers_and_every_other_row_its_words()
     unsaid = [b for _, b in changed if not b.instruction]
     assert len(unsaid) == 6
     assert all(BACKBONE.tokenizer.decode(row.prompt_ids).startswith("Options: no, yes, perhaps\n") for row in unsaid)
-    assert plain._encoded["train"].rows[30:] == varying._encoded["train"].rows[30:]
+    assert len(plain.held_out_rows) == 10 and plain.held_out_rows == varying.held_out_rows
     assert plain._encoded["test"].rows == varying._encoded["test"].rows
 
 

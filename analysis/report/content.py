@@ -279,8 +279,11 @@ def stage_table(run: Run) -> ReportTable:
     """The stages in order, with their instruction and the time they took."""
     whole, scoring = (run.manifest.get(key) or {} for key in ("stage_seconds", "scoring_seconds"))
 
+    steps = run.manifest.get("trained_steps") or {}
+
     def spent(stage: int) -> list[TableCell]:
-        return [cell(maybe_float(seconds.get(str(stage))), 1) for seconds in (whole, scoring)]
+        trained = TableCell(f"{steps[str(stage)]:,}", steps[str(stage)]) if str(stage) in steps else TableCell("–")
+        return [trained] + [cell(maybe_float(seconds.get(str(stage))), 1) for seconds in (whole, scoring)]
 
     rows = [[TableCell("0", 0), TableCell("untrained"), TableCell("–"), *spent(0)]]
     for index, task in enumerate(run.stages, start=1):
@@ -288,7 +291,9 @@ def stage_table(run: Run) -> ReportTable:
         rows.append([TableCell(str(index), index), TableCell(task), TableCell(text), *spent(index)])
     total, scored = (sum(maybe_float(spent) or 0.0 for spent in seconds.values()) for seconds in (whole, scoring))
     note = f"Scoring took {100 * scored / total:.0f} % of the time." if scored and total else ""
-    return make_table("stages", "Stages", ["stage", "task", "instruction", "seconds", "of these scoring"], rows, note)
+    return make_table(
+        "stages", "Stages", ["stage", "task", "instruction", "steps", "seconds", "of these scoring"], rows, note
+    )
 
 
 def fact_table(run: Run) -> ReportTable:

@@ -86,13 +86,23 @@ def plan(experiment: Any, stages: list[Any], counts: dict[str, int], run_dir: An
         f"  {'stage':>5}  {'task':<{width}} {'metric':<9} {'train rows':>10} {'test rows':>9} {'steps':>6}",
     ]
     for index, (stage, data) in enumerate(stages, start=1):
-        steps = data.num_batches * experiment.epochs(stage)
+        steps = _steps(experiment, stage, data)
         facts = data.facts()
         lines.append(
             f"  {index:>5}  {stage.name:<{width}} {data.task.metric:<9} {len(data.train_rows):>10} "
             f"{facts['test_rows']:>9} {steps:>6}"
         )
     return "\n".join(lines)
+
+
+def _steps(experiment: Any, stage: Any, data: Any) -> int:
+    """Return how many optimizer steps a stage takes at most: ``max_time`` may end it before."""
+    limit, batches = experiment.trainer.get("limit_train_batches"), data.num_batches
+    if limit is not None:
+        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    steps = -(-batches // experiment.trainer.get("accumulate_grad_batches", 1)) * experiment.epochs(stage)
+    most = experiment.trainer.get("max_steps", -1)
+    return steps if most < 0 else min(steps, most)
 
 
 class ScoreTable:

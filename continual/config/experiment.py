@@ -147,6 +147,10 @@ class Experiment:
         return trainer
 
 
+_WHOLE = {"limit_test_batches": 1.0, "fast_dev_run": False, "overfit_batches": 0.0}
+"""What Lightning would take of the rows in silence; only all of them will do."""
+
+
 def make_parser(parser: ArgumentParser | None = None) -> ArgumentParser:
     """Return the parser of a configuration: a new one, or ``parser`` with a configuration's keys added."""
     parser = parser or ArgumentParser(exit_on_error=False, allow_abbrev=False)
@@ -206,6 +210,12 @@ def parse(text: str, stem: str, overrides: Sequence[str] = (), where: str = "con
         raise
     except Exception as error:  # jsonargparse wraps whatever a constructor raises in types of its own
         raise ConfigError(f"{where}: {explain(error, tree, Stage, keys_of(parser))}") from error
+    for name, whole in _WHOLE.items():
+        if (given := config.trainer.get(name)) not in (None, whole):
+            raise ConfigError(
+                f"{where}: trainer.{name}={given} would score a part of the rows and call it all: a task's test_rows "
+                "or train_rows say how many there are"
+            )
     if not isinstance(config.trainer.max_epochs, int) or config.trainer.max_epochs < 1:
         raise ConfigError(f"{where}: trainer.max_epochs must be at least 1, got {config.trainer.max_epochs}")
     bounds.check(config.bounds)

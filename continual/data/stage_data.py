@@ -18,6 +18,7 @@ from continual.data.batch import Row, moved
 from continual.data.batch_order import LengthBatches, ScoringSize, SizedBatches, scoring_size, token_batches
 from continual.data.collate import Collator
 from continual.data.encoding import EncodedTask
+from continual.data.held_out import held_out
 from continual.data.label_tree import LabelTree
 from continual.data.packing import PackedCollator, check_packing
 from continual.data.prompt_variants import TRAINING, Wording, opening, varied
@@ -44,7 +45,8 @@ class StageData(RowsDataModule):
             training answer) loses the end of its context.
         eval_batch_tokens: Padded tokens of a scoring batch, and of a pass that such batches share; by default 8,192 on
             a CPU, and 8,192 to 65,536 on a GPU: the narrower the backbone, the more.
-        validation_rows: Training rows held out of training (the last ones), scored by ``validate``.
+        validation_rows: Training rows held out of training, scored by ``validate``: drawn by ``seed``, each label in
+            its share; where rows have a group, whole groups of at most so many rows.
         num_workers: Processes that collate training batches.
         seed: Decides the order of the training rows.
         score_seen_labels: Score label tasks among all labels seen so far as well as among their own.
@@ -102,6 +104,7 @@ class StageData(RowsDataModule):
         self.seen_labels: list[str] = []
         self.label_tree: Callable[..., LabelTree] = LabelTree.of
         self._encoded: dict[str, EncodedTask] = {}
+        self._held_out: set[int] = set()
 
     def prepare(self, module: Any) -> None:
         """Read and encode the task's rows for the backbone of ``module``; a second call does nothing."""
@@ -109,14 +112,23 @@ class StageData(RowsDataModule):
         if not self._encoded:
             if self.packing and self.index == 0:  # all stages have the same model
                 check_packing(module, self._collator(answers=True), self._packed_collator())
+            self._held_out = self._draw_held_out()
             self._encoded["train"] = self._encode("train", self._varied())
             if self.score_rows == "test":
                 self._encoded["test"] = self._encode("test", TRAINING)
-        if self.validation_rows >= len(self._encoded["train"].rows):
+
+    def _draw_held_out(self) -> set[int]:
+        rows = self.task.rows("train")
+        if self.validation_rows >= len(rows):
             raise ConfigError(
-                f"data.validation_rows ({self.validation_rows}) leaves none of the "
-                f"{len(self._encoded['train'].rows)} training rows"
+                f"data.validation_rows ({self.validation_rows}) leaves none of the {len(rows)} training rows"
             )
+        if not self.validation_rows:
+            return set()
+        columns = rows.select_columns([name for name in ("answer", "group", "unit") if name in rows.column_names])
+        labelled = self.task.kind == "labels"
+        found = columns.to_list() if columns.column_names else [{}] * len(rows)
+        return held_out(found, self.validation_rows, self.seed, labelled)
 
     def _encode(self, split: Literal["train", "test"], wording: Wording | Sequence[Wording]) -> EncodedTask:
         return EncodedTask(self.task, self.module.backbone, split, self.max_tokens, self.options, wording)
@@ -124,9 +136,9 @@ class StageData(RowsDataModule):
     def _varied(self) -> list[Wording]:
         """Return each training row's wording; rows held out of training are put as test rows are."""
         num_rows = len(self.task.rows("train"))
-        num_trained = max(num_rows - self.validation_rows, 0)
-        wordings = varied(self.task, self.options == "listed", num_trained, self.vary_prompt, self.seed)
-        return wordings + [TRAINING] * (num_rows - num_trained)
+        num_trained = num_rows - len(self._held_out)
+        trained = iter(varied(self.task, self.options == "listed", num_trained, self.vary_prompt, self.seed))
+        return [TRAINING if row in self._held_out else next(trained) for row in range(num_rows)]
 
     def worded(self, wording: Wording) -> StageData:
         """Return the same data with the rows that it is scored on reworded."""
@@ -148,14 +160,12 @@ class StageData(RowsDataModule):
     @property
     def train_rows(self) -> list[Row]:
         """Rows to train on."""
-        rows = self._encoded["train"].rows
-        return rows[: len(rows) - self.validation_rows]
+        return [row for index, row in enumerate(self._encoded["train"].rows) if index not in self._held_out]
 
     @property
     def held_out_rows(self) -> list[Row]:
         """Training rows that are not trained on."""
-        rows = self._encoded["train"].rows
-        return rows[len(rows) - self.validation_rows :]
+        return [row for index, row in enumerate(self._encoded["train"].rows) if index in self._held_out]
 
     @property
     def scored_rows(self) -> list[Row]:
@@ -178,7 +188,7 @@ class StageData(RowsDataModule):
         return (
             facts
             if self.score_rows == "test"
-            else facts | {"test_rows": self.validation_rows, "score_rows": "held_out"}
+            else facts | {"test_rows": len(self.held_out_rows), "score_rows": "held_out"}
         )
 
     def train_dataloader(self) -> DataLoader:

@@ -24,9 +24,10 @@ from continual.callbacks.tokens import TokenRecorder
 from continual.compat.lightning import on_device
 from continual.config.experiment import Experiment
 from continual.data.stage_data import StageData
-from continual.errors import ConfigError, RunError, memory_named
+from continual.errors import ConfigError, RunError, memory_named, one_line
 from continual.interfaces import Recorder, Rows, StageContext
 from continual.runtime import distributed
+from continual.runtime.parameters import trainable
 from continual.scoring.answer_cache import AnswerCache
 from continual.scoring.shared_passes import scoring_data
 from continual.storage import digests, manifest, records
@@ -96,6 +97,7 @@ class StageLoop:
         distributed.check_module(self.module, trainer)
         self.module.strategy.check(self.module, self.data)
         self.module.strategy.prepare(self.module)
+        self._check_optimizer()
         if self.module.strategy.answering_parts(self.module) is not None:
             self.recorders.insert(0, AnswerCache())  # it hands cached answers to those behind it
         for recorder in self.recorders:
@@ -111,6 +113,15 @@ class StageLoop:
                 manifest.create(self.run_dir, experiment.resolved, self.manifest, self.lock)
         stages = list(zip(experiment.stages, self.data, strict=True))
         print(plan(experiment, stages, self.module.parameter_counts(), self.run_dir), flush=True)
+
+    def _check_optimizer(self) -> None:
+        """Make the optimizer once, so that what it refuses is told before anything is scored."""
+        if not (parameters := trainable(self.module)):
+            return  # the stage will say so, or its strategy gives it some
+        try:
+            self.module.make_optimizer(parameters)
+        except (ValueError, TypeError, RuntimeError, ImportError) as error:
+            raise ConfigError(f"model.optimizer: {one_line(error)}") from error
 
     def run(self) -> None:
         """Run every stage that is not finished. Stage 0 scores the untrained model."""
@@ -180,6 +191,7 @@ class StageLoop:
             trainer.fit(self.module, datamodule=data)
         if trainer.global_step == 0:
             raise RunError(f"stage {stage.name!r} trained no step: the trainer's limits leave none")
+        self.manifest.trained_steps[str(index)] = trainer.global_step
         for optimizer in trainer.optimizers:
             optimizer.state.clear()  # at once: a trainer refers to itself, and waits for Python's collector
         return trainer

@@ -41,6 +41,7 @@ class Manifest:
         model: Facts of backbone and adapter.
         environment: Versions, device and threads that produced the numbers.
         stage_seconds: Wall-clock seconds of each finished stage, training and scoring.
+        trained_steps: Optimizer steps that each stage was trained for, whatever the trainer's limits left of its plan.
         scoring_seconds: Those of scoring the tasks, of each stage that was scored.
         stored_bytes: Bytes on disk that the strategy keeps for later stages, after each finished stage.
         stored_parameters: Numbers that are kept to answer all tasks so far, the backbone's apart, after each stage.
@@ -64,6 +65,7 @@ class Manifest:
     model: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     stage_seconds: dict[str, float] = field(default_factory=dict)
+    trained_steps: dict[str, int] = field(default_factory=dict)
     scoring_seconds: dict[str, float] = field(default_factory=dict)
     stored_bytes: dict[str, int] = field(default_factory=dict)
     stored_parameters: dict[str, int] = field(default_factory=dict)

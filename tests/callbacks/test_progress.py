@@ -21,7 +21,7 @@ def test_the_plan_names_stages_rows_steps_and_parameters(make_module, make_data)
         make_data(module, "free", long, num_rows=5),
     ]
     stages = [SimpleNamespace(name=each.name, epochs=epochs) for each, epochs in zip(data, (3, 1), strict=True)]
-    experiment = SimpleNamespace(model=module, epochs=lambda stage: stage.epochs)
+    experiment = SimpleNamespace(model=module, epochs=lambda stage: stage.epochs, trainer={})
     counts = {"trainable_parameters": 1234, "total_parameters": 100_000}
     first, model, heading, one, other = plan(experiment, list(zip(stages, data, strict=True)), counts, "DIR").split(
         "\n"

@@ -221,6 +221,22 @@ REFUSED: dict[str, tuple[Callable[[Tree, Path], None], list[str]]] = {
     "batch of no rows": (lambda tree, _: tree["data"].update(batch_size=0), ["data.batch_size", "got 0"]),
     "rows too long": (lambda tree, _: tree["data"].update(max_tokens=20), ["stages.animals", "tokens"]),
     "nothing left to train on": (lambda tree, _: tree["data"].update(validation_rows=99), ["data.validation_rows"]),
+    "only some test rows": (
+        lambda tree, _: tree["trainer"].update(limit_test_batches=3),
+        ["trainer.limit_test_batches=3", "test_rows"],
+    ),
+    "one batch of everything": (
+        lambda tree, _: tree["trainer"].update(fast_dev_run=True),
+        ["trainer.fast_dev_run=True", "test_rows"],
+    ),
+    "a learning rate below 0": (
+        lambda tree, _: tree["model"]["optimizer"]["init_args"].update(lr=-1.0),
+        ["model.optimizer: ", "-1.0"],
+    ),
+    "a field too many": (
+        files("many.csv", "input,target\na,b,warm\nc,d,cold\n"),
+        ["stages.colours", "line 2 has 3 fields and the header 2"],
+    ),
     "unknown accelerator": (lambda tree, _: tree["trainer"].update(accelerator="abacus"), ["trainer", "abacus"]),
     "unknown dataset": (
         lambda tree, _: tree["stages"][1].update(
@@ -313,6 +329,19 @@ def test_help_ends_with_0(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_stage_that_trains_no_step_fails(tree: Tree, write: Callable, engine: Callable, tmp_path: Path) -> None:
     result = engine(write(tree), "trainer.max_steps=0", "--out", tmp_path / "run")
     assert result.code == 1 and result.err.splitlines()[-1].startswith("error: stage 'animals' trained no step")
+
+
+def test_the_plan_and_the_manifest_say_how_much_is_trained(
+    tree: Tree, write: Callable, engine: Callable, tmp_path: Path
+) -> None:
+    limits = ["trainer.limit_train_batches=2", "trainer.max_epochs=3", "trainer.accumulate_grad_batches=2"]
+    for name, changes, steps in (("run", limits, 3), ("other", ["trainer.max_steps=2"], 2)):
+        result = engine(write(tree), *changes, "--out", tmp_path / name)
+        assert result.code == 0
+        lines = [line.split() for line in result.out.splitlines()]
+        assert [line[-1] for line in lines if line[1:2] in (["animals"], ["colours"])][:2] == [str(steps)] * 2
+        state = json.loads((tmp_path / name / "manifest.json").read_text())
+        assert state["trained_steps"] == {"1": steps, "2": steps}
 
 
 def test_a_gpu_out_of_memory_is_one_line(

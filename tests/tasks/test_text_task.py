@@ -70,6 +70,34 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, suffix: str) -> 
     assert task.rows("test")["row"][:] == [0, 1, 2]
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("a.csv", "q,a\nred, or blue,x\n", "line 2 has 3 fields and the header 2"),
+        ("a.csv", 'q,a\n"red\nor blue",x\nred,or,y\n', "line 4 has 3 fields"),
+        ("a.csv", "q,a\nred,x\nblue\n", "line 3 has 1 fields"),
+        ("a.tsv", "q\ta\nred\tblue\tx\n", "line 2 has 3 fields and the header 2"),
+        ("a.csv", 'q,a\n"red,x\nblue,y\n', "unexpected end of data"),
+        ("a.csv", "q,q\nred,x\n", "line 1 names the column 'q' twice"),
+    ],
+)
+def test_a_row_of_another_length_than_the_header_is_refused(tmp_path: Path, name: str, text: str, words: str) -> None:
+    (tmp_path / name).write_text(text)
+    columns, file = {"question": "q", "answer": "a"}, str(tmp_path / name)
+    message = _refusal(lambda: TextTask(train_file=file, columns=columns, labels=["x", "y"]))
+    assert str(tmp_path / name) in message and words in message
+
+
+def test_a_csv_file_keeps_what_quotes_hold(tmp_path: Path) -> None:
+    long = "red " * 50_000  # beyond Python's own limit of a field
+    before = csv.field_size_limit()
+    text = f'\ufeffq,a\n"red, or\nblue",x\n\n"a ""b""",y\n{long.strip()},x\n'
+    (tmp_path / "a.csv").write_text(text, encoding="utf-8")
+    task = TextTask(train_file=str(tmp_path / "a.csv"), columns={"question": "q", "answer": "a"}, labels=["x", "y"])
+    texts = {text for split in ("train", "test") for text in task.rows(split)["question"][:]}
+    assert texts == {"red, or\nblue", 'a "b"', long.strip()} and csv.field_size_limit() == before
+
+
 def test_texts_of_a_csv_file_are_not_taken_for_missing_values_or_numbers(tmp_path: Path) -> None:
     file = _write(tmp_path / "a.csv", [{"q": "NA", "a": "None"}, {"q": "007", "a": "null"}, {"q": "1.0", "a": "None"}])
     task = TextTask(train_file=file, columns={"question": "q", "answer": "a"}, labels=["None", "null"])
