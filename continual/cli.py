@@ -20,7 +20,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from continual.commands import bank, run
 from continual.commands.terminal import OneLineParser, guarded
 from continual.compat.jsonargparse import keys_of, subcommands_of
-from continual.config.experiment import TRAINER_DEFAULTS, Stage, make_parser
+from continual.config.experiment import TRAINER_DEFAULTS, Stage, check_optimizer, make_parser
 from continual.config.messages import RUN_STAGES, explain
 from continual.data.stage_data import StageData
 from continual.errors import ConfigError
@@ -52,6 +52,8 @@ class ContinualCLI(LightningCLI):
             super().parse_arguments(parser, args)
         except ArgumentError as error:
             raise ConfigError(explain(error, {}, Stage, keys_of(make_parser()))) from error
+        if (chosen := self.config.get("subcommand")) not in (None, RUN_STAGES):
+            check_optimizer(self.config[chosen].get("model.optimizer"))
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         super()._add_subcommands(parser, **kwargs)

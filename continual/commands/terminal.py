@@ -7,6 +7,9 @@ finished is kept; 130 it was interrupted, 143 terminated, likewise.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
+import os
 import signal
 import sys
 import threading
@@ -19,6 +22,9 @@ from continual.errors import ConfigError, RunError, one_line
 from continual.storage.records import RecordError
 from tasks import TaskError
 
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+"""A full disk, one that cannot be written to, or one that fails."""
+
 
 class OneLineParser(argparse.ArgumentParser):
     """Raises what is wrong with a command line, for ``guarded`` to print."""
@@ -29,14 +35,26 @@ class OneLineParser(argparse.ArgumentParser):
 
 def guarded(work: Callable[[], Path]) -> int:
     """Do the work, print the directory it returns, and turn errors and signals into one line and an exit status."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal without the letters of a stage's name
+        with contextlib.suppress(AttributeError, ValueError):
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         with _stopped_by_sigterm():
-            print(work())
+            print(work(), flush=True)
     except (ConfigError, TaskError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     except (RunError, RecordError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # ``| head``
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor may Python's own last flush fail
+        print("error: nobody reads the output any more; go on with --resume", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.errno not in _OF_THE_DISK:
+            raise
+        print(f"error: {one_line(error)}; what was finished is kept", file=sys.stderr)
         return 1
     except (KeyboardInterrupt, SystemExit) as error:
         # Lightning turns the one into the other while a trainer is at work.

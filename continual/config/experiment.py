@@ -22,12 +22,15 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Sequence
+import importlib
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
+import torch
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -147,6 +150,50 @@ class Experiment:
         return trainer
 
 
+def check_optimizer(named: Any) -> None:
+    """Raise ConfigError unless what a configuration names as optimizer is one: anything else would be called, too."""
+    path = named.get("class_path") if isinstance(named, Mapping | Namespace) else None
+    if path is None:
+        return
+    module, _, name = str(path).rpartition(".")
+    found = getattr(importlib.import_module(module), name, None)
+    if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
+        raise ConfigError(f"model.optimizer: {path} is no subclass of torch.optim.Optimizer")
+
+
+def _wrong_numbers(config: Namespace) -> str:
+    """Return what is wrong with a configuration's own numbers; "" for nothing."""
+    if config.seed >= 2**32:
+        return f"seed must lie below 2**32, got {config.seed}"
+    if config.threads is not None and config.threads > _MOST_THREADS:
+        return f"threads must be at most {_MOST_THREADS}, got {config.threads}"
+    return ""
+
+
+def _wrong_trainer(trainer: Namespace) -> str:
+    """Return what is wrong with the trainer's arguments that Lightning would take; "" for nothing."""
+    for name, whole in _WHOLE.items():
+        if (given := trainer.get(name)) not in (None, whole):
+            return (
+                f"trainer.{name}={given} would score a part of the rows and call it all: a task's test_rows or "
+                "train_rows say how many there are"
+            )
+    if trainer.get("precision") in _ROUNDED:
+        return (
+            f"trainer.precision={trainer.precision} would train the adapter in half precision, where small steps are "
+            "rounded away: take bf16-mixed, or the backbone's own dtype"
+        )
+    for name in ("max_epochs", "accumulate_grad_batches"):
+        given = trainer.get(name)
+        if not isinstance(given, int) or given < 1:
+            return f"trainer.{name} must be at least 1, got {given}"
+    if (clip := trainer.get("gradient_clip_val")) is not None and not 0 <= clip < math.inf:
+        return f"trainer.gradient_clip_val must be a number of at least 0, got {clip}"
+    return ""
+
+
+_MOST_THREADS = 1024
+_ROUNDED = ("bf16-true", "16-true")
 _WHOLE = {"limit_test_batches": 1.0, "fast_dev_run": False, "overfit_batches": 0.0}
 """What Lightning would take of the rows in silence; only all of them will do."""
 
@@ -204,20 +251,15 @@ def parse(text: str, stem: str, overrides: Sequence[str] = (), where: str = "con
     parser = _parser()
     try:
         config = parser.parse_object(copy.deepcopy(tree))  # it takes keys out of what it is given
+        check_optimizer(config.model.optimizer)
         objects = parser.instantiate(config)
         resolved = parser.dump(_as_before(config), skip_none=False, skip_validation=True)  # parsed, and so validated
     except ConfigError:
         raise
     except Exception as error:  # jsonargparse wraps whatever a constructor raises in types of its own
         raise ConfigError(f"{where}: {explain(error, tree, Stage, keys_of(parser))}") from error
-    for name, whole in _WHOLE.items():
-        if (given := config.trainer.get(name)) not in (None, whole):
-            raise ConfigError(
-                f"{where}: trainer.{name}={given} would score a part of the rows and call it all: a task's test_rows "
-                "or train_rows say how many there are"
-            )
-    if not isinstance(config.trainer.max_epochs, int) or config.trainer.max_epochs < 1:
-        raise ConfigError(f"{where}: trainer.max_epochs must be at least 1, got {config.trainer.max_epochs}")
+    if wrong := _wrong_numbers(config) or _wrong_trainer(config.trainer):
+        raise ConfigError(f"{where}: {wrong}")
     bounds.check(config.bounds)
     return Experiment(
         name=f"{config.name}-{manifest.sha256(resolved)[:8]}",

@@ -204,6 +204,12 @@ BAD: dict[str, tuple[Callable[[Tree], None], list[str]]] = {
     "epochs as text": (set_in("trainer", max_epochs="many"), ["trainer.max_epochs", "expected int or null, got many"]),
     "epochs not given": (set_in("trainer", max_epochs=None), ["trainer.max_epochs", "None"]),
     "no epochs": (set_in("trainer", max_epochs=0), ["trainer.max_epochs", "got 0"]),
+    "seed too large": (set_in(seed=2**32), ["seed must lie below 2**32"]),
+    "too many threads": (set_in(threads=100_000), ["threads must be at most 1024"]),
+    "no batch to a step": (set_in("trainer", accumulate_grad_batches=0), ["trainer.accumulate_grad_batches", "got 0"]),
+    "clipped at no number": (set_in("trainer", gradient_clip_val=float("nan")), ["trainer.gradient_clip_val", "nan"]),
+    "an adapter in half precision": (set_in("trainer", precision="bf16-true"), ["bf16-true", "bf16-mixed"]),
+    "some test rows": (set_in("trainer", limit_test_batches=0.5), ["trainer.limit_test_batches=0.5"]),
     "no epochs of a stage": (set_in("stages", 1, max_epochs=0), ["stages.colours.max_epochs", "got 0"]),
     "batch as text": (set_in("data", batch_size="x"), ["data.batch_size", "expected int, got x"]),
     "rate as text": (set_in(*OPTIMIZER, lr="x"), ["model.optimizer", "expected float", "got x"]),
@@ -214,6 +220,15 @@ BAD: dict[str, tuple[Callable[[Tree], None], list[str]]] = {
     "data as a list": (set_in(data=[1]), ["data has to be a mapping"]),
     "model as text": (set_in(model="tiny"), ["model has to be a mapping"]),
 }
+
+
+@pytest.mark.parametrize("path", ["os.system", "subprocess.run", "builtins.print", "torch.nn.Linear"])
+def test_what_is_no_optimizer_is_never_called(tree: Tree, path: str, tmp_path: Path) -> None:
+    """A configuration may come from somebody else."""
+    tree["model"]["optimizer"] = {"class_path": path, "init_args": {"command": f"touch {tmp_path / 'called'}"}}
+    message = fault(tree)
+    assert "model.optimizer" in message and not (tmp_path / "called").exists()
+    assert path != "os.system" or message == "model.optimizer: os.system is no subclass of torch.optim.Optimizer"
 
 
 @pytest.mark.parametrize("name", BAD)
