@@ -29,7 +29,7 @@ def _work(argv: Sequence[str]) -> Path:
         prog="python -m continual.ablate", description=str(__doc__).splitlines()[0], allow_abbrev=False
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="the directory of a finished run")
-    parser.add_argument("--accept-data", action="store_true", help="take rows that have changed since the run began")
+    parser.add_accept_data()
     arguments = parser.parse_args(argv)
     run_dir: Path = arguments.run
     manifest.read_finished(run_dir)  # what is wrong here need not wait for torch

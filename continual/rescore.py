@@ -39,7 +39,7 @@ def _work(argv: Sequence[str]) -> Path:
     parser.add_argument("--where", nargs="+", choices=get_args(Where), default=["gate", "both"], help="who gets them")
     for name, what in (("none", "with no instruction"), ("wrong", "with another task's instruction")):
         parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=True, help=f"score {what}")
-    parser.add_argument("--accept-data", action="store_true", help="take rows that have changed since the run began")
+    parser.add_accept_data()
     arguments = parser.parse_args(argv)
     if not (arguments.wordings or arguments.none or arguments.wrong):
         parser.error("nothing to score: give --wordings FILE, or leave --no-none or --no-wrong away")

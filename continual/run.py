@@ -28,7 +28,7 @@ def _work(argv: Sequence[str]) -> Path:
     parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="changes to the configuration")
     parser.add_argument("--out", type=Path, metavar="DIR", help="the run's directory (default: runs/NAME-TIME)")
     parser.add_argument("--resume", type=Path, metavar="DIR", help="go on with the run in DIR")
-    parser.add_argument("--accept-data", action="store_true", help="take rows that have changed since the run began")
+    parser.add_accept_data()
     parser.add_argument("--no-report", action="store_true", help="leave the report to python -m analysis.report")
     arguments = parser.parse_intermixed_args(argv)
     if arguments.resume and (arguments.config or arguments.out or arguments.overrides):

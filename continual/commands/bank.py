@@ -81,8 +81,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         if name not in ("list", "score"):
             command.add_argument("stage", metavar="STAGE", help="the stage's name")
         if name == "score":
-            changed = "take rows that have changed since the run began"
-            command.add_argument("--accept-data", action="store_true", help=changed)
+            command.add_accept_data()
         if name == "export":
             command.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to make")
     return parser.parse_args(argv)

@@ -29,6 +29,10 @@ _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPE
 class OneLineParser(argparse.ArgumentParser):
     """Raises what is wrong with a command line, for ``guarded`` to print."""
 
+    def add_accept_data(self) -> None:
+        """Add the option of every command that takes up a run: to go on although its rows are others than before."""
+        self.add_argument("--accept-data", action="store_true", help="take rows that have changed since the run began")
+
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message} (see {self.prog} --help)")
 

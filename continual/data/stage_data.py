@@ -160,7 +160,8 @@ class StageData(RowsDataModule):
     @property
     def train_rows(self) -> list[Row]:
         """Rows to train on."""
-        return [row for index, row in enumerate(self._encoded["train"].rows) if index not in self._held_out]
+        rows = self._encoded["train"].rows
+        return [row for index, row in enumerate(rows) if index not in self._held_out] if self._held_out else rows
 
     @property
     def held_out_rows(self) -> list[Row]:

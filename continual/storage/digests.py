@@ -62,7 +62,7 @@ def note(run_dir: Path, state: Manifest, stage: int, written: Mapping[str, pa.Ta
         files: What resuming after the stage reads beside the tables: files, and folders with all that is in them.
     """
     known = state.tables if state.format >= FORMAT else {}
-    state.format, state.tables = FORMAT, known or _of_tables(run_dir)
+    state.format, state.tables = FORMAT, known or _digests(run_dir, records.written(run_dir))
     for table, rows in written.items():
         found = of_stages(rows)
         if state.tables.get(table, {}).keys() & found.keys():  # more rows of a stage that has some
@@ -76,7 +76,7 @@ def note_tables(run_dir: Path, state: Manifest, tables: Iterable[str]) -> None:
     """Commit the digests of whole tables, which a command on a finished run has written."""
     if state.format < FORMAT:
         return
-    state.tables |= {table: of_stages(records.read_arrow(run_dir, table)) for table in tables}
+    state.tables |= _digests(run_dir, tables)
     state.commit(run_dir)
 
 
@@ -99,9 +99,7 @@ def check(run_dir: Path, state: Manifest) -> None:
         for stage, digest in expected.items():
             if found.get(stage) != digest:
                 raise RunError(f"{path} is not what the run wrote: its rows of stage {stage} differ")
-    for table in [*records.SCHEMAS, *records.tables_of(run_dir)]:
-        if table in state.tables or not records.path_of(run_dir, table).is_file():
-            continue
+    for table in (table for table in records.written(run_dir) if table not in state.tables):
         stages = set(records.read_arrow(run_dir, table).column("stage").to_pylist())
         if early := [str(stage) for stage in stages if stage <= state.finished_stage]:
             path = records.path_of(run_dir, table)
@@ -114,10 +112,8 @@ def check(run_dir: Path, state: Manifest) -> None:
             raise RunError(f"{path} is not what the run wrote after stage {state.finished_stage}")
 
 
-def _of_tables(run_dir: Path) -> dict[str, dict[str, str]]:
-    tables = [*records.SCHEMAS, *records.tables_of(run_dir)]
-    there = [table for table in tables if records.path_of(run_dir, table).is_file()]
-    return {table: of_stages(records.read_arrow(run_dir, table)) for table in there}
+def _digests(run_dir: Path, tables: Iterable[str]) -> dict[str, dict[str, str]]:
+    return {table: of_stages(records.read_arrow(run_dir, table)) for table in tables}
 
 
 def _listed(stages: Iterable[str]) -> str:

@@ -94,6 +94,11 @@ def tables_of(run_dir: str | Path) -> list[str]:
     return sorted(name for name in names - set(SCHEMAS) if re.fullmatch(r"[a-z][a-z0-9_]*", name))
 
 
+def written(run_dir: str | Path) -> list[str]:
+    """Return every table of which a run's directory has a file, those of ``SCHEMAS`` first."""
+    return [table for table in [*SCHEMAS, *tables_of(run_dir)] if path_of(run_dir, table).is_file()]
+
+
 def append(
     run_dir: str | Path, table: str, rows: Iterable[Mapping[str, Any]], schema: pa.Schema | None = None
 ) -> pa.Table:
@@ -135,12 +140,9 @@ def replace(run_dir: str | Path, table: str, rows: Iterable[Mapping[str, Any]], 
 
 def truncate(run_dir: str | Path, last_stage: int) -> None:
     """Drop, from every table, the rows of stages after ``last_stage``: what an interrupted stage left behind."""
-    for table in [*SCHEMAS, *tables_of(run_dir)]:
-        path = path_of(run_dir, table)
-        if path.exists():
-            kept = _read(path, SCHEMAS.get(table))
-            kept = kept.filter(pc.field("stage") <= last_stage)
-            _replace(path, kept)
+    for table in written(run_dir):
+        kept = read_arrow(run_dir, table).filter(pc.field("stage") <= last_stage)
+        _replace(path_of(run_dir, table), kept)
 
 
 def read_arrow(run_dir: str | Path, table: str) -> pa.Table:
